@@ -1,0 +1,69 @@
+# PYTHON  the interpreter that the environment is made with
+# STORE   where `make demo` keeps its records, for example sqlite:////tmp/demo.db
+# ARGS    passed on to pytest, the benchmarks or Jaeger's script, for example ARGS="-k spool"
+PYTHON ?= python3
+STORE ?=
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+RUNTIME := $(VENV)/.runtime
+DEV := $(VENV)/.dev
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint types bench jaeger clean
+
+help:
+	@echo "make demo    run webhooks and a schedule through workers, kill one, show every record and its span"
+	@echo "make test    run the tests (ARGS=... goes to pytest; OTELEXEC_TEST_LONG=1 adds the long sweeps)"
+	@echo "make lint    ruff check and ruff format --check"
+	@echo "make types   mypy and pyright"
+	@echo "make bench   print the benchmark ratios"
+	@echo "make jaeger  run a real Jaeger on loopback, without Docker (needs Go; built once)"
+	@echo "make clean   remove the environment, builds and caches of this folder"
+
+demo: $(RUNTIME)
+	$(if $(STORE),OTELEXEC_STORE='$(STORE)') $(BIN)/otelexec demo
+
+test: $(DEV)
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(DEV)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(DEV)
+	$(BIN)/mypy
+	$(BIN)/pyright
+
+bench: $(DEV)
+	$(BIN)/python -m tests.benchmarks $(ARGS)
+
+jaeger:
+	@$(check_python)
+	@$(PYTHON) examples/jaeger/run.py $(ARGS)
+
+clean:
+	rm -rf $(VENV) .venv-min build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+define check_python
+$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+	|| { echo "otelexec needs Python 3.11 or newer, and '$(PYTHON)' is not that: make $@ PYTHON=/path/to/python3.11" >&2; exit 1; }
+endef
+
+$(VENV)/.pip: constraints.txt
+	@$(check_python)
+	@echo "Setting up $(VENV): once, about a minute"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) --constraint constraints.txt --upgrade pip
+	@touch $@
+
+$(RUNTIME): $(VENV)/.pip pyproject.toml
+	@$(PIP) --constraint constraints.txt --build-constraint constraints.txt --editable .
+	@touch $@
+
+$(DEV): $(RUNTIME)
+	@$(PIP) --constraint constraints.txt --group dev
+	@touch $@
