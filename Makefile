@@ -50,7 +50,7 @@ clean:
 
 define check_python
 $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
-	|| { echo "otelexec needs Python 3.11 or newer, and '$(PYTHON)' is not that: make $@ PYTHON=/path/to/python3.11" >&2; exit 1; }
+	|| { echo "otelexec needs Python 3.11 or newer, and '$(PYTHON)' is not that: make PYTHON=/path/to/python3.11" >&2; exit 1; }
 endef
 
 $(VENV)/.pip: constraints.txt
