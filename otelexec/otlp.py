@@ -96,7 +96,7 @@ def encode_scope(scope: InstrumentationScope | None) -> bytes:
     known = _scopes.get(id(scope))
     if known is None:
         body = [_text_field(b"\x0a", scope.name), _text_field(b"\x12", scope.version)]
-        # The SDK's exporter of 1.27 leaves the attributes out; receivers of that time take them.
+        # The SDK's exporter of 1.27 leaves attributes and schema URL out; receivers of that time take them.
         _put_attributes(body, _HEADS[0x1A], getattr(scope, "attributes", None) or {})
         known = (scope, _delimited(b"\x0a", b"".join(body)) + _text_field(b"\x1a", scope.schema_url))
         _remember(_scopes, known)

@@ -47,7 +47,7 @@ def sdk_request(*spans: ReadableSpan) -> bytes:
 # What OpenTelemetry 1.27, the oldest supported, does not encode yet.
 _PROBE = encode_spans([plain_span(attributes={"a": [None]}, instrumentation_scope=InstrumentationScope("x", attributes={"a": 1}))])
 SDK_TAKES_NONE = bool(_PROBE.resource_spans[0].scope_spans[0].spans[0].attributes)
-SDK_TAKES_SCOPE_ATTRIBUTES = bool(_PROBE.resource_spans[0].scope_spans[0].scope.attributes)
+SDK_TAKES_WHOLE_SCOPE = bool(_PROBE.resource_spans[0].scope_spans[0].scope.attributes)
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=200) | st.text("a", min_size=100, max_size=20_000)
 scalars = st.one_of(
@@ -72,12 +72,10 @@ statuses = st.builds(Status, st.sampled_from([StatusCode.UNSET, StatusCode.OK]))
     Status, st.just(StatusCode.ERROR), st.none() | texts
 )
 schema_urls = st.none() | st.just("https://example.org/schema")
-scopes = st.none() | st.builds(
-    InstrumentationScope,
-    texts,
-    st.none() | texts,
-    schema_urls,
-    st.none() | st.dictionaries(texts, texts, max_size=2) if SDK_TAKES_SCOPE_ATTRIBUTES else st.none(),
+scopes = st.none() | (
+    st.builds(InstrumentationScope, texts, st.none() | texts, schema_urls, st.none() | st.dictionaries(texts, texts, max_size=2))
+    if SDK_TAKES_WHOLE_SCOPE
+    else st.builds(InstrumentationScope, texts, st.none() | texts)
 )
 spans = st.builds(
     ReadableSpan,
