@@ -1,0 +1,454 @@
+"""
+The context of one message over carriers of text: headers and the environment.
+
+`inject_*` and `extract_*` are for users; `outgoing`, `entries` and `incoming` are the same in steps, for adapters that
+open a PRODUCER span or a queued record in between. Going out, old members are stripped and new ones written within
+the limits of W3C. Coming in, nothing raises, whatever the object is, and who is not believed names no execution.
+"""
+
+from __future__ import annotations
+
+import hmac
+import json
+import logging
+import os
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+from opentelemetry import context as otel_context
+from opentelemetry import trace
+from opentelemetry.baggage import _BAGGAGE_KEY  # private: see correlation.with_ambient
+from opentelemetry.context.context import Context
+
+from otelexec import runtime, semconv
+from otelexec.context import SCOPE_KEY, current_scope
+from otelexec.correlation import Correlation, Scope, ambient, as_text, enclosing, foreign, running
+from otelexec.errors import CarrierError
+from otelexec.ids import MAX_ORIGINAL_CHARS
+from otelexec.w3c import decode_baggage, decode_trace, encode_baggage, encode_traceparent
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+
+_logger = logging.getLogger(__name__)
+
+_HEADERS: Final = {
+    name: name for name in (semconv.HEADER_TRACEPARENT, semconv.HEADER_TRACESTATE, semconv.HEADER_BAGGAGE, semconv.HEADER_SIGNATURE)
+}
+_ENVIRONMENT: Final = {name.upper().replace("-", "_"): name for name in _HEADERS}
+"""Upper case, and `_` for what a name can't hold (OpenTelemetry, Environment Variables as Context Propagation Carriers)."""
+
+_LISTS: Final = frozenset({semconv.HEADER_TRACESTATE, semconv.HEADER_BAGGAGE})
+"""Several of these are one list; of the others the first counts."""
+
+
+_SIGNATURE_VERSION: Final = "v1="
+
+
+class Carrier(NamedTuple):
+    """What was found in a carrier, as text and not yet looked at; None for what is not there."""
+
+    traceparent: str | None = None
+    tracestate: str | None = None
+    baggage: str | None = None
+    signature: str | None = None
+
+
+NOTHING: Final = Carrier()
+
+# --- Signatures --------------------------------------------------------------------------------------------------
+
+
+def sign(members: Mapping[str, str], bound: tuple[object, ...]) -> str | None:
+    """
+    Sign our members with the first key (HMAC-SHA256).
+
+    Args:
+        members: The `otelexec.*` members as they are written.
+        bound: What they are bound to, such as the message's id; JSON values.
+
+    Returns:
+        None when no key is set.
+    """
+    keys = runtime.settings().signing_keys
+    return _SIGNATURE_VERSION + _digest(keys[0], members, bound) if keys else None
+
+
+def _digest(key: bytes, members: Mapping[str, str], bound: tuple[object, ...]) -> str:
+    text = json.dumps([sorted(members.items()), *bound], separators=(",", ":"))
+    return hmac.digest(key, text.encode("ascii"), "sha256").hex()
+
+
+def _is_authentic(signature: str | None, members: Mapping[str, str], bounds: Iterable[tuple[object, ...]]) -> bool:
+    keys = runtime.settings().signing_keys
+    if signature is None:
+        return False
+    given = signature.removeprefix(_SIGNATURE_VERSION).encode("utf-8", "replace")
+    return any(hmac.compare_digest(given, _digest(key, members, bound).encode()) for bound in bounds for key in keys)
+
+
+# --- Out ---------------------------------------------------------------------------------------------------------
+
+
+def outgoing(context: Context, *, retry: bool = False) -> Correlation:
+    """
+    Decide the ids of one message.
+
+    Inside an execution: a new id, and the execution as the parent. In a scope: its own id for the first message,
+    then new ones. Elsewhere: minted.
+
+    Args:
+        context: Where the message is sent from.
+        retry: Whether the message asks for another attempt at the execution it is sent from, and so keeps its id.
+    """
+    execution = running(context)
+    scope = current_scope(context)
+    if execution is not None:
+        if retry:
+            execution.mark_retry_sent()
+            return execution.correlation
+        base = scope.correlation if scope is not None and scope.execution is execution else execution.correlation
+        return base.child(execution.id)
+    if scope is None:
+        return Correlation.direct()
+    taken = scope.take()
+    # Sent from around the execution, by whoever caught its failure: the same work again, whether it ran here or not.
+    return scope.correlation if retry else taken
+
+
+def entries(context: Context, correlation: Correlation, *, message_id: str | None = None) -> dict[str, str]:
+    """
+    Write what one message carries: `traceparent`, `tracestate`, `baggage` and `otelexec-signature`, as far as they are.
+
+    Args:
+        context: Whose current span and baggage to carry; `otelexec.*` members in it are replaced by the correlation's.
+        correlation: The message's own.
+        message_id: What the signature is bound to; None when the message has no id, or none yet.
+    """
+    carried, signature = _write(context, correlation, lambda: ("message", message_id))
+    if signature is not None:
+        carried[semconv.HEADER_SIGNATURE] = signature
+    return carried
+
+
+def _write(context: Context, correlation: Correlation, bound: Callable[[], tuple[object, ...]]) -> tuple[dict[str, str], str | None]:
+    """Write all but the signature, which goes to another place in a payload; `bound` is only asked when one is made."""
+    carried: dict[str, str] = {}
+    span_context = trace.get_current_span(context).get_span_context()
+    if span_context.is_valid:
+        carried[semconv.HEADER_TRACEPARENT] = encode_traceparent(span_context)
+        if span_context.trace_state:
+            carried[semconv.HEADER_TRACESTATE] = span_context.trace_state.to_header()
+    ours = correlation.members()
+    carried[semconv.HEADER_BAGGAGE], dropped = encode_baggage(ours, foreign(context))
+    if dropped:
+        _logger.warning("otelexec.baggage.dropped: over the W3C limits: %s", ", ".join(repr(name[:64]) for name in dropped[:32]))
+    if runtime.settings().signing_key is None:
+        return carried, None
+    return carried, sign({name: value for name, value in ours.items() if name not in dropped}, bound())
+
+
+def send(*, retry: bool = False, message_id: str | None = None) -> tuple[Correlation, dict[str, str]]:
+    """
+    Do everything that sending one message from the current context takes, but for handing it over.
+
+    Args:
+        retry: As for `outgoing`.
+        message_id: As for `entries`.
+    """
+    context = otel_context.get_current()
+    correlation = outgoing(context, retry=retry)
+    announce(context)
+    return correlation, entries(context, correlation, message_id=message_id)
+
+
+def announce(context: Context) -> None:
+    """Have the spans written whose ids are about to leave the process. A failure is logged; the message goes out."""
+    try:
+        runtime.before_send(context)
+    except Exception:
+        _logger.exception("otelexec.before_send: open spans could not be written")
+
+
+def inject_headers(carrier: MutableMapping[str, str], *, retry: bool = False, message_id: str | None = None) -> Correlation:
+    """
+    Write the current trace, baggage and the ids of one message into headers.
+
+    Args:
+        carrier: Changed in place. What it held under our header names, in any case, is removed first.
+        retry: Keep the running execution's id, for a message that asks for another attempt at it.
+        message_id: The message's own id, which the signature is bound to; None when it has none yet.
+
+    Returns:
+        The correlation that the message carries.
+
+    Raises:
+        CarrierError: The carrier is no mutable mapping.
+    """
+    return _inject(carrier, _HEADERS, retry=retry, message_id=message_id)
+
+
+def inject_env(environ: MutableMapping[str, str], *, retry: bool = False, message_id: str | None = None) -> Correlation:
+    """
+    Write the same as `inject_headers` into an environment: TRACEPARENT, TRACESTATE, BAGGAGE, OTELEXEC_SIGNATURE.
+
+    Args:
+        environ: Changed in place, for example a copy of `os.environ` for a child process.
+        retry: As for `inject_headers`.
+        message_id: As for `inject_headers`.
+
+    Returns:
+        The correlation that the environment carries.
+
+    Raises:
+        CarrierError: The environment is no mutable mapping.
+    """
+    return _inject(environ, _ENVIRONMENT, retry=retry, message_id=message_id)
+
+
+def _inject(carrier: MutableMapping[str, str], names: Mapping[str, str], *, retry: bool, message_id: str | None) -> Correlation:
+    strip(carrier, names)
+    correlation, carried = send(retry=retry, message_id=message_id)
+    for written, name in names.items():
+        if name in carried:
+            carrier[written] = carried[name]
+    return correlation
+
+
+def strip(carrier: MutableMapping[str, str], names: Mapping[str, str] = _HEADERS) -> None:
+    """
+    Remove what an earlier send left in a carrier, so that a retry has no stale parent and no stale baggage.
+
+    Args:
+        carrier: Changed in place.
+        names: The names to remove; header names match in any case.
+
+    Raises:
+        CarrierError: The carrier is no mutable mapping.
+    """
+    if not (hasattr(carrier, "keys") and hasattr(carrier, "__setitem__") and hasattr(carrier, "__delitem__")):
+        raise CarrierError(f"{type(carrier).__name__} can't carry the context: give a mutable mapping of names to text")
+    for name in [name for name in carrier.keys() if _fold(name, names) in names]:  # noqa: SIM118 # some iterate over pairs
+        try:
+            del carrier[name]
+        except KeyError:  # a multi-dict has removed all of one name already
+            continue
+
+
+def _fold(name: object, names: Mapping[str, str]) -> str:
+    text = name if isinstance(name, str) else name.decode("latin-1") if isinstance(name, bytes) else ""
+    return text.lower() if names is _HEADERS else text
+
+
+# --- In ----------------------------------------------------------------------------------------------------------
+
+
+def read_headers(headers: object) -> Carrier:
+    """
+    Find our headers in anything: a mapping, pairs, an object with `.items()`, names and values as text or bytes.
+
+    Args:
+        headers: Any object. Names match in any case; a header given several times is joined, as HTTP has it.
+    """
+    return _read(headers, _HEADERS)
+
+
+def read_env(environ: object) -> Carrier:
+    """
+    Find our variables in an environment.
+
+    Args:
+        environ: Any object; usually a mapping.
+    """
+    return _read(environ, _ENVIRONMENT)
+
+
+def _read(carrier: object, names: Mapping[str, str]) -> Carrier:
+    found: dict[str, str] = {}
+    try:
+        items = getattr(carrier, "items", None)
+        pairs: Any = items() if callable(items) else carrier if isinstance(carrier, (list, tuple)) else ()
+        for pair in pairs:
+            try:
+                written, value = pair
+            except (TypeError, ValueError):
+                continue
+            name = names.get(_fold(written, names))
+            if name is None:
+                continue
+            text = value if isinstance(value, str) else _text(value)
+            if name not in found:
+                found[name] = text
+            elif name in _LISTS:
+                found[name] = f"{found[name]},{text}"
+    except Exception:
+        _logger.debug("otelexec.carrier.unreadable: %s", type(carrier).__name__, exc_info=True)
+    if not found:
+        return NOTHING
+    get = found.get
+    return Carrier(
+        get(semconv.HEADER_TRACEPARENT), get(semconv.HEADER_TRACESTATE), get(semconv.HEADER_BAGGAGE), get(semconv.HEADER_SIGNATURE)
+    )
+
+
+def _text(value: object) -> str:
+    if isinstance(value, (bytes, bytearray)):
+        return bytes(value).decode("utf-8", "replace")
+    if isinstance(value, (list, tuple)):
+        return ",".join(one if isinstance(one, str) else _text(one) for one in value if isinstance(one, (str, bytes)))
+    return ""
+
+
+def incoming(
+    carrier: Carrier,
+    *,
+    trusted: bool = True,
+    message_id: object = None,
+    enqueued_unix_ns: int | None = None,
+    legacy: Mapping[str, str] | None = None,
+    bounds: Callable[[], Iterable[tuple[object, ...]]] | None = None,
+    context: Context | None = None,
+) -> tuple[Context, Scope]:
+    """
+    Make the context that a message's work runs in. Never raises.
+
+    A trusted trace becomes the current span, its baggage replaces what was there. Of an untrusted one the trace is
+    linked, its members but for ours are kept, and the ids are new. Inside an open execution only request id and
+    fields change: the span stays, and a trace from elsewhere is linked.
+
+    Args:
+        carrier: What was found in the message.
+        trusted: Whether its sender is believed. With signing keys set, the signature must be right too.
+        message_id: The message's own id, which is the execution's when the message carries none; None when it has none.
+        enqueued_unix_ns: When it was sent, in nanoseconds since 1970; None when it doesn't say.
+        legacy: Ids and fields that a message from before otelexec has, as `otelexec.*` members; None for none.
+        bounds: Gives what a valid signature may be bound to; None means the message id, or nothing.
+        context: Where to start; None means the current context.
+
+    Returns:
+        The context to attach, and the scope that is in it.
+    """
+    base = otel_context.get_current() if context is None else context
+    try:
+        return _incoming(carrier, trusted, _id_text(message_id), enqueued_unix_ns, legacy or {}, bounds, base)
+    except Exception:
+        # Reached with settings that can't be read, or a broken context: then nothing in the carrier is believed.
+        _logger.exception("otelexec.carrier.unreadable: the work runs under new ids")
+        scope = Scope(Correlation.direct(), trusted=False)
+        return Context({**base, _BAGGAGE_KEY: {}, SCOPE_KEY: scope}), scope
+
+
+def _incoming(  # noqa: PLR0917 # called in one place, right above
+    carrier: Carrier,
+    trusted: bool,  # noqa: FBT001
+    message_id: str | None,
+    enqueued_unix_ns: int | None,
+    legacy: Mapping[str, str],
+    bounds: Callable[[], Iterable[tuple[object, ...]]] | None,
+    base: Context,
+) -> tuple[Context, Scope]:
+    ours, others = decode_baggage(carrier.baggage) if carrier.baggage else ({}, {})
+    execution = running(base)
+    if trusted and runtime.settings().signing_key is not None:
+        allowed = (("message", message_id), ("message", None)) if bounds is None else bounds()
+        trusted = _is_authentic(carrier.signature, ours, allowed)
+        if not trusted and (carrier is not NOTHING or legacy or message_id):
+            reason = "is not signed" if carrier.signature is None else "has a signature that none of the keys made"
+            _logger.warning("otelexec.carrier.untrusted: a message %s: its ids are not used, its trace is linked", reason)
+    if not trusted:
+        correlation = Correlation.from_members(_unbelieved(legacy))
+    elif members := _members(ours, legacy, message_id):
+        correlation = Correlation.from_members(members)
+    else:
+        outer = enclosing(base)
+        correlation = Correlation.direct() if outer is None else outer.child(execution.id if execution else outer.parent_execution_id)
+
+    remote = decode_trace(carrier.traceparent, carrier.tracestate) if carrier.traceparent else None
+    links: tuple[trace.Link, ...] = ()
+    if remote is not None:
+        if execution is not None or not trusted:
+            links = (trace.Link(remote),)
+        if execution is None:
+            base = trace.set_span_in_context(trace.NonRecordingSpan(remote) if trusted else trace.INVALID_SPAN, base)
+    kept: Mapping[str, object] = others
+    if execution is not None or carrier is NOTHING:
+        kept = {**foreign(base), **others}
+    scope = Scope(
+        correlation,
+        links=links,
+        trusted=trusted,
+        message_id=message_id,
+        enqueued_unix_ns=enqueued_unix_ns,
+        execution=execution,
+    )
+    values = dict(base)
+    values[_BAGGAGE_KEY] = ambient(correlation, correlation.parent_execution_id if execution is None else execution.id, kept)
+    values[SCOPE_KEY] = scope
+    return Context(values), scope
+
+
+def _members(ours: dict[str, str], legacy: Mapping[str, str], message_id: str | None) -> dict[str, str]:
+    """Choose the ids of a believed message: its own, those of before otelexec, the message's, in this order."""
+    members = ours if semconv.EXECUTION_ID in ours else {**legacy, **ours}
+    if message_id is not None:
+        members.setdefault(semconv.EXECUTION_ID, message_id)
+    # Fixed, not minted: two deliveries of one message must have the same request.
+    if members.get(semconv.EXECUTION_ID):
+        members.setdefault(semconv.REQUEST_ID, members[semconv.EXECUTION_ID])
+    return members
+
+
+def _unbelieved(legacy: Mapping[str, str]) -> dict[str, str]:
+    names = {semconv.EXECUTION_ID: "legacy_execution_id", semconv.REQUEST_ID: "legacy_request_id"}
+    return {semconv.PREFIX + kept: legacy[name][:MAX_ORIGINAL_CHARS] for name, kept in names.items() if name in legacy}
+
+
+def _id_text(value: object) -> str | None:
+    if value is None or isinstance(value, str):
+        return value or None
+    try:
+        return as_text(value) or None
+    except ValueError:
+        return None
+
+
+@contextmanager
+def extract_headers(headers: object, *, trusted: bool = True, message_id: str | None = None) -> Iterator[Scope]:
+    """
+    Run the `with` block, which may hold asynchronous code, as the work that headers ask for. Never raises by itself.
+
+    Args:
+        headers: Any object: a mapping, pairs, something with `.items()`; names match in any case.
+        trusted: False for callers from outside: their ids are not used, and their trace is linked.
+        message_id: The message's own id, used as the execution's when the headers carry none; None when it has none.
+
+    Yields:
+        The scope, with `.correlation` and `.trusted`.
+    """
+    context, scope = incoming(read_headers(headers), trusted=trusted, message_id=message_id)
+    token = otel_context.attach(context)
+    try:
+        yield scope
+    finally:
+        otel_context.detach(token)
+
+
+@contextmanager
+def extract_env(environ: object = os.environ, *, trusted: bool = True, message_id: str | None = None) -> Iterator[Scope]:
+    """
+    Run the `with` block as the work that an environment asks for: TRACEPARENT, TRACESTATE, BAGGAGE, OTELEXEC_SIGNATURE.
+
+    Args:
+        environ: Any object; usually the environment of this process.
+        trusted: As for `extract_headers`.
+        message_id: As for `extract_headers`.
+
+    Yields:
+        The scope, with `.correlation` and `.trusted`.
+    """
+    context, scope = incoming(read_env(environ), trusted=trusted, message_id=message_id)
+    token = otel_context.attach(context)
+    try:
+        yield scope
+    finally:
+        otel_context.detach(token)
