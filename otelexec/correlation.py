@@ -242,7 +242,9 @@ def correlate(
 
 def _validated(source: object, known: dict[str, Any], fields: Mapping[str, Any], attributes: Mapping[str, Any]) -> Correlation:
     """Build what `correlate()` was asked for, or say in one line why that can't be."""
-    own = MODELS.get(source, Correlation).OWN if isinstance(source, str) else ()
+    if not isinstance(source, str):
+        raise CorrelationError(f"source must be text, not {type(source).__name__}")
+    own = MODELS.get(source, Correlation).OWN
     for name in fields:
         if name not in own:
             owner = f", which is a field of source={OWNERS[name]!r}" if name in OWNERS else ""

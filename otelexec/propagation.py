@@ -79,12 +79,13 @@ def _digest(key: bytes, members: Mapping[str, str], bound: tuple[object, ...]) -
     return hmac.digest(key, text.encode("ascii"), "sha256").hex()
 
 
-def _is_authentic(signature: str | None, members: Mapping[str, str], bounds: Iterable[tuple[object, ...]]) -> bool:
-    keys = runtime.settings().signing_keys
+def _is_authentic(signature: str | None, members: Mapping[str, str], bounds: Callable[[], Iterable[tuple[object, ...]]]) -> bool:
+    """Tell whether one of the keys made the signature, over these members and one of the things it may be bound to."""
     if signature is None:
         return False
     given = signature.removeprefix(_SIGNATURE_VERSION).encode("utf-8", "replace")
-    return any(hmac.compare_digest(given, _digest(key, members, bound).encode()) for bound in bounds for key in keys)
+    keys = runtime.settings().signing_keys
+    return any(hmac.compare_digest(given, _digest(key, members, bound).encode()) for bound in bounds() for key in keys)
 
 
 # --- Out ---------------------------------------------------------------------------------------------------------
@@ -125,14 +126,14 @@ def entries(context: Context, correlation: Correlation, *, message_id: str | Non
         correlation: The message's own.
         message_id: What the signature is bound to; None when the message has no id, or none yet.
     """
-    carried, signature = _write(context, correlation, lambda: ("message", message_id))
+    carried, signature = write(context, correlation, lambda: ("message", message_id))
     if signature is not None:
         carried[semconv.HEADER_SIGNATURE] = signature
     return carried
 
 
-def _write(context: Context, correlation: Correlation, bound: Callable[[], tuple[object, ...]]) -> tuple[dict[str, str], str | None]:
-    """Write all but the signature, which goes to another place in a payload; `bound` is only asked when one is made."""
+def write(context: Context, correlation: Correlation, bound: Callable[[], tuple[object, ...]]) -> tuple[dict[str, str], str | None]:
+    """Do what `entries` does, with the signature apart; `bound` gives what it covers, and is only asked when keys are set."""
     carried: dict[str, str] = {}
     span_context = trace.get_current_span(context).get_span_context()
     if span_context.is_valid:
@@ -350,8 +351,8 @@ def _incoming(  # noqa: PLR0917 # called in one place, right above
     ours, others = decode_baggage(carrier.baggage) if carrier.baggage else ({}, {})
     execution = running(base)
     if trusted and runtime.settings().signing_key is not None:
-        allowed = (("message", message_id), ("message", None)) if bounds is None else bounds()
-        trusted = _is_authentic(carrier.signature, ours, allowed)
+        # Bound to the message's id, or made before the message had one. What is bound to an id serves no other message.
+        trusted = _is_authentic(carrier.signature, ours, bounds or (lambda: (("message", message_id), ("message", None))))
         if not trusted and (carrier is not NOTHING or legacy or message_id):
             reason = "is not signed" if carrier.signature is None else "has a signature that none of the keys made"
             _logger.warning("otelexec.carrier.untrusted: a message %s: its ids are not used, its trace is linked", reason)

@@ -1,0 +1,213 @@
+"""`execution(...)` over functions, coroutines, generators and methods, and as a context manager; `wrap_executor`."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, ParamSpec, TypeVar, overload
+
+import wrapt
+from opentelemetry.trace import Link, SpanKind
+
+from otelexec import runtime as _runtime
+from otelexec.blocks import Block
+from otelexec.drivers import call_async, call_sync, iterate_async, iterate_sync
+from otelexec.errors import SettingsError
+from otelexec.execution import Classifier, Execution, Options
+from otelexec.lifecycle import Steps, lifecycle
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class ExecutionDecorator(Block[Execution]):
+    """
+    What `execution(...)` gives: a decorator, a context manager and an async context manager.
+
+    Args:
+        options: The options; without a name it serves as a decorator only.
+    """
+
+    def __init__(self, options: Options) -> None:
+        super().__init__()
+        self._options = options
+
+    def __call__(self, function: Callable[P, R]) -> Callable[P, R]:
+        """Wrap a function, coroutine function, generator function, method or classmethod; its signature stays."""
+        target = inspect.unwrap(getattr(function, "__func__", function))
+        options = self._options
+        if not options.name:
+            options = replace(options, name=f"{target.__module__}.{target.__qualname__}")
+        return wrapt.FunctionWrapper(function, _wrapper_for(target, options))
+
+    def _lifecycle(self, runtime: _runtime.Runtime) -> Steps:
+        if not self._options.name:
+            raise SettingsError("A block has no name of its own: write `with otelexec.execution(NAME):`.")
+        return lifecycle(runtime, self._options)
+
+    def _timeout(self) -> float | None:
+        return self._options.timeout
+
+
+def _wrapper_for(target: Any, options: Options) -> Callable[..., Any]:
+    if isinstance(target, functools.partial):
+        target = target.func
+    if inspect.isasyncgenfunction(target):
+
+        def wrapper(wrapped: Any, _: Any, args: Any, kwargs: Any) -> Any:
+            runtime = _runtime.get()
+            call = functools.partial(wrapped, *args, **kwargs)
+            return iterate_async(runtime, lifecycle(runtime, options), call, options.timeout)
+
+    elif inspect.iscoroutinefunction(target):
+
+        def wrapper(wrapped: Any, _: Any, args: Any, kwargs: Any) -> Any:
+            runtime = _runtime.get()
+            call = functools.partial(wrapped, *args, **kwargs)
+            return call_async(runtime, lifecycle(runtime, options), call, options.timeout)
+
+    elif inspect.isgeneratorfunction(target):
+
+        def wrapper(wrapped: Any, _: Any, args: Any, kwargs: Any) -> Any:
+            runtime = _runtime.get()
+            return iterate_sync(runtime, lifecycle(runtime, options), functools.partial(wrapped, *args, **kwargs))
+
+    else:
+
+        def wrapper(wrapped: Any, _: Any, args: Any, kwargs: Any) -> Any:
+            runtime = _runtime.get()
+            return call_sync(runtime, lifecycle(runtime, options), wrapped, args, kwargs)
+
+    return wrapper
+
+
+@overload
+def execution(name: Callable[P, R], /) -> Callable[P, R]: ...
+
+
+@overload
+def execution(
+    name: str | None = None,
+    /,
+    *,
+    core: bool = False,
+    timeout: float | None = None,
+    kind: SpanKind = SpanKind.INTERNAL,
+    attributes: Mapping[str, Any] | None = None,
+    links: tuple[Link, ...] = (),
+    link_carried: bool | None = None,
+    classify: Classifier | None = None,
+    cancel_wins: bool = False,
+) -> ExecutionDecorator: ...
+
+
+def execution(name: Any = None, /, **options: Any) -> Any:
+    """
+    Make an executor an execution: one durable record and one span, committed together.
+
+    Use it bare or with options over `def`, `async def`, generators, methods and classmethods, or as
+    `with execution("name") as run:` (and `async with`).
+
+    Args:
+        name: Name of the execution and of its span; None means the function's qualified name.
+        core: Whether this executor is the job itself: called inside an open execution, it takes over that
+            execution's attempt, and its success is final whatever the code around it does then.
+        timeout: Seconds. A coroutine is cancelled after them and raises TimeoutError; anything else has a
+            `.deadline` to look at. None: no limit.
+        kind: The span's kind.
+        attributes: Further span attributes.
+        links: Further span links.
+        link_carried: Link to the carried context instead of taking it as the parent; None: as in the settings.
+        classify: Takes an exception and gives an `Ending` for those that are not failures, else None.
+        cancel_wins: Whether a cancellation that was asked for counts although the code returned.
+
+    Raises:
+        SettingsError: An option can't be used.
+    """
+    if callable(name):
+        return ExecutionDecorator(Options(""))(name)
+    timeout = options.get("timeout")
+    if timeout is not None and not timeout > 0:
+        raise SettingsError(f"timeout must be more than 0 seconds, not {timeout}. Leave it out for no limit.")
+    return ExecutionDecorator(Options(name or "", **options))
+
+
+class WrappedExecutor:
+    """
+    An executor that was wrapped from outside.
+
+    Attributes:
+        target: `module:Qualified.name`.
+    """
+
+    def __init__(self, target: str, options: Options) -> None:
+        self.target = target
+        self._module, _, self._path = target.partition(":")
+        if not self._module or not self._path:
+            raise SettingsError(f"wrap_executor takes `module:Qualified.name`, not {target!r}.")
+        self._options = options
+        self._lock = threading.Lock()
+        self._undo: Callable[[], None] | None = None
+        self._ended = False
+        if self._module in sys.modules:
+            self._wrap(sys.modules[self._module])
+        else:
+            wrapt.register_post_import_hook(self._wrap, self._module)
+
+    def _wrap(self, module: Any) -> None:
+        with self._lock:
+            if self._ended or self._undo is not None:
+                return
+            try:
+                parent, attribute, _ = wrapt.resolve_path(module, self._path)
+            except AttributeError as error:
+                raise SettingsError(f"wrap_executor: {self._module} has no {self._path}.") from error
+            own = attribute in vars(parent)
+            original = vars(parent)[attribute] if own else getattr(parent, attribute)
+            wrapped = ExecutionDecorator(self._options)(original)
+            setattr(parent, attribute, wrapped)
+
+            def undo() -> None:
+                # Only while it is ours: somebody else's wrapper around it stays, and ours below it is harmless.
+                if vars(parent).get(attribute) is wrapped:
+                    if own:
+                        setattr(parent, attribute, original)
+                    else:
+                        delattr(parent, attribute)
+
+            self._undo = undo
+
+    @property
+    def wrapped(self) -> bool:
+        """Whether the executor has been found; False until its module is imported."""
+        return self._undo is not None
+
+    def unwrap(self) -> None:
+        """Put the executor back as it was; one that was not imported yet stays as it is."""
+        with self._lock:
+            self._ended = True
+            undo, self._undo = self._undo, None
+            if undo is not None:
+                undo()
+
+
+def wrap_executor(target: str, *, name: str | None = None, **options: Any) -> WrappedExecutor:
+    """
+    Make an execution of an executor that can't be edited, also one that is not imported yet.
+
+    Args:
+        target: `module:Qualified.name`.
+        name: Name of the execution; None means the executor's qualified name.
+        **options: As for `execution`.
+
+    Returns:
+        A handle whose `.unwrap()` undoes it.
+
+    Raises:
+        SettingsError: The target is malformed, or its module is there and has no such name.
+    """
+    return WrappedExecutor(target, Options(name or "", **options))

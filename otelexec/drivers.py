@@ -1,0 +1,329 @@
+"""
+The sync and the async driver of the lifecycle.
+
+A driver performs the effects that the lifecycle yields. Both attach the context in the caller's own context; in the
+async driver only the commit leaves the loop. Neither lets anything but the user's own exception, or one that a signal
+handler raised, come out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
+from typing import TYPE_CHECKING, Any
+
+from opentelemetry import context as otel_context
+
+from otelexec.effects import Block, Commit, Effect, perform
+from otelexec.lifecycle import Call, Steps
+from otelexec.store.group_commit import Entry
+
+if TYPE_CHECKING:
+    from otelexec.execution import Execution
+    from otelexec.runtime import Runtime
+
+
+def _perform_without_waiting(runtime: Runtime, effect: Effect) -> Any:
+    """
+    Perform an effect where nothing may wait: a coroutine or generator that is being dropped.
+
+    The garbage collector may do that in the very thread that holds the lead. So the commit is done here if the lead is
+    free, and else left for the next one.
+    """
+    if isinstance(effect, Commit):
+        return runtime.leave(effect.write, durable=effect.durable)
+    if isinstance(effect, Block):
+        return effect.function()
+    return None
+
+
+def advance(runtime: Runtime, steps: Steps, answer: Any = None, *, how: Callable[[Runtime, Effect], Any] = perform) -> Call | None:
+    """
+    Go on until the lifecycle wants its call made, or ends.
+
+    Args:
+        runtime: The runtime of this process.
+        steps: The lifecycle.
+        answer: What it is waiting for.
+        how: Performs the effects.
+
+    Returns:
+        The call; None at the end.
+    """
+    thrown: BaseException | None = None
+    while True:
+        try:
+            if thrown is None:
+                effect = steps.send(answer)
+            else:
+                error, thrown = thrown, None
+                effect = steps.throw(error)
+            if isinstance(effect, Call):
+                return effect
+            answer = how(runtime, effect)
+        except StopIteration:
+            return None
+        except BaseException as error:
+            if steps.gi_frame is None:  # it has ended, and this is what it raises
+                raise
+            thrown = error  # a signal handler's: the lifecycle holds it until the commit is through
+
+
+def drop(runtime: Runtime, steps: Steps, error: GeneratorExit) -> None:
+    """Finish a lifecycle whose code was dropped in the middle."""
+    with contextlib.suppress(GeneratorExit):
+        advance(runtime, steps, error, how=_perform_without_waiting)
+
+
+def expect(call: Call | None) -> Call:
+    """Give the call that a lifecycle wants made; it raises where it wants none."""
+    if call is None:
+        msg = "the lifecycle ended without a call"
+        raise RuntimeError(msg)
+    return call
+
+
+def call_sync(runtime: Runtime, steps: Steps, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """Run a function under the lifecycle."""
+    call = expect(advance(runtime, steps))
+    token = otel_context.attach(call.context)
+    try:
+        try:
+            value = function(*args, **kwargs)
+        finally:
+            otel_context.detach(token)
+    except BaseException as error:
+        advance(runtime, steps, error)
+        raise
+    advance(runtime, steps)
+    return value
+
+
+def iterate_sync(runtime: Runtime, steps: Steps, function: Callable[[], Generator[Any, Any, Any]]) -> Generator[Any, Any, Any]:
+    """Run a generator under the lifecycle; its execution is current only while its body runs."""
+    call = expect(advance(runtime, steps))
+    context = call.context
+    resume: Callable[[], Any] | None = None
+    try:
+        body = function()
+        while True:
+            token = otel_context.attach(context)
+            try:
+                item = next(body) if resume is None else resume()
+            finally:
+                context = otel_context.get_current()
+                otel_context.detach(token)
+            resume = None
+            try:
+                sent = yield item
+                if sent is not None:
+                    resume = _bind(body.send, sent)
+            except GeneratorExit:
+                token = otel_context.attach(context)
+                try:
+                    body.close()
+                finally:
+                    otel_context.detach(token)
+                raise
+            except BaseException as error:  # noqa: BLE001 (thrown in by the consumer, for the body)
+                resume = _bind(body.throw, error)
+    except StopIteration as stop:
+        advance(runtime, steps)
+        return stop.value
+    except GeneratorExit as error:
+        drop(runtime, steps, error)
+        raise
+    except BaseException as error:
+        advance(runtime, steps, error)
+        raise
+
+
+def _bind(method: Callable[[Any], Any], argument: Any) -> Callable[[], Any]:
+    return lambda: method(argument)
+
+
+class AsyncDriver:
+    """Performs effects for one coroutine."""
+
+    def __init__(self, runtime: Runtime, steps: Steps) -> None:
+        self._runtime = runtime
+        self._steps = steps
+        self._held: asyncio.CancelledError | None = None
+
+    async def advance(self, answer: Any = None) -> Call | None:
+        """Go on until the lifecycle wants its call made, or ends; a cancellation waits until the commit is through."""
+        thrown: BaseException | None = None
+        while True:
+            try:
+                if thrown is None:
+                    effect = self._steps.send(answer)
+                else:
+                    error, thrown = thrown, None
+                    effect = self._steps.throw(error)
+                if isinstance(effect, Call):
+                    if self._held is None:
+                        return effect
+                    # Cancelled while the attempt was being opened: the function is not called.
+                    thrown, self._held = self._held, None
+                    continue
+                answer = await self._perform(effect)
+            except StopIteration:
+                if self._held is not None:
+                    raise self._held from None
+                return None
+            except GeneratorExit as error:
+                drop(self._runtime, self._steps, error)
+                raise
+            except BaseException as error:
+                if self._steps.gi_frame is None:
+                    raise
+                thrown = error
+
+    async def _perform(self, effect: Effect) -> Any:
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Any]
+        if isinstance(effect, Commit):
+            future = loop.create_future()
+            self._runtime.submit(effect.write, _resolver(loop, future), effect.durable, effect.timeout_seconds)
+        elif isinstance(effect, Block):
+            future = self._runtime.in_thread(loop, effect.function)
+        else:
+            future = loop.create_task(asyncio.sleep(effect.seconds))
+        while not future.done():
+            try:
+                await asyncio.shield(future)
+            except asyncio.CancelledError as error:
+                # Also a second one and a third: the commit is under way, and its answer is wanted.
+                self._held = error
+        return future.result()
+
+
+def _resolver(loop: asyncio.AbstractEventLoop, future: asyncio.Future[Any]) -> Callable[[Entry], None]:
+    def resolve(answer: Any) -> None:
+        if not future.done():
+            future.set_result(answer)
+
+    def notify(entry: Entry) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile; the commit is through
+            loop.call_soon_threadsafe(resolve, entry.error or entry.result)
+
+    return notify
+
+
+async def call_async(runtime: Runtime, steps: Steps, function: Callable[[], Awaitable[Any]], timeout: float | None) -> Any:
+    """
+    Run a coroutine function under the lifecycle.
+
+    Args:
+        runtime: The runtime of this process.
+        steps: The lifecycle.
+        function: Gives the awaitable.
+        timeout: Seconds after which it is cancelled and TimeoutError raised; None: no limit.
+    """
+    driver = AsyncDriver(runtime, steps)
+    call = expect(await driver.advance())
+    token = otel_context.attach(call.context)
+    try:
+        try:
+            with stoppable(call.subject):
+                if timeout is None:
+                    value = await function()
+                else:
+                    value = await _limited(call.subject, function, asyncio.get_running_loop().time() + timeout)
+        finally:
+            otel_context.detach(token)
+    except GeneratorExit as error:
+        drop(runtime, steps, error)
+        raise
+    except BaseException as error:
+        await driver.advance(error)
+        raise
+    await driver.advance()
+    return value
+
+
+async def _limited(execution: Execution, function: Callable[[], Awaitable[Any]], deadline: float) -> Any:
+    raised: BaseException | None = None
+    try:
+        async with asyncio.timeout_at(deadline):
+            try:
+                return await function()
+            except BaseException as error:
+                raised = error
+                raise
+    except TimeoutError as error:
+        # The body's own TimeoutError is a failure like any other.
+        execution.timed_out = error is not raised
+        raise
+
+
+@contextlib.contextmanager
+def stoppable(execution: Execution) -> Generator[None]:
+    """Let `request_cancel(terminate=True)` cancel the task that runs here."""
+    task = asyncio.current_task()
+    if task is None:
+        yield
+        return
+    loop = asyncio.get_running_loop()
+
+    def stop() -> None:
+        with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
+            loop.call_soon_threadsafe(task.cancel)
+
+    execution.stop = stop
+    try:
+        yield
+    finally:
+        execution.stop = None
+
+
+async def iterate_async(
+    runtime: Runtime, steps: Steps, function: Callable[[], AsyncGenerator[Any, Any]], timeout: float | None
+) -> AsyncGenerator[Any, Any]:
+    """
+    Run an async generator under the lifecycle; its execution is current only while its body runs.
+
+    Args:
+        runtime: The runtime of this process.
+        steps: The lifecycle.
+        function: Gives the generator.
+        timeout: Seconds after which the body is cancelled, counted from its start; None: no limit.
+    """
+    driver = AsyncDriver(runtime, steps)
+    call = expect(await driver.advance())
+    context = call.context
+    deadline = None if timeout is None else asyncio.get_running_loop().time() + timeout
+    try:
+        body = function()
+        resume: Callable[[], Awaitable[Any]] = body.__anext__
+        while True:
+            token = otel_context.attach(context)
+            try:
+                with stoppable(call.subject):
+                    item = await (resume() if deadline is None else _limited(call.subject, resume, deadline))
+            finally:
+                context = otel_context.get_current()
+                otel_context.detach(token)
+            resume = body.__anext__
+            try:
+                sent = yield item
+                if sent is not None:
+                    resume = _bind(body.asend, sent)
+            except GeneratorExit:
+                token = otel_context.attach(context)
+                try:
+                    await body.aclose()
+                finally:
+                    otel_context.detach(token)
+                raise
+            except BaseException as error:  # noqa: BLE001 (thrown in by the consumer, for the body)
+                resume = _bind(body.athrow, error)
+    except StopAsyncIteration:
+        await driver.advance()
+    except GeneratorExit as error:
+        drop(runtime, steps, error)
+        raise
+    except BaseException as error:
+        await driver.advance(error)
+        raise

@@ -1,0 +1,80 @@
+"""
+Every error that otelexec raises, in one tree.
+
+    OtelexecError
+    |-- SettingsError (also ValueError)      a setting can't be used; the command line exits with 2
+    |-- CorrelationError (also ValueError)   correlate() got fields that it can't carry
+    |-- CarrierError (also TypeError)        inject() got something that can't carry the context
+    |-- ExecutionError (also RuntimeError)   a call that the execution's state forbids
+    |-- StoreError
+    |   |-- StoreNotFound                    a reading command found no store; nothing was created
+    |   |-- StoreUnavailable                 busy, read-only, full, unreachable: worth another try
+    |   |-- StoreRejected                    the store took the transaction but not this write
+    |   `-- StoreVersionError                the schema is newer than this library
+    |-- RelayError                           the OTLP endpoint can't be used as it is configured
+    `-- ExecutionCancelled                   somebody cancelled the execution before it started
+
+The docstring of a class is its default message, so that no error is ever blank.
+"""
+
+from __future__ import annotations
+
+
+class OtelexecError(Exception):
+    """Something in otelexec failed. The cause, where there is one, is in `__cause__`."""
+
+    def __init__(self, message: str | None = None) -> None:
+        super().__init__(message or (type(self).__doc__ or "").strip())
+
+
+class SettingsError(OtelexecError, ValueError):
+    """A setting can't be used. Correct the argument or the OTELEXEC_* variable that the message names."""
+
+
+class CorrelationError(OtelexecError, ValueError):
+    """These correlation fields can't be carried. Use the source's own fields, and `attributes` for all others."""
+
+
+class CarrierError(OtelexecError, TypeError):
+    """This object can't carry the context. Give inject() a mapping with string keys."""
+
+
+class ExecutionError(OtelexecError, RuntimeError):
+    """The execution's state forbids this call."""
+
+
+class StoreError(OtelexecError):
+    """The store could not do what was asked."""
+
+
+class StoreNotFound(StoreError):
+    """There is no store at this place. Run an execution first, or set OTELEXEC_STORE to where it is."""
+
+
+class StoreUnavailable(StoreError):
+    """The store can't be written at the moment. The work goes on and the record waits in the spool."""
+
+
+class StoreRejected(StoreError):
+    """The store refused this one write, and would refuse it again."""
+
+
+class StoreVersionError(StoreError):
+    """The store was written by a newer otelexec. Upgrade this one: `pip install -U otelexec`."""
+
+
+class RelayError(OtelexecError):
+    """The OTLP endpoint can't be used as configured. Check the OTEL_EXPORTER_OTLP_* variables."""
+
+
+class ExecutionCancelled(OtelexecError):
+    """
+    The execution was cancelled before it started, so the function was not called.
+
+    Attributes:
+        execution_id: Which execution; None when unknown.
+    """
+
+    def __init__(self, message: str | None = None, *, execution_id: str | None = None) -> None:
+        super().__init__(message)
+        self.execution_id = execution_id

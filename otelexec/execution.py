@@ -1,0 +1,531 @@
+"""
+The handle of an execution, and how an ending is classified: pure data, no I/O.
+
+What a handle is told (progress, output, pause) is kept on it; the runtime's background thread and the close of the
+attempt write it down.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from types import CodeType
+from typing import TYPE_CHECKING, Any, Literal
+
+from opentelemetry import trace
+
+from otelexec import context
+from otelexec.errors import ExecutionCancelled
+from otelexec.store.base import (
+    CANCELLED,
+    FAILED,
+    PAUSED,
+    REJECTED,
+    SUCCEEDED,
+    TIMED_OUT,
+    Cancellation,
+    CloseAttempt,
+    CloseOuter,
+    OpenAttempt,
+    Opened,
+)
+
+if TYPE_CHECKING:
+    from opentelemetry.trace import Link, Span
+
+    from otelexec.correlation import Correlation
+    from otelexec.runtime import Runtime
+
+logger = logging.getLogger("otelexec.execution")
+
+INTERRUPTED = "interrupted"
+
+_RUNNING = "running"
+
+_warned: set[str] = set()
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """
+    How the code of an attempt ended, before the store had its say.
+
+    Attributes:
+        state: A terminal attempt state.
+        classification: What kind of it, where that says more; None otherwise.
+        error_type: Fully qualified class of the exception, or a reason; None when there was no error.
+        error_message: Its text.
+        exception: What was raised, for the span's event; None when nothing was.
+        depends_on_cancellation: Whether a cancellation in the store makes another ending of it.
+        retrying: Whether another attempt is already on its way.
+    """
+
+    state: str
+    classification: str | None = None
+    error_type: str | None = None
+    error_message: str | None = None
+    exception: BaseException | None = None
+    depends_on_cancellation: bool = False
+    retrying: bool = False
+
+
+Classifier = Callable[[BaseException], "Ending | None"]
+"""Takes what the code raised and gives its ending, or None to leave it to the default. An adapter's way to know the
+backend's own exceptions."""
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """
+    The options of `execution()`.
+
+    Attributes:
+        name: Name of the execution and of its span.
+        core: Whether this is the job itself, which takes over the attempt of the execution around it.
+        timeout: Seconds after which a coroutine is stopped; for anything else a deadline to look at. None: no limit.
+        kind: The span's kind.
+        attributes: Further span attributes.
+        link_carried: Link to the carried context instead of taking it as the parent; None means as in the settings.
+        links: Further span links.
+        classify: Knows exceptions that are not failures; None means the default for all.
+        cancel_wins: Whether a cancellation that was asked for makes the attempt `cancelled` although the code returned.
+        finalized_by: Which path is named on the record.
+    """
+
+    name: str
+    core: bool = False
+    timeout: float | None = None
+    kind: trace.SpanKind = trace.SpanKind.INTERNAL
+    attributes: Mapping[str, Any] | None = None
+    link_carried: bool | None = None
+    links: tuple[Link, ...] = ()
+    classify: Classifier | None = None
+    cancel_wins: bool = False
+    finalized_by: str = "executor"
+
+
+class Execution:
+    """
+    The execution that runs here, for the code that runs in it.
+
+    Attributes:
+        name: Its name.
+        correlation: Who asked for it.
+    """
+
+    __slots__ = (
+        "_cancellation",
+        "_core_lock",
+        "_core_state",
+        "_output",
+        "_paused",
+        "_progress",
+        "_rejected",
+        "_retry_sent",
+        "_runtime",
+        "_snapshot",
+        "_snapshot_error",
+        "attempt_row",
+        "children",
+        "clock_started_ns",
+        "closed",
+        "closing",
+        "correlation",
+        "duplicate",
+        "ending",
+        "name",
+        "number",
+        "options",
+        "outer",
+        "pid",
+        "progress_due",
+        "progress_written",
+        "span",
+        "span_ended",
+        "stop",
+        "timed_out",
+        "token",
+    )
+
+    attempt_row: OpenAttempt
+
+    def __init__(self, runtime: Runtime, options: Options, correlation: Correlation, token: str, outer: Execution | None = None) -> None:
+        self._runtime = runtime
+        self.options = options
+        self.name = options.name
+        self.correlation = correlation
+        self.token = token
+        self.outer = outer
+        self.pid = os.getpid()
+        self.number: int | None = None
+        self.duplicate = False
+        self.span: Span = trace.INVALID_SPAN
+        self.span_ended = False
+        self.clock_started_ns = 0
+        self.children: list[Any] = []
+        self.closed = False
+        self.closing: CloseAttempt | CloseOuter | None = None
+        self.timed_out = False
+        self.ending: Ending | None = None
+        self.stop: Callable[[], None] | None = None
+        self.progress_due = False
+        self.progress_written = 0.0
+        self._cancellation: Cancellation | None = None if outer is None else outer._cancellation
+        self._progress: str | None = None
+        self._output: str | None = None
+        self._paused: str | None = None
+        self._rejected: str | None = None
+        self._snapshot: str | None = None if outer is None else outer._snapshot
+        self._snapshot_error: str | None = None
+        self._retry_sent = False
+        self._core_lock = threading.Lock()
+        self._core_state: str | None = None
+
+    def __bool__(self) -> bool:
+        """Give True: this is an execution."""
+        return True
+
+    def __repr__(self) -> str:
+        return f"<Execution {self.name} {self.id} attempt {self.attempt}>"
+
+    # What the code in it may ask
+
+    @property
+    def id(self) -> str:
+        """The execution id."""
+        return self.correlation.execution_id
+
+    @property
+    def attempt(self) -> int:
+        """The attempt's number, from 1. While the store is away it is not known, and 1."""
+        return self.number or 1
+
+    @property
+    def deadline(self) -> float | None:
+        """When it should be done, in seconds since 1970; None without a timeout."""
+        deadline = self.attempt_row.deadline_unix_ns
+        return None if deadline is None else deadline / 1e9
+
+    @property
+    def cancel_requested(self) -> bool:
+        """Whether somebody asked for the execution to be cancelled."""
+        return self._cancellation is not None
+
+    @property
+    def snapshot(self) -> Any:
+        """What the paused attempt before this one left; None when there is nothing."""
+        return None if self._snapshot is None else json.loads(self._snapshot)
+
+    # What it may tell
+
+    def progress(self, message: str, *, done: float | None = None, total: float | None = None) -> None:
+        """
+        Say how far it is. The last marker stands on the record, also when the process dies.
+
+        Args:
+            message: What is being done.
+            done: How much of it; None when that can't be said.
+            total: Of how much; None when that can't be said.
+        """
+        if self._closed("progress"):
+            return
+        marker = {"message": str(message), "done": done, "total": total, "at_unix_ns": time.time_ns()}
+        self._progress = _json({key: value for key, value in marker.items() if value is not None})
+        self._runtime.progressed(self)
+
+    def set_output(self, value: Any) -> None:
+        """
+        Keep a result on the record.
+
+        Args:
+            value: Anything that JSON can hold; other objects are kept as their text. Over `max_output_bytes` of JSON it
+                is not kept, and a WARNING says so.
+        """
+        if self._closed("set_output"):
+            return
+        text = _json(value)
+        if len(text.encode("utf-8", "replace")) > self._runtime.settings.max_output_bytes:
+            logger.warning("otelexec.output.dropped: %s gave %d characters of output", self.name, len(text))
+            return
+        self._output = text
+
+    def pause(self, reason: str, *, snapshot: Any = None) -> None:
+        """
+        End this attempt as `paused` once the code returns; a resume is a new attempt at the same execution.
+
+        Args:
+            reason: Why; the classification of the attempt.
+            snapshot: What the next attempt finds in `.snapshot`: anything that JSON can hold. What can't be stored
+                fails the attempt, since a pause that can't be resumed would look like one that can.
+        """
+        if self._closed("pause"):
+            return
+        self._paused = str(reason)
+        if snapshot is None:
+            return
+        try:
+            text = json.dumps(snapshot, separators=(",", ":"), allow_nan=False)
+            text.encode("utf-8")
+        except (TypeError, ValueError, RecursionError) as error:
+            self._snapshot_error = f"the snapshot can't be stored as JSON: {error}"
+            return
+        if len(text) > self._runtime.settings.max_output_bytes:
+            self._snapshot_error = f"the snapshot has {len(text)} bytes, more than max_output_bytes"
+            return
+        self._snapshot = text
+
+    # What the rest of otelexec asks
+
+    def mark_retry_sent(self) -> None:
+        """Note that a message for another attempt went out."""
+        self._retry_sent = True
+
+    def reject(self, reason: str) -> None:
+        """End this attempt as `rejected` once the code returns."""
+        self._rejected = reason
+
+    def cancelled_by(self, cancellation: Cancellation | None) -> None:
+        """Learn that somebody asked for it to be cancelled."""
+        if cancellation is None:
+            return
+        self._cancellation = cancellation
+        if cancellation.terminate and self.stop is not None:
+            self.stop()
+
+    def opened(self, answer: Opened) -> None:
+        """Learn what the store says of its attempt."""
+        self.number = answer.number
+        self.duplicate = answer.duplicate
+        self._snapshot = answer.snapshot or self._snapshot
+        self.cancelled_by(answer.cancellation)
+
+    @property
+    def records(self) -> bool:
+        """Whether it has a record, or is a span only."""
+        return self._runtime.records
+
+    @property
+    def started_unix_ns(self) -> int:
+        """When the attempt started, in nanoseconds since 1970."""
+        return self.attempt_row.started_unix_ns
+
+    @property
+    def is_open(self) -> bool:
+        """Whether its attempt runs in this very process."""
+        return not self.closed and self.pid == os.getpid()
+
+    def enter_core(self) -> Literal["takes_over", "next", None]:
+        """
+        Decide, once and for all threads, what a core called in here is.
+
+        Returns:
+            `takes_over` for the first, `next` (a further attempt) after one that did not succeed, None for a child:
+            while another core runs, after one that succeeded, and inside a core.
+        """
+        if not self.is_open or self.outer is not None:
+            return None
+        with self._core_lock:
+            before = self._core_state
+            if before in (_RUNNING, SUCCEEDED):
+                return None
+            self._core_state = _RUNNING
+            return "takes_over" if before is None else "next"
+
+    def leave_core(self, state: str) -> None:
+        """Learn how the core in here ended."""
+        self._core_state = state
+
+    @property
+    def had_core(self) -> bool:
+        """Whether a core took its attempt over."""
+        return self._core_state is not None
+
+    @property
+    def progress_marker(self) -> str | None:
+        """The last marker as JSON text."""
+        return self._progress
+
+    @property
+    def output(self) -> str | None:
+        """The output as JSON text."""
+        return self._output
+
+    @property
+    def pause_snapshot(self) -> str | None:
+        """What a pause leaves, as JSON text."""
+        return self._snapshot if self._paused is not None else None
+
+    def warn_inherited(self, what: str) -> None:
+        """Say, once for each kind of call, that a forked child can't speak for its parent's execution."""
+        if what not in _warned:
+            _warned.add(what)
+            logger.warning("otelexec.execution.inherited: %s() does nothing here: the execution is process %d's", what, self.pid)
+
+    def _closed(self, what: str) -> bool:
+        if self.pid != os.getpid():
+            self.warn_inherited(what)
+        return not self.is_open
+
+    # Endings
+
+    def classify(self, exception: BaseException | None) -> Ending:
+        """
+        Classify how the code ended.
+
+        Args:
+            exception: What it raised; None when it returned.
+        """
+        if exception is None:
+            ending = self._returned()
+        else:
+            ending = self._raised(exception)
+        if self._retry_sent and ending.state not in (SUCCEEDED, PAUSED):
+            ending = replace(ending, retrying=True)
+        return ending
+
+    def _returned(self) -> Ending:
+        if self._paused is not None:
+            if self._snapshot_error is not None:
+                return Ending(FAILED, "snapshot_not_stored", "snapshot_not_stored", self._snapshot_error)
+            return Ending(PAUSED, self._paused)
+        if self._rejected is not None:
+            return Ending(REJECTED, None, self._rejected, self._rejected)
+        if self.options.cancel_wins:
+            return Ending(CANCELLED) if self.cancel_requested else Ending(SUCCEEDED, depends_on_cancellation=True)
+        return Ending(SUCCEEDED)
+
+    def _raised(self, exception: BaseException) -> Ending:
+        if self.options.classify is not None:
+            ending = self.options.classify(exception)
+            if ending is not None:
+                return ending
+        if self.timed_out:
+            message = f"stopped after its timeout of {self.options.timeout:g} s"
+            return Ending(TIMED_OUT, None, "TimeoutError", message, exception)
+        if isinstance(exception, SystemExit) and not _raised_by_signal_handler(exception):
+            if exception.code in (None, 0):
+                return Ending(SUCCEEDED)
+            return self._failed(exception)
+        if isinstance(exception, (asyncio.CancelledError, KeyboardInterrupt, GeneratorExit, SystemExit, ExecutionCancelled)):
+            error_type, message = describe(exception, self._runtime.settings.max_error_chars)
+            if self.cancel_requested:
+                return Ending(CANCELLED, None, error_type, message)
+            return Ending(CANCELLED, INTERRUPTED, error_type, message, depends_on_cancellation=True)
+        return self._failed(exception)
+
+    def _failed(self, exception: BaseException) -> Ending:
+        error_type, message = describe(exception, self._runtime.settings.max_error_chars)
+        return Ending(FAILED, None, error_type, message, exception)
+
+
+class NoExecution:
+    """What `current_execution()` gives outside any execution: false, without an id, and its methods do nothing."""
+
+    __slots__ = ()
+
+    id: None = None
+    name: None = None
+    attempt: None = None
+    correlation: None = None
+    deadline: None = None
+    snapshot: None = None
+    cancel_requested: bool = False
+
+    def __bool__(self) -> bool:
+        """Give False: there is no execution."""
+        return False
+
+    def progress(self, message: str, *, done: float | None = None, total: float | None = None) -> None:
+        """Do nothing."""
+
+    def set_output(self, value: Any) -> None:
+        """Do nothing."""
+
+    def pause(self, reason: str, *, snapshot: Any = None) -> None:
+        """Do nothing."""
+
+
+_NO_EXECUTION = NoExecution()
+
+
+def current_execution() -> Execution | NoExecution:
+    """Give the execution that this code runs in; outside any, a handle that is false and does nothing."""
+    found = context.current_execution()
+    return found if isinstance(found, Execution) else _NO_EXECUTION
+
+
+def describe(exception: BaseException, max_chars: int) -> tuple[str, str]:
+    """
+    Give the fully qualified class of an exception and its text, whatever its `__str__` does.
+
+    Args:
+        exception: The exception.
+        max_chars: Longest text in characters.
+    """
+    cls = type(exception)
+    name = cls.__qualname__ if cls.__module__ == "builtins" else f"{cls.__module__}.{cls.__qualname__}"
+    try:
+        text = str(exception)
+    except Exception as error:  # noqa: BLE001 (the user's __str__ may raise anything)
+        text = f"<its text could not be made: {type(error).__name__}>"
+    if len(text) > max_chars:
+        text = text[: max_chars - 1] + "\u2026"
+    return name, text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+_MARK = "__otelexec_finalized__"
+
+
+def mark_finalized(exception: BaseException, execution_id: str) -> None:
+    """Note on an exception that the execution that it ended is durably recorded."""
+    # Not by setattr: classes may forbid it (frozen dataclasses do), but every exception has a __dict__.
+    BaseException.__setattr__(exception, _MARK, execution_id)
+
+
+def was_finalized(exception: BaseException) -> bool:
+    """
+    Tell outer code whether the execution that raised this has its durable record already.
+
+    Args:
+        exception: What came out of the executor.
+
+    Returns:
+        False also when the record could not be kept anywhere but in a log line.
+    """
+    return _MARK in BaseException.__getattribute__(exception, "__dict__")
+
+
+def _raised_by_signal_handler(exception: BaseException) -> bool:
+    handlers = {_code_of(signal.getsignal(number)) for number in signal.valid_signals()}
+    handlers.discard(None)
+    traceback = exception.__traceback__
+    while traceback is not None:
+        if traceback.tb_frame.f_code in handlers:
+            return True
+        traceback = traceback.tb_next
+    return False
+
+
+def _code_of(handler: Any) -> CodeType | None:
+    while isinstance(handler, partial):
+        handler = handler.func
+    function = getattr(handler, "__func__", handler)
+    code = getattr(function, "__code__", None)
+    if code is None and not isinstance(handler, int) and handler is not None:
+        code = getattr(getattr(type(handler), "__call__", None), "__code__", None)
+    return code if isinstance(code, CodeType) else None
+
+
+def _json(value: Any) -> str:
+    try:
+        return json.dumps(value, separators=(",", ":"), default=str)
+    except (TypeError, ValueError, RecursionError):
+        return json.dumps(repr(value))

@@ -1,0 +1,180 @@
+"""
+The background thread of a process: signs of life, and whatever must not wait for the next commit.
+
+It writes the heartbeat, markers and ended children of what runs here, passes cancellations on, takes the spool in when
+the store is back, closes the attempts of dead workers, and starts the relay.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from typing import TYPE_CHECKING
+
+from otelexec.errors import OtelexecError, StoreError
+from otelexec.store.base import Heartbeat as HeartbeatWrite
+
+if TYPE_CHECKING:
+    from otelexec.runtime import Runtime
+
+logger = logging.getLogger("otelexec.heartbeat")
+
+LOOSE_SECONDS = 0.5
+"""How long an ended span without an execution waits for company; at most a second with the thread's own delay."""
+
+RELAY_DELAY_SECONDS = 0.2
+"""A process that ends sooner, such as a forked worker of one job, leaves its spans to the relays of others."""
+
+LEAST_TICK_SECONDS = 0.02
+
+
+class Heartbeat:
+    """
+    The thread of one runtime; it starts when there is first something to do.
+
+    Args:
+        runtime: The runtime.
+    """
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
+        # SimpleQueue.put() is reentrant, so that the garbage collector may nudge in any place.
+        self._nudges: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._stopping = False
+        self._next_beat = 0.0
+        self._next_loose = 0.0
+        self._next_reconcile = 0.0
+        self._relay_from = 0.0
+
+    def nudge(self) -> None:
+        """Ask for a round soon; never blocks."""
+        self._nudges.put(None)
+        if self._thread is None and not self._stopping and self._lock.acquire(blocking=False):
+            try:
+                self._start()
+            finally:
+                self._lock.release()
+
+    def ensure(self) -> None:
+        """Start the thread unless it runs."""
+        if self._thread is None:
+            with self._lock:
+                self._start()
+
+    def _start(self) -> None:
+        if self._thread is not None or self._stopping or not self._runtime.records:
+            return
+        now = time.monotonic()
+        self._next_beat = now + self._runtime.settings.heartbeat
+        self._next_reconcile = now + min(1.0, self._runtime.settings.reconcile_interval_seconds)
+        self._relay_from = now + RELAY_DELAY_SECONDS
+        thread = threading.Thread(target=self._serve, name="otelexec-heartbeat", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:  # the interpreter is shutting down
+            return
+        self._thread = thread
+
+    def stop(self, timeout_seconds: float) -> None:
+        """End the thread; waits no longer than `timeout_seconds`."""
+        self._stopping = True
+        self._nudges.put(None)
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(timeout_seconds)
+
+    def _serve(self) -> None:
+        while not self._stopping:
+            self._wait()
+            if self._stopping:
+                return
+            try:
+                self._round()
+            except OtelexecError as error:
+                logger.debug("otelexec.heartbeat.failed: %s", error)
+            except Exception:  # the thread must outlive every surprise
+                logger.exception("otelexec.heartbeat.failed")
+
+    def _wait(self) -> None:
+        runtime, now = self._runtime, time.monotonic()
+        wake = min(self._next_beat, self._next_reconcile if runtime.settings.reconcile else self._next_beat)
+        if runtime.executions or runtime.homeless:
+            wake = min(wake, now + runtime.settings.cancel_poll_seconds)
+        if runtime.collector.has_loose:
+            wake = min(wake, max(self._next_loose, now))
+        if runtime.relay is None and runtime.settings.relay:
+            wake = min(wake, max(self._relay_from, now))
+        try:
+            self._nudges.get(timeout=max(wake - now, LEAST_TICK_SECONDS))
+            while True:
+                self._nudges.get_nowait()
+        except queue.Empty:
+            pass
+
+    def _round(self) -> None:
+        runtime, now = self._runtime, time.monotonic()
+        runtime.group.flush()
+        if runtime.homeless:
+            runtime.recover()
+        if runtime.collector.has_loose and now >= self._next_loose:
+            self._next_loose = now + LOOSE_SECONDS
+            loose = runtime.collector.take_loose(runtime.process_id)
+            if loose:
+                runtime.write(loose)
+        beat = now >= self._next_beat
+        self._look_after_executions(now, all_children=beat)
+        if beat:
+            self._next_beat = now + runtime.settings.heartbeat
+            if not runtime.spooling:
+                runtime.commit(HeartbeatWrite(runtime.process), durable=False, timeout_seconds=1.0)
+        if runtime.relay is None and runtime.settings.relay and now >= self._relay_from:
+            self._start_relay()
+        if runtime.settings.reconcile and now >= self._next_reconcile:
+            self._next_reconcile = now + runtime.settings.reconcile_interval_seconds
+            self._reconcile()
+
+    def _look_after_executions(self, now: float, *, all_children: bool) -> None:
+        runtime = self._runtime
+        executions = list(runtime.executions.values())
+        if not executions:
+            return
+        for execution in executions:
+            if execution.progress_due and now - execution.progress_written >= runtime.settings.progress_seconds:
+                execution.progress_written = now
+                runtime.write_progress(execution)
+            if all_children or len(execution.children) >= runtime.collector.max_collected:
+                children = runtime.collector.take_children(execution, runtime.process_id)
+                if children:
+                    runtime.write(children)
+        if runtime.store is not None and not runtime.spooling:
+            wishes = runtime.store.cancellations([execution.id for execution in executions])
+            for execution in executions:
+                if execution.id in wishes:
+                    execution.cancelled_by(wishes[execution.id])
+
+    def _start_relay(self) -> None:
+        from otelexec.relay import Relay
+
+        runtime = self._runtime
+        try:
+            relay = Relay(runtime.commit_all, runtime.settings, runtime.process_id)
+        except OtelexecError as error:
+            logger.error("otelexec.relay.unusable: %s", error)  # noqa: TRY400 (the message says it all)
+            self._relay_from = float("inf")
+            return
+        runtime.relay = relay
+        relay.start()
+
+    def _reconcile(self) -> None:
+        from otelexec.reconcile import Reconciler
+
+        runtime = self._runtime
+        if runtime.store is None or runtime.spooling:
+            return
+        try:
+            Reconciler(runtime.store, runtime.spool, own=runtime.process_id).run_once()
+        except (StoreError, OSError) as error:
+            logger.debug("otelexec.reconcile.failed: %s", error)

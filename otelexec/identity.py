@@ -1,0 +1,104 @@
+"""Which process this is, and whether another one lives: host, boot id, pid namespace, pid and its start time."""
+
+from __future__ import annotations
+
+import os
+import socket
+import uuid
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+from otelexec.store.base import ProcessRow
+
+_DEAD_STATES = frozenset("ZXx")
+
+
+@cache
+def _boot_id() -> str:
+    return _read("/proc/sys/kernel/random/boot_id").strip()
+
+
+def _pid_namespace() -> str:
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return ""
+
+
+def _state_and_start(pid: int) -> tuple[str, int]:
+    """Give the state letter and the start time in clock ticks since boot (proc(5), /proc/pid/stat); empty when gone."""
+    # The command name in parentheses may hold anything, spaces and parentheses too.
+    _, _, rest = _read(f"/proc/{pid}/stat").rpartition(")")
+    fields = rest.split()
+    return (fields[0], int(fields[19])) if len(fields) > 19 else ("", 0)  # noqa: PLR2004 (field 22 of the file)
+
+
+def this_process(process_id: str, *, lease_seconds: float, resource: bytes, scope: bytes) -> ProcessRow:
+    """
+    Describe this process for the store.
+
+    Args:
+        process_id: Its minted id.
+        lease_seconds: How long it may count as alive where nobody can look at it.
+        resource: Its encoded OTLP resource.
+        scope: Its encoded OTLP scope.
+    """
+    pid = os.getpid()
+    return ProcessRow(
+        process_id=process_id,
+        host=socket.gethostname(),
+        boot_id=_boot_id(),
+        pid_namespace=_pid_namespace(),
+        pid=pid,
+        pid_start=_state_and_start(pid)[1],
+        lease_seconds=lease_seconds,
+        resource=resource,
+        scope=scope,
+    )
+
+
+def mint_process_id() -> str:
+    """Mint the id of a process."""
+    return uuid.uuid4().hex
+
+
+def liveness(process: ProcessRow, now_unix_ns: int) -> Literal["alive", "dead", "lapsed"]:
+    """
+    Tell whether a process lives.
+
+    Args:
+        process: Its row.
+        now_unix_ns: The store's clock.
+
+    Returns:
+        `dead` when it was looked at and is gone; `lapsed` when it can't be looked at from here and its lease is over.
+    """
+    if is_here(process):
+        state, start = _state_and_start(process.pid)
+        return "alive" if start == process.pid_start and state not in _DEAD_STATES else "dead"
+    if _boot_id() and process.boot_id and process.host == socket.gethostname() and _rebooted(process):
+        return "dead"
+    lease_ns = int(process.lease_seconds * 1e9)
+    return "alive" if now_unix_ns - process.heartbeat_unix_ns <= lease_ns else "lapsed"
+
+
+def is_here(process: ProcessRow) -> bool:
+    """Tell whether its pid means something here: the same boot of the same kernel, the same pid namespace."""
+    return bool(process.boot_id) and process.boot_id == _boot_id() and process.pid_namespace == _pid_namespace()
+
+
+def _rebooted(process: ProcessRow) -> bool:
+    # Two machines may carry one name (container images do), so a boot that differs proves nothing across namespaces.
+    return process.boot_id != _boot_id() and process.pid_namespace == _INIT_NAMESPACE == _pid_namespace()
+
+
+# The inode of the initial pid namespace (include/linux/proc_ns.h, PROC_PID_INIT_INO): not a container.
+_INIT_NAMESPACE = "pid:[4026531836]"

@@ -1,0 +1,201 @@
+"""
+The lifecycle of an attempt, written once as a generator of effects.
+
+Correlate, start the span, open the attempt, call, classify, freeze the span, commit both: in this order and in this
+place only. What needs I/O or the user's code is yielded to a driver (`drivers.py`), so that functions, coroutines and
+generators share every line here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Generator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from opentelemetry import context as otel_context
+from opentelemetry import trace
+from opentelemetry.context import Context
+
+from otelexec import context
+from otelexec.context import EXECUTION_KEY
+from otelexec.correlation import Correlation, Scope, with_ambient
+from otelexec.errors import ExecutionCancelled
+from otelexec.execution import Execution, Options, mark_finalized
+from otelexec.effects import Effect
+from otelexec.finalize import finalize, persist
+from otelexec.spans import row_of
+from otelexec.store.base import ExecutionRow, OpenAttempt, Opened
+
+if TYPE_CHECKING:
+    from opentelemetry.trace import Span
+
+    from otelexec.runtime import Runtime
+
+MAX_HELD = 8
+"""Exceptions of signal handlers that are held back for one commit: more of them mean to get out at any price."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """
+    Call the user's code. The driver sends back what it raised, or None.
+
+    Attributes:
+        subject: What a `with` block gets: the execution, or the message that is published.
+        context: The context to run it in.
+    """
+
+    subject: Any
+    context: Context
+
+
+Steps = Generator[Effect | Call, Any, None]
+
+
+def lifecycle(runtime: Runtime, options: Options) -> Steps:
+    """
+    Run one attempt.
+
+    Args:
+        runtime: The runtime of this process.
+        options: The options of the executor.
+
+    Yields:
+        Effects, and a `Call` at most once.
+
+    Raises:
+        ExecutionCancelled: Somebody cancelled the execution before it started; its record is closed.
+        BaseException: What a signal handler raised outside the user's code, after the commit.
+    """
+    execution, run_context = begin(runtime, options)
+    raised = held = yield from _open(runtime, execution)
+    if raised is None and execution.cancel_requested:
+        message = f"Execution {execution.id} was cancelled before it started."
+        raised = held = ExecutionCancelled(message, execution_id=execution.id)
+    if raised is None:
+        try:
+            raised = yield Call(execution, run_context)
+        except BaseException as error:  # a signal handler's, between the driver's own instructions
+            raised = held = error
+    if execution.pid != os.getpid():
+        execution.warn_inherited("close")
+        return
+    ended_ns = execution.started_unix_ns + time.perf_counter_ns() - execution.clock_started_ns
+    for _ in range(MAX_HELD):
+        try:
+            if execution.ending is None:
+                execution.ending = execution.classify(raised)
+            durable = yield from finalize(runtime, execution, execution.ending, ended_ns)
+            if durable and raised is not None:
+                mark_finalized(raised, execution.id)
+            runtime.left(execution)
+            break
+        except BaseException as error:  # an effect gives its errors back, so this is a signal handler's
+            held = held or error
+    if held is not None:
+        raise held
+
+
+def _open(runtime: Runtime, execution: Execution) -> Generator[Effect, Any, BaseException | None]:
+    """Open the attempt; gives what a signal handler raised meanwhile."""
+    write = execution.attempt_row
+    held: BaseException | None = None
+    for _ in range(MAX_HELD):
+        try:
+            if runtime.records:
+                patience = runtime.settings.open_timeout_seconds
+                answer = yield from persist(runtime, write, durable=False, patience_seconds=patience)
+                if isinstance(answer, Opened):
+                    execution.opened(answer)
+            runtime.entered(execution)
+            break
+        except BaseException as error:
+            held = held or error
+            write = replace(write, repeated=True)
+    return held
+
+
+def begin(runtime: Runtime, options: Options) -> tuple[Execution, Context]:
+    """Assign the ids and start the span, before anything can fail."""
+    base = otel_context.get_current()
+    around = context.current_execution(base)
+    parent = around if isinstance(around, Execution) else None
+    scope = context.current_scope(base)
+    role = parent.enter_core() if options.core and parent is not None else None
+    outer = parent if role is not None else None
+    takes_over = role == "takes_over"
+    correlation = correlate_call(parent, scope, keeps_id=outer is not None)
+    token = outer.token if takes_over and outer is not None else os.urandom(16).hex()
+    execution = Execution(runtime, options, correlation, token, outer)
+    started = time.time_ns()
+    execution.clock_started_ns = time.perf_counter_ns()
+    scope_is_near = scope is not None and (parent is None or scope.execution is parent)
+    execution.span = _start_span(runtime, options, correlation, scope if scope_is_near else None, base, started)
+    execution.attempt_row = OpenAttempt(
+        token=token,
+        execution=execution_row(options.name, correlation),
+        process_id=runtime.process_id,
+        started_unix_ns=started,
+        deadline_unix_ns=None if options.timeout is None else started + int(options.timeout * 1e9),
+        span=row_of(execution.span) if runtime.records else None,
+        outer_token=None if outer is None else outer.token,
+        outer=None if outer is None else outer.attempt_row.span,
+        outer_started_unix_ns=None if outer is None else outer.started_unix_ns,
+        takes_over=takes_over,
+        opened=runtime.collector.open_ancestors(base) if runtime.records else (),
+    )
+    run_context = with_ambient(base, correlation, execution.id)
+    run_context = trace.set_span_in_context(execution.span, run_context)
+    return execution, otel_context.set_value(EXECUTION_KEY, execution, run_context)
+
+
+def correlate_call(parent: Execution | None, scope: Scope | None, *, keeps_id: bool) -> Correlation:
+    """
+    Decide which execution a call is (design section 5, Scope and Nesting).
+
+    Args:
+        parent: The execution current in the caller's context, also one that has ended or was inherited over a fork.
+        scope: The innermost scope; None without one.
+        keeps_id: Whether the call is a core and so belongs to the parent's execution.
+    """
+    inside = scope is not None and scope.execution is parent  # a scope opened in the parent, or with no parent at all
+    if parent is None or (inside and not parent.is_open):
+        return Correlation.direct() if scope is None else scope.take()
+    base = scope.correlation if inside and scope is not None else parent.correlation
+    if not keeps_id:
+        return base.child(parent.id)
+    if base is parent.correlation:
+        return base
+    own = parent.correlation
+    return base.model_copy(update={"execution_id": own.execution_id, "parent_execution_id": own.parent_execution_id})
+
+
+def execution_row(name: str, correlation: Correlation) -> ExecutionRow:
+    """Give the execution's side of a record."""
+    return ExecutionRow(
+        execution_id=correlation.execution_id,
+        name=name,
+        request_id=correlation.request_id,
+        source=correlation.source,
+        correlation=json.dumps(dict(correlation.fields)) if correlation.fields else "{}",
+        parent_execution_id=correlation.parent_execution_id,
+    )
+
+
+def _start_span(runtime: Runtime, options: Options, correlation: Correlation, scope: Scope | None, base: Context, started: int) -> Span:
+    links = options.links if scope is None else (*options.links, *scope.links)
+    link_carried = runtime.settings.link_carried if options.link_carried is None else options.link_carried
+    if link_carried:
+        carried = trace.get_current_span(base).get_span_context()
+        if carried.is_valid and carried.is_remote:
+            links = (*links, trace.Link(carried))
+            base = trace.set_span_in_context(trace.INVALID_SPAN, base)
+    attributes = correlation.members()
+    if options.attributes:
+        attributes = {**attributes, **options.attributes}
+    return runtime.tracer.start_span(
+        options.name, base, options.kind, attributes, links, started, record_exception=False, set_status_on_exception=False
+    )

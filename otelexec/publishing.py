@@ -1,0 +1,210 @@
+"""What the sending side records: a message that leaves, a request that is turned away, a wish to cancel."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from opentelemetry import context as otel_context
+from opentelemetry import trace
+from opentelemetry.sdk.trace import ReadableSpan
+from opentelemetry.trace import Link, SpanKind
+
+from otelexec import runtime as _runtime
+from otelexec import semconv
+from otelexec.blocks import Block
+from otelexec.effects import run
+from otelexec.context import EXECUTION_KEY, SCOPE_KEY
+from otelexec.correlation import Correlation, Scope, with_ambient
+from otelexec.execution import Execution, Options, current_execution, describe
+from otelexec.finalize import finalize, persist
+from otelexec.lifecycle import Call, Steps, begin, execution_row
+from otelexec.propagation import outgoing
+from otelexec.spans import request_of, row_of
+from otelexec.store.base import REJECTED, AddSpans, Cancellation, Outcome, RecordQueued, RefuseQueued, RequestCancel
+
+if TYPE_CHECKING:
+    from otelexec.runtime import Runtime
+
+
+class Message:
+    """
+    A message on its way to a queue.
+
+    Attributes:
+        correlation: The ids that it carries: what `inject*` writes inside the block.
+    """
+
+    __slots__ = ("_span", "correlation", "unknown")
+
+    def __init__(self, correlation: Correlation, span: trace.Span) -> None:
+        self.correlation = correlation
+        self.unknown = False
+        self._span = span
+
+    @property
+    def id(self) -> str:
+        """The execution id that it carries."""
+        return self.correlation.execution_id
+
+    def set_message_id(self, message_id: str) -> None:
+        """Name the message as the backend knows it, once it does."""
+        self._span.set_attribute(semconv.MESSAGING_MESSAGE_ID, message_id)
+
+    def acceptance_unknown(self) -> None:
+        """Say that nobody knows whether the backend has the message: an exception then leaves it `queued`."""
+        self.unknown = True
+
+
+class publish(Block[Message]):  # noqa: N801 (read as a verb: `with publish(...)`)
+    """
+    Record that work leaves for a queue: a PRODUCER span, and a `queued` record that is committed before it leaves.
+
+    Inside the block, `inject*` carries the message's own execution id and the PRODUCER span. An exception means that
+    the backend refused: the record is closed as `rejected`, and the exception goes on.
+
+    Args:
+        name: Name of the execution that the message asks for.
+        destination: The queue's name; None when it has none.
+        system: The queue's system, such as `celery`; None when it has no name.
+        operation: What is done, as the backend calls it (messaging semantic conventions 1.44.0).
+        message_id: The message's own id; None when it is not known yet.
+        attributes: Further span attributes.
+        links: Further span links.
+        retry: Whether the message asks for another attempt at the running execution.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        destination: str | None = None,
+        system: str | None = None,
+        operation: str = "send",
+        message_id: str | None = None,
+        attributes: Mapping[str, Any] | None = None,
+        links: tuple[Link, ...] = (),
+        retry: bool = False,
+    ) -> None:
+        super().__init__()
+        self._name = name
+        self._span_name = operation if destination is None else f"{operation} {destination}"
+        self._links = links
+        self._retry = retry
+        self._message_id = message_id
+        known = {
+            semconv.MESSAGING_SYSTEM: system,
+            semconv.MESSAGING_OPERATION_NAME: operation,
+            semconv.MESSAGING_OPERATION_TYPE: "send",
+            semconv.MESSAGING_DESTINATION_NAME: destination,
+            semconv.MESSAGING_MESSAGE_ID: message_id,
+        }
+        self._attributes = {key: value for key, value in known.items() if value is not None} | dict(attributes or {})
+
+    def _lifecycle(self, runtime: Runtime) -> Steps:
+        base = otel_context.get_current()
+        correlation = outgoing(base, retry=self._retry)
+        started = time.time_ns()
+        clock = time.perf_counter_ns()
+        span = runtime.tracer.start_span(
+            self._span_name,
+            base,
+            SpanKind.PRODUCER,
+            {**correlation.members(), **self._attributes},
+            self._links,
+            started,
+        )
+        patience = runtime.settings.open_timeout_seconds
+        row = row_of(span) if runtime.records else None
+        if runtime.records:
+            queued = RecordQueued(execution_row(self._name, correlation), row, runtime.process_id, started, runtime.open_ancestors(base))
+            yield from persist(runtime, queued, durable=False, patience_seconds=patience)
+            runtime.heartbeat.ensure()
+        message = Message(correlation, span)
+        raised = yield Call(message, _message_context(base, correlation, span, self._message_id))
+        ended = started + time.perf_counter_ns() - clock
+        error_type, error_message = (None, None)
+        if raised is not None:
+            error_type, error_message = describe(raised, runtime.settings.max_error_chars)
+            span.set_attribute(semconv.ERROR_TYPE, error_type)
+            span.set_status(trace.StatusCode.ERROR, error_message)
+        span.end(ended)
+        if not runtime.records:
+            return
+        spans = AddSpans(execution_id=correlation.execution_id, process_id=runtime.process_id)
+        if row is not None and isinstance(span, ReadableSpan):
+            spans = AddSpans(
+                recorded=((row, request_of((span,))),),
+                execution_id=correlation.execution_id,
+                process_id=runtime.process_id,
+            )
+        refused = isinstance(raised, Exception) and not message.unknown
+        if refused:
+            outcome = Outcome(REJECTED, ended, "publisher", error_type=error_type, error_message=error_message)
+            write: RefuseQueued | AddSpans = RefuseQueued(correlation.execution_id, outcome, spans)
+        else:
+            write = spans
+        if refused or spans:
+            yield from persist(runtime, write, durable=refused, patience_seconds=patience)
+
+
+def _message_context(
+    base: otel_context.Context, correlation: Correlation, span: trace.Span, message_id: str | None
+) -> otel_context.Context:
+    """Make the context of the block: a scope of the message's own, so that the first `inject*` in it takes its id."""
+    context = with_ambient(base, correlation, correlation.parent_execution_id)
+    context = trace.set_span_in_context(span, context)
+    context = otel_context.set_value(SCOPE_KEY, Scope(correlation, message_id=message_id), context)
+    return otel_context.set_value(EXECUTION_KEY, None, context)
+
+
+def reject(reason: str, *, name: str = "rejected") -> str:
+    """
+    Record that work was turned away before it ran: a terminal, correlated record with a span.
+
+    Inside an open execution it makes that execution's attempt end as `rejected` once its code returns.
+
+    Args:
+        reason: Why; short and the same each time, since it is `error.type`.
+        name: Name of the record; outside an execution only.
+
+    Returns:
+        The execution id of the record.
+    """
+    current = current_execution()
+    if isinstance(current, Execution) and current.is_open:
+        current.reject(reason)
+        return current.id
+    runtime = _runtime.get()
+    execution, _ = begin(runtime, Options(name, finalized_by="reject"))
+    execution.reject(reason)
+    ended_ns = execution.started_unix_ns + time.perf_counter_ns() - execution.clock_started_ns
+    run(runtime, finalize(runtime, execution, execution.classify(None), ended_ns))
+    return execution.id
+
+
+def request_cancel(execution_id: str, *, terminate: bool | None = None) -> str | None:
+    """
+    Ask for an execution to be cancelled, in whatever process it runs or will run.
+
+    The wish is durable when this returns. An attempt that has not started is not called; a running one sees
+    `.cancel_requested`.
+
+    Args:
+        execution_id: Which.
+        terminate: True: also stop what can be stopped (coroutines, and what a backend can stop); False: only tell
+            it; None: the backend's habit, which is to tell it here.
+
+    Returns:
+        The execution's state; None when nobody has heard of it yet.
+    """
+    runtime = _runtime.get()
+    if not runtime.records:
+        return None
+    wish = Cancellation(time.time_ns(), terminate)
+    state = runtime.write(RequestCancel(execution_id, wish), durable=True)
+    for execution in list(runtime.executions.values()):
+        if execution.id == execution_id:
+            execution.cancelled_by(wish)
+    return state if isinstance(state, str) else None

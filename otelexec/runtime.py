@@ -1,0 +1,431 @@
+"""
+What one process has: its settings, store, spool, provider, background threads, and the hooks for fork and exit.
+
+There is one runtime per process. The first use makes it from the environment; `configure()` makes it on purpose; a
+forked child gets a new one with new locks and a new process row.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import concurrent.futures
+import contextlib
+import json
+import logging
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from opentelemetry.sdk.trace import TracerProvider
+
+from otelexec import identity, logs, otlp, semconv, spans
+from otelexec import settings as _settings
+from otelexec.effects import run
+from otelexec.errors import SettingsError, StoreError, StoreRejected
+from otelexec.execution import Execution
+from otelexec.finalize import Kept, for_spool, persist
+from otelexec.heartbeat import Heartbeat as HeartbeatThread
+from otelexec.settings import Settings, state_home
+from otelexec.spans import Collector, SecureIdGenerator
+from otelexec.store import spool as _spool
+from otelexec.store.base import (
+    AddSpans,
+    CloseAttempt,
+    Heartbeat,
+    ProcessRow,
+    RecordProgress,
+    Store,
+    Write,
+)
+from otelexec.store.group_commit import Entry, GroupCommit
+from otelexec.store.spool import Spool
+
+if TYPE_CHECKING:
+    from opentelemetry.context import Context
+
+    from otelexec.relay import Relay
+
+logger = logging.getLogger("otelexec")
+
+MAX_BACKLOG = 10_000
+"""Writes kept in memory when neither store nor spool takes them; each has its CRITICAL line as well."""
+
+
+def open_store(settings: Settings, *, create: bool = True) -> Store | None:
+    """
+    Make the store that the settings name; it connects when it is first used.
+
+    Args:
+        settings: The settings.
+        create: Whether to make one where none is; reading commands don't.
+
+    Returns:
+        None for `none`.
+
+    Raises:
+        SettingsError: The store's extra is not installed.
+    """
+    if settings.store == "none":
+        return None
+    if settings.store.startswith("sqlite:///"):
+        from otelexec.store.sqlite import SqliteStore
+
+        return SqliteStore(Path(settings.store.removeprefix("sqlite:///")), create=create)
+    raise SettingsError("OTELEXEC_STORE: the PostgreSQL store is not part of this version; use sqlite:///PATH")
+
+
+def spool_folder(settings: Settings, store: Store) -> Path:
+    """Give the folder of the spool: the same for workers and the command line."""
+    return settings.spool.expanduser().absolute() if settings.spool is not None else store.spool_folder
+
+
+class Runtime:
+    """
+    The runtime of one process.
+
+    Args:
+        settings: Its settings.
+        provider: The user's tracer provider; None means the global one if it is not ours.
+        forked: Whether this process is the child of one that had a runtime.
+    """
+
+    def __init__(self, settings: Settings, provider: TracerProvider | None = None, *, forked: bool = False) -> None:
+        self.settings = settings
+        self.pid = os.getpid()
+        self.process_id = identity.mint_process_id()
+        self.id_generator = SecureIdGenerator()
+        self.given_provider = provider
+        self.theirs = provider or spans.foreign_provider()
+        self.heartbeat = HeartbeatThread(self)
+        self.collector = Collector(settings.max_collected_spans, self.heartbeat.nudge, forked=forked)
+        self.provider = spans.make_provider(settings.service_name, current_collector, self.theirs)
+        self.store = open_store(settings)
+        self.records = self.store is not None
+        if not self.records:
+            self._plain_provider()
+        self.tracer = self.provider.get_tracer(semconv.SCOPE_NAME, schema_url=semconv.SCHEMA_URL)
+        self._process: ProcessRow | None = None
+        self.executions: dict[str, Execution] = {}
+        self.spooling = False
+        self._backlog: deque[Write] = deque()
+        self._backlog_lock = threading.Lock()
+        self._executor: concurrent.futures.ThreadPoolExecutor | None = None
+        self.relay: Relay | None = None
+        if self.store is not None:
+            self.store.announce = self._announce
+            self.group = GroupCommit(self.store)
+            self.spool = Spool(spool_folder(settings, self.store), lambda: self.process)
+
+    def _plain_provider(self) -> None:
+        """Without a store, spans go the usual way: through the user's provider, or to the SDK's own exporter."""
+        if isinstance(self.theirs, TracerProvider):
+            self.provider = self.theirs
+            return
+        from opentelemetry.sdk.trace.export import BatchSpanProcessor
+
+        from otelexec import endpoint
+
+        where = endpoint.read(self.settings.otlp_endpoint)
+        if where.protocol == "grpc":
+            from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
+        else:
+            from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+        self.provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=where.url)))
+        atexit.register(self.provider.shutdown)
+
+    @property
+    def process(self) -> ProcessRow:
+        """This process, as the store knows it."""
+        if self._process is None:
+            scope = self.provider.get_tracer(semconv.SCOPE_NAME, schema_url=semconv.SCHEMA_URL)
+            self._process = identity.this_process(
+                self.process_id,
+                lease_seconds=self.settings.lease_seconds,
+                resource=otlp.encode_resource(self.provider.resource),
+                scope=otlp.encode_scope(getattr(scope, "_instrumentation_scope", None)),
+            )
+        return self._process
+
+    def _announce(self) -> Sequence[Write]:
+        return (Heartbeat(self.process),)
+
+    # Writing
+
+    def commit(self, write: Write, *, durable: bool, timeout_seconds: float) -> object:
+        """Commit a write in this thread, together with others; see `GroupCommit.commit`."""
+        return self.group.commit(write, durable=durable, timeout_seconds=timeout_seconds)
+
+    def commit_all(self, writes: Sequence[Write]) -> list[object]:
+        """Commit writes of the relay one after the other; each goes in with whatever else waits."""
+        return [self.group.commit(write, durable=False, timeout_seconds=5.0) for write in writes]
+
+    def submit(self, write: Write, notify: Callable[[Entry], None], durable: bool, timeout_seconds: float) -> None:  # noqa: FBT001 (internal, always positional)
+        """Commit a write on the committer thread."""
+        self.group.submit(write, notify, durable=durable, timeout_seconds=timeout_seconds)
+
+    def leave(self, write: Write, *, durable: bool) -> None:
+        """Commit a write without waiting for anything, or leave it for the next commit."""
+
+        def keep_if_refused(entry: Entry) -> None:
+            if entry.error is not None:
+                self.keep(entry.write, durable=durable)
+
+        self.group.leave(write, keep_if_refused, durable=durable, timeout_seconds=0.05)
+        self.group.flush()
+        self.heartbeat.nudge()
+
+    def in_thread(self, loop: asyncio.AbstractEventLoop, function: Callable[[], Any]) -> asyncio.Future[Any]:
+        """Call a function that may block on a thread of our own: the loop's pool may be full of the user's work."""
+        if self._executor is None:
+            self._executor = concurrent.futures.ThreadPoolExecutor(2, thread_name_prefix="otelexec-spool")
+        try:
+            return loop.run_in_executor(self._executor, function)
+        except RuntimeError:  # the interpreter is shutting down and takes no new threads
+            future = loop.create_future()
+            future.set_result(function())
+            return future
+
+    def store_failed(self, error: StoreError) -> None:
+        """Go over to the spool until the store is back."""
+        if not self.spooling:
+            self.spooling = True
+            logger.error(
+                "otelexec.store.unavailable: %s. Records go to the spool until it is back; the work goes on.",
+                error,
+                extra={"otelexec_error": str(error)},
+            )
+        self.heartbeat.nudge()
+
+    def keep(self, write: Write, *, durable: bool) -> Kept:
+        """Keep a write that the store could not take: in the spool, or else in the log and in memory."""
+        self.spooling = True
+        token = write.attempt.token if isinstance(write, CloseAttempt) else ""
+        write = for_spool(self, self.executions.get(token), write)
+        try:
+            self.spool.append(write, durable=durable)
+        except (OSError, ValueError, TypeError) as error:
+            self.cry(write, error)
+            with self._backlog_lock:
+                if len(self._backlog) < MAX_BACKLOG:
+                    self._backlog.append(write)
+            return Kept(durable=False)
+        self.heartbeat.ensure()
+        return Kept(durable=durable)
+
+    def cry(self, write: Write, error: Exception) -> None:
+        """Put a whole record into one CRITICAL log line, the last place left."""
+        if isinstance(write, CloseAttempt | AddSpans) or type(write).__name__.startswith(("Close", "Refuse", "Record")):
+            try:
+                line = _spool.encode(write)
+            except (TypeError, ValueError) as broken:
+                line = f'{{"unencodable": "{type(broken).__name__}"}}'
+            logger.critical('{"otelexec.record.homeless": %s, "record": %s}', json.dumps(str(error)), line)
+
+    # Executions
+
+    def entered(self, execution: Execution) -> None:
+        """Learn that an execution runs here."""
+        self.executions[execution.token if execution.outer is None else f"{execution.token}:core"] = execution
+        if self.records:
+            self.heartbeat.ensure()
+
+    def left(self, execution: Execution) -> None:
+        """Learn that it has ended."""
+        self.executions.pop(execution.token if execution.outer is None else f"{execution.token}:core", None)
+        if execution.outer is not None and execution.ending is not None:
+            execution.outer.leave_core(execution.ending.state)
+
+    def progressed(self, execution: Execution) -> None:
+        """Write a progress marker now, or soon if the one before was written just now."""
+        now = time.monotonic()
+        if now - execution.progress_written < self.settings.progress_seconds:
+            execution.progress_due = True
+            self.heartbeat.nudge()
+            return
+        execution.progress_written = now
+        self.write_progress(execution)
+
+    def write_progress(self, execution: Execution) -> None:
+        """Write the marker without waiting for anybody."""
+        execution.progress_due = False
+        marker = execution.progress_marker
+        if self.records and not self.spooling and marker is not None:
+            write = RecordProgress(execution.id, execution.token, marker)
+            self.group.leave(write, _ignore, durable=False, timeout_seconds=0.05)
+            self.group.flush()
+
+    def open_ancestors(self, context: Context) -> tuple[Any, ...]:
+        """Give the rows of spans still open between a context and its execution, not yet written."""
+        return self.collector.open_ancestors(context) if self.records else ()
+
+    # Recovery and exit
+
+    @property
+    def homeless(self) -> bool:
+        """Whether something waits outside the store."""
+        return self.records and (self.spooling or bool(self._backlog) or self.spool.filled)
+
+    def recover(self) -> bool:
+        """Take in what the store could not take before; gives whether all is in."""
+        store = self.store
+        if store is None:
+            return True
+        try:
+            self.spool.ingest(self.take_in, store.ingested)
+            while self._backlog:
+                self.take_in([self._backlog[0]])
+                self._backlog.popleft()
+        except (StoreError, OSError) as error:
+            logger.debug("otelexec.store.unavailable: %s", error)
+            return False
+        if self.spooling:
+            self.spooling = False
+            logger.warning("otelexec.store.recovered: %s is back and has what the spool held", store.url)
+        return True
+
+    def take_in(self, writes: Sequence[Write]) -> None:
+        """Commit writes from the spool durably; what the store refuses by itself goes to the log."""
+        if self.store is None:
+            return
+        results = self.store.commit(writes, durable=True, timeout_seconds=self.settings.open_timeout_seconds)
+        for write, result in zip(writes, results, strict=True):
+            if isinstance(result, StoreRejected):
+                self.cry(write, result)
+
+    def flush(self) -> None:
+        """Write what is only in memory; gives up at once where the store does not answer."""
+        if not self.records:
+            return
+        self.group.flush()
+        loose = self.collector.take_loose(self.process_id)
+        while loose:
+            self.write(loose)
+            loose = self.collector.take_loose(self.process_id)
+        if self.homeless:
+            self.recover()
+
+    def write(self, write: Write, *, durable: bool = False) -> object:
+        """Bring a write into the store, or into the spool, in this thread."""
+        return run(self, persist(self, write, durable=durable, patience_seconds=self.settings.open_timeout_seconds))
+
+    def shutdown(self) -> None:
+        """Write what is left, say goodbye, and give the relay a bounded time to send it."""
+        deadline = time.monotonic() + self.settings.exit_timeout_seconds
+        self.heartbeat.stop(self.settings.exit_timeout_seconds)
+        if self.store is None:
+            return
+        self.flush()
+        if not self.spooling and self._process is not None:
+            with contextlib.suppress(StoreError):
+                self.commit(Heartbeat(self.process, ended=not self.executions), durable=False, timeout_seconds=0.5)
+        if self.relay is not None:
+            self.relay.stop(max(0.0, deadline - time.monotonic()))
+        self.group.close()
+        self.store.close()
+
+
+def _ignore(_: Entry) -> None:
+    """Take no notice: a lost marker is followed by the next one."""
+
+
+_current: Runtime | None = None
+_template: tuple[Settings, TracerProvider | None] | None = None
+_lock = threading.RLock()
+# Runtimes of the process that this one was forked from: their connections must be neither used nor closed here.
+_inherited: list[Runtime] = []
+
+
+def get() -> Runtime:
+    """Give the runtime of this process; made from the environment if nobody configured it."""
+    return _current or _make(None, None)
+
+
+def _make(settings: Settings | None, provider: TracerProvider | None) -> Runtime:
+    global _current, _template  # noqa: PLW0603 (one runtime per process is the point)
+    with _lock:
+        if settings is None:
+            if _current is not None:
+                return _current
+            settings, provider = _template or (_settings.load(), None)
+        before, _current = _current, None
+        if before is not None:
+            before.shutdown()
+        runtime = Runtime(settings, provider, forked=bool(_inherited))
+        _current, _template = runtime, (settings, provider)
+        spans.offer_as_global(runtime.provider)
+        logs.install()
+        logger.info("otelexec.configured: store %s", settings.store.partition("@")[2] or settings.store)
+        return runtime
+
+
+def configure(
+    *,
+    service_name: str | None = None,
+    store: str | None = None,
+    otlp_endpoint: str | None = None,
+    tracer_provider: TracerProvider | None = None,
+    **settings: Any,
+) -> None:
+    """
+    Configure otelexec in this process. Optional, and so is every argument.
+
+    Args:
+        service_name: `service.name` of the resource; None: OTEL_SERVICE_NAME.
+        store: `sqlite:///PATH`, or `none`; None: OTELEXEC_STORE, else a file in the user's state folder.
+        otlp_endpoint: Where the relay sends spans; None: OTEL_EXPORTER_OTLP_ENDPOINT, else localhost.
+        tracer_provider: Your own provider, whose resource and sampler are taken over; None: the global one, if
+            there is one, else otelexec sets it.
+        **settings: Any other field of `Settings`.
+
+    Raises:
+        SettingsError: A setting is wrong. A store that can't be reached is no such error: the work goes on.
+    """
+    _make(_settings.load(service_name=service_name, store=store, otlp_endpoint=otlp_endpoint, **settings), tracer_provider)
+
+
+def settings() -> Settings:
+    """Give the settings of this process, read from the environment if nobody configured it."""
+    return get().settings
+
+
+def current_collector() -> Collector | None:
+    """Give the collector that spans of our providers go to."""
+    runtime = _current
+    if runtime is None and _template is not None:
+        runtime = get()
+    return None if runtime is None else runtime.collector
+
+
+def before_send(context: Context) -> None:
+    """Write the spans that are still open between this context and its execution, since their ids leave now."""
+    runtime = get()
+    rows = runtime.open_ancestors(context)
+    if rows:
+        runtime.write(AddSpans(opened=rows, process_id=runtime.process_id))
+        runtime.heartbeat.ensure()
+
+
+def shutdown() -> None:
+    """Write what is left and stop; the next use starts anew. Runs by itself at exit."""
+    global _current  # noqa: PLW0603 (one runtime per process is the point)
+    with _lock:
+        runtime, _current = _current, None
+        if runtime is not None:
+            runtime.shutdown()
+
+
+def _after_fork() -> None:
+    global _current, _lock  # noqa: PLW0603 (one runtime per process is the point)
+    _lock = threading.RLock()
+    if _current is not None:
+        _inherited.append(_current)
+        _current = None
+
+
+os.register_at_fork(after_in_child=_after_fork)
+atexit.register(shutdown)

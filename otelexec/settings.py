@@ -1,0 +1,169 @@
+"""Every setting: its environment name, unit, default, and the reason for each limit."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from otelexec.errors import SettingsError
+
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+STORE_SCHEMES = ("sqlite", "postgresql", "postgres")
+
+
+def state_home() -> Path:
+    """
+    Give the folder for the default store and for spools.
+
+    It is the same for every process of a user, whatever folder it starts in (XDG Base Directory
+    Specification: `$XDG_STATE_HOME`, default `~/.local/state`).
+    """
+    base = os.environ.get("XDG_STATE_HOME", "")
+    root = Path(base) if base.startswith("/") else Path.home() / ".local" / "state"
+    return root / "otelexec"
+
+
+class Settings(BaseSettings):
+    """
+    The settings of one process: arguments first, then `OTELEXEC_*` variables, then these defaults.
+
+    All times are in seconds unless the name says otherwise. The OTLP endpoint, its headers, certificates,
+    compression and timeout come from the standard `OTEL_EXPORTER_OTLP_*` variables, the resource from
+    `OTEL_SERVICE_NAME` and `OTEL_RESOURCE_ATTRIBUTES`, the sampler from `OTEL_TRACES_SAMPLER`.
+    """
+
+    model_config = SettingsConfigDict(env_prefix="OTELEXEC_", env_ignore_empty=True, extra="forbid", frozen=True, validate_default=True)
+
+    store: str = Field(
+        default="",
+        description="`sqlite:///PATH`, `postgresql://...`, or `none` for spans without a record. "
+        "Default: `otelexec.db` in the user's state folder, so that web process, worker and command line meet.",
+    )
+    spool: Path | None = Field(
+        default=None, description="Folder of the spool. Default: `<file>.spool/` beside a SQLite store, else in the state folder."
+    )
+    service_name: str | None = Field(default=None, description="`service.name` of the resource. Default: OTEL_SERVICE_NAME.")
+    otlp_endpoint: str | None = Field(
+        default=None, description="Where the relay sends spans. Default: OTEL_EXPORTER_OTLP_(TRACES_)ENDPOINT, else localhost:4318."
+    )
+    jaeger_url: str = Field(default="http://localhost:16686", description="Base URL of the Jaeger UI that `show` links to.")
+
+    open_timeout_seconds: Seconds = Field(
+        default=1.0, description="How long opening an attempt may wait for the store before it goes to the spool and the function runs."
+    )
+    finalize_timeout_seconds: Seconds = Field(
+        default=5.0, description="How long closing an attempt retries the store before the record goes to the spool."
+    )
+    lease_seconds: Seconds = Field(
+        default=30.0, description="After this long without a heartbeat a process that can't be looked at counts as dead."
+    )
+    heartbeat_seconds: Seconds | None = Field(
+        default=None, description="Interval between two signs of life of a process. Default: a sixth of the lease."
+    )
+    cancel_poll_seconds: Seconds = Field(
+        default=0.5, description="How soon at the latest a running attempt sees a cancellation asked for in another process."
+    )
+    progress_seconds: Seconds = Field(default=0.5, description="Least time between two progress markers written for one attempt.")
+    exit_timeout_seconds: Seconds = Field(default=2.0, description="How long a normal exit may wait for the relay to send what is left.")
+    relay: bool = Field(default=True, description="Whether this process sends spans itself, beside any `otelexec relay`.")
+    relay_interval_seconds: Seconds = Field(default=1.0, description="How often the relay looks for spans of other processes.")
+    reconcile: bool = Field(default=True, description="Whether this process also closes the attempts of dead workers.")
+    reconcile_interval_seconds: Seconds = Field(default=15.0, description="How often it looks for them.")
+
+    signing_key: SecretStr | None = Field(
+        default=None, description="Comma-separated HMAC keys: the first signs, all verify. Set: unsigned carriers are untrusted."
+    )
+    ambient: Annotated[frozenset[str], NoDecode] = Field(
+        default=frozenset(),
+        description="Comma-separated correlation fields that are baggage for every outgoing call, besides request id and source.",
+    )
+    link_carried: bool = Field(
+        default=False, description="Link to the carried context instead of taking it as the parent of the execution span."
+    )
+    max_collected_spans: int = Field(
+        default=512, ge=1, description="Ended child spans kept in memory for one execution; above it they are written at once."
+    )
+    max_output_bytes: int = Field(default=65_536, ge=0, description="Largest output or snapshot in bytes of JSON.")
+    max_error_chars: int = Field(default=4_096, ge=64, description="Characters of an error message that the record keeps.")
+
+    @field_validator("store", mode="after")
+    @classmethod
+    def _store_is_known(cls, value: str) -> str:
+        if not value:
+            return f"sqlite:///{state_home() / 'otelexec.db'}"
+        if value == "none":
+            return value
+        scheme, separator, _ = value.partition("://")
+        if not separator or scheme not in STORE_SCHEMES:
+            # The value itself is left out: a connection string may hold a password.
+            msg = "must be sqlite:///PATH, postgresql://... or none"
+            raise ValueError(msg)
+        return _absolute_sqlite(value) if scheme == "sqlite" else value
+
+    @field_validator("ambient", mode="before")
+    @classmethod
+    def _split_ambient(cls, value: Any) -> Any:
+        return frozenset(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+    @field_validator("jaeger_url", mode="after")
+    @classmethod
+    def _no_slash(cls, value: str) -> str:
+        if not value.startswith(("http://", "https://")):
+            msg = "must start with http:// or https://"
+            raise ValueError(msg)
+        return value.rstrip("/")
+
+    @field_validator("heartbeat_seconds", mode="after")
+    @classmethod
+    def _lease_outlasts_heartbeat(cls, value: float | None, info: ValidationInfo) -> float | None:
+        lease = info.data.get("lease_seconds")
+        if value is not None and lease is not None and lease < 2 * value:
+            msg = f"must be at most half of lease_seconds ({lease:g}), or one late heartbeat looks like a death"
+            raise ValueError(msg)
+        return value
+
+    @property
+    def heartbeat(self) -> float:
+        """Give the interval between two heartbeats in seconds."""
+        return self.heartbeat_seconds or self.lease_seconds / 6
+
+    @property
+    def signing_keys(self) -> tuple[bytes, ...]:
+        """Give the HMAC keys, the signing one first; empty when carriers are not signed."""
+        if self.signing_key is None:
+            return ()
+        return tuple(part.strip().encode() for part in self.signing_key.get_secret_value().split(",") if part.strip())
+
+
+def _absolute_sqlite(url: str) -> str:
+    """Make `sqlite:///relative.db` absolute, as SQLAlchemy spells it: four slashes start an absolute path."""
+    path = url.removeprefix("sqlite:///")
+    if path == url or not path or path.startswith(":memory:"):
+        msg = "must be sqlite:///PATH with a file: a store in memory would not survive the process"
+        raise ValueError(msg)
+    return f"sqlite:///{Path(path).expanduser().absolute()}"
+
+
+def load(**arguments: Any) -> Settings:
+    """
+    Read the settings of this process.
+
+    Args:
+        **arguments: Values that go before the environment; None means not given.
+
+    Raises:
+        SettingsError: A value can't be used, or an argument is unknown; one line that names it.
+    """
+    try:
+        return Settings(**{name: value for name, value in arguments.items() if value is not None})
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        name = str(first["loc"][0]) if first["loc"] else "settings"
+        where = name if name in arguments else f"OTELEXEC_{name.upper()}"
+        message = str(first["msg"]).removeprefix("Value error, ")
+        raise SettingsError(f"{where}: {message}") from None

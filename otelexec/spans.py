@@ -1,0 +1,280 @@
+"""
+The tracer provider of our own, the processor that captures ended spans, and the id generator.
+
+Execution, outer and PRODUCER spans come from this provider alone, so that no exporter ever sees them apart from their
+record. Child spans of our provider are collected under their execution and committed with it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import threading
+import uuid
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+from opentelemetry import context as otel_context
+from opentelemetry import trace
+from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor, TracerProvider
+from opentelemetry.sdk.trace import Span as SdkSpan
+from opentelemetry.sdk.trace.id_generator import IdGenerator
+
+from otelexec import otlp, semconv
+from otelexec.context import EXECUTION_KEY
+from otelexec.execution import Execution
+from otelexec.store.base import NO_SPANS, AddSpans, SpanRow
+
+if TYPE_CHECKING:
+    from opentelemetry.context import Context
+
+logger = logging.getLogger("otelexec.spans")
+
+MAX_OPEN_SPANS = 100_000
+"""Open spans that are remembered; beyond it the oldest are taken for leaked and forgotten."""
+
+
+class SecureIdGenerator(IdGenerator):
+    """
+    Ids from the operating system.
+
+    The SDK's own generator draws from the `random` module, so that a task that calls `random.seed()` repeats the ids of
+    the one before.
+    """
+
+    def generate_span_id(self) -> int:
+        """Give 64 random bits, never 0."""
+        return int.from_bytes(os.urandom(8), "big") or 1
+
+    def generate_trace_id(self) -> int:
+        """Give 128 random bits, never 0."""
+        return int.from_bytes(os.urandom(16), "big") or 1
+
+    def is_trace_id_random(self) -> bool:
+        """Say that the random flag may be set (W3C Trace Context level 2, section 3.3.2)."""
+        return True
+
+
+def trace_id_hex(span: trace.Span) -> str:
+    """Give a span's trace id in lowercase hex."""
+    return f"{span.get_span_context().trace_id:032x}"
+
+
+def span_id_hex(span: trace.Span) -> str:
+    """Give a span's id in lowercase hex."""
+    return f"{span.get_span_context().span_id:016x}"
+
+
+def row_of(span: trace.Span) -> SpanRow | None:
+    """Give the row of a live span as far as it is known at its start; None when it is not sampled."""
+    if not isinstance(span, ReadableSpan):
+        return None
+    return SpanRow(trace_id_hex(span), span_id_hex(span), otlp.encode_start(span))
+
+
+def request_of(spans: Iterable[ReadableSpan]) -> bytes:
+    """Encode ended spans as one request."""
+    groups: dict[int, tuple[Resource, dict[bytes, list[bytes]]]] = {}
+    for span in spans:
+        _, scopes = groups.setdefault(id(span.resource), (span.resource, {}))
+        scopes.setdefault(otlp.encode_scope(span.instrumentation_scope), []).append(otlp.encode_span(span))
+    return b"".join(otlp.wrap(otlp.encode_resource(resource), scopes) for resource, scopes in groups.values())
+
+
+class _OpenSpan:
+    __slots__ = ("execution", "recorded", "row", "span")
+
+    def __init__(self, span: SdkSpan, execution: Execution | None) -> None:
+        self.span = span
+        self.execution = execution
+        self.row: SpanRow | None = None
+        self.recorded = False
+
+
+class Collector:
+    """
+    What this process has of spans that are not yet in the store.
+
+    Args:
+        max_collected: Ended children that one execution may keep in memory.
+        overflowing: Called when there is something that should be written soon; must not block.
+        forked: Whether this process is the child of one that had open spans: those are the parent's to end.
+    """
+
+    def __init__(self, max_collected: int, overflowing: Callable[[], None], *, forked: bool = False) -> None:
+        self.max_collected = max_collected
+        self._forked = forked
+        self._overflowing = overflowing
+        self._open: dict[int, _OpenSpan] = {}
+        self._loose: deque[tuple[ReadableSpan, _OpenSpan | None]] = deque()
+
+    def started(self, span: SdkSpan, parent_context: Context | None) -> None:
+        """Remember a span that is not one of our own kinds."""
+        if span.instrumentation_scope is not None and span.instrumentation_scope.name == semconv.SCOPE_NAME:
+            return
+        found = otel_context.get_value(EXECUTION_KEY, parent_context)
+        execution = found if isinstance(found, Execution) and found.is_open else None
+        self._open[span.get_span_context().span_id] = _OpenSpan(span, execution)
+        if len(self._open) > MAX_OPEN_SPANS:
+            self._open.pop(next(iter(self._open)), None)
+
+    def ended(self, span: ReadableSpan) -> None:
+        """Keep an ended span for the next commit of its execution, or of the process."""
+        if span.instrumentation_scope is not None and span.instrumentation_scope.name == semconv.SCOPE_NAME:
+            return
+        context = span.get_span_context()
+        known = self._open.pop(context.span_id, None) if context is not None else None
+        if known is None and self._forked:
+            return
+        execution = known.execution if known is not None else None
+        if execution is not None and execution.is_open:
+            execution.children.append((span, known))
+            if len(execution.children) >= self.max_collected:
+                self._overflowing()
+        else:
+            self._loose.append((span, known))
+            if len(self._loose) == 1:
+                self._overflowing()
+
+    def open_ancestors(self, context: Context | None) -> tuple[SpanRow, ...]:
+        """Give the still open spans of ours from a context's current span up to its execution, not written so far."""
+        return self._chain(trace.get_current_span(context).get_span_context().span_id)
+
+    def _chain(self, span_id: int) -> tuple[SpanRow, ...]:
+        rows: list[SpanRow] = []
+        known = self._open.get(span_id)
+        while known is not None and not known.recorded:
+            row = known.row = row_of(known.span)
+            known.recorded = True
+            if row is not None:
+                rows.append(row)
+            parent = known.span.parent
+            known = None if parent is None else self._open.get(parent.span_id)
+        return tuple(rows)
+
+    def take_children(self, execution: Execution, process_id: str) -> AddSpans:
+        """Take the ended children of an execution, with their ancestors that are still open."""
+        if not execution.children:
+            return NO_SPANS
+        taken, execution.children = execution.children, []
+        return self._pack(taken, process_id, execution.id)
+
+    def take_loose(self, process_id: str) -> AddSpans:
+        """Take the ended spans that belong to no open execution."""
+        taken: list[tuple[ReadableSpan, _OpenSpan | None]] = []
+        while self._loose and len(taken) < self.max_collected:
+            taken.append(self._loose.popleft())
+        return self._pack(taken, process_id, None) if taken else NO_SPANS
+
+    @property
+    def has_loose(self) -> bool:
+        """Tell whether spans wait that belong to no open execution."""
+        return bool(self._loose)
+
+    def _pack(self, taken: list[tuple[ReadableSpan, _OpenSpan | None]], process_id: str, execution_id: str | None) -> AddSpans:
+        plain = [span for span, known in taken if known is None or not known.recorded]
+        recorded = tuple(
+            (known.row, request_of((span,))) for span, known in taken if known is not None and known.recorded and known.row is not None
+        )
+        opened: list[SpanRow] = []
+        for span, _ in taken:
+            if span.parent is not None:
+                opened += self._chain(span.parent.span_id)
+        return AddSpans(
+            request=request_of(plain) if plain else b"",
+            count=len(plain),
+            recorded=recorded,
+            opened=tuple(opened),
+            process_id=process_id,
+            execution_id=execution_id,
+            last_end_unix_ns=max(span.end_time or 0 for span, _ in taken),
+        )
+
+
+class CaptureProcessor(SpanProcessor):
+    """
+    Hands spans to the collector of the runtime that is current, and starts to the user's own processors.
+
+    It does no I/O and never raises: an exception in `on_end` would replace the user's (the SDK does not catch it).
+
+    Args:
+        collector: Gives the current collector; None when there is none.
+        theirs: Gives the user's processors, whose `on_start` still sees our spans.
+    """
+
+    def __init__(self, collector: Callable[[], Collector | None], theirs: Callable[[], Any] | None = None) -> None:
+        self._collector = collector
+        self._theirs = theirs
+
+    def on_start(self, span: SdkSpan, parent_context: Context | None = None) -> None:
+        """Remember the span, and let the user's processors set their attributes."""
+        try:
+            collector = self._collector()
+            if collector is not None:
+                collector.started(span, parent_context)
+            if self._theirs is not None:
+                theirs = self._theirs()
+                if theirs is not None:
+                    theirs.on_start(span, parent_context=parent_context)
+        except Exception:  # a processor of the user's may raise anything, and start_span() would pass it on
+            logger.exception("otelexec.spans.on_start")
+
+    def on_end(self, span: ReadableSpan) -> None:
+        """Capture the span."""
+        try:
+            collector = self._collector()
+            if collector is not None:
+                collector.ended(span)
+        except Exception:
+            logger.exception("otelexec.spans.on_end")
+
+
+def make_provider(
+    service_name: str | None, collector: Callable[[], Collector | None], theirs: trace.TracerProvider | None
+) -> TracerProvider:
+    """
+    Make the provider of execution spans.
+
+    Args:
+        service_name: `service.name`; None leaves it to OTEL_SERVICE_NAME and the SDK's default.
+        collector: Gives the current collector.
+        theirs: The user's provider, whose resource, sampler and `on_start` processors are taken over; None without one.
+    """
+    own = {
+        semconv.HOST_NAME: socket.gethostname(),
+        semconv.PROCESS_PID: os.getpid(),
+        semconv.SERVICE_INSTANCE_ID: str(uuid.uuid4()),
+    }
+    given = Resource({semconv.SERVICE_NAME: service_name} if service_name is not None else {})
+    if isinstance(theirs, TracerProvider):
+        resource, sampler = Resource(own).merge(theirs.resource).merge(given), theirs.sampler
+        processor = CaptureProcessor(collector, lambda: getattr(theirs, "_active_span_processor", None))
+    else:
+        # Resource.create() reads OTEL_RESOURCE_ATTRIBUTES, whose host name is the user's word and goes before ours.
+        resource, sampler = Resource(own).merge(Resource.create({})).merge(given), None
+        processor = CaptureProcessor(collector)
+    provider = TracerProvider(resource=resource, sampler=sampler, id_generator=SecureIdGenerator(), shutdown_on_exit=False)
+    provider.add_span_processor(processor)
+    return provider
+
+
+_global_lock = threading.Lock()
+
+
+def foreign_provider() -> trace.TracerProvider | None:
+    """Give the global provider that somebody else has set; None when it is unset or ours."""
+    provider = trace.get_tracer_provider()
+    if isinstance(provider, trace.ProxyTracerProvider | trace.NoOpTracerProvider) or getattr(provider, "_otelexec", False):
+        return None
+    return provider
+
+
+def offer_as_global(provider: TracerProvider) -> None:
+    """Make a provider of ours the global one where none is set, so that spans inside an execution are its children."""
+    with _global_lock:
+        if isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider):
+            provider._otelexec = True  # type: ignore[attr-defined] # noqa: SLF001 (our own mark, read above)
+            trace.set_tracer_provider(provider)

@@ -1,0 +1,1 @@
+"""The durable execution log: what is written, and where."""

@@ -1,0 +1,694 @@
+"""
+The schema and the statements, written once for every SQL store.
+
+Each write of `base.py` has one function here. The functions run inside the transaction of the store that calls them
+and use nothing but `execute` and the store's clock; placeholders are `?`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
+
+from otelexec.store.base import (
+    ENDED_STATES,
+    LOST,
+    NO_SPANS,
+    PAUSED,
+    QUEUED,
+    REJECTED,
+    RETRYING,
+    RUNNING,
+    SUCCEEDED,
+    AddSpans,
+    AttemptRecord,
+    Cancellation,
+    ClaimOutbox,
+    CloseAttempt,
+    Closed,
+    CloseOuter,
+    ExecutionRecord,
+    Heartbeat,
+    Ingested,
+    OpenAttempt,
+    Opened,
+    OpenWork,
+    Outcome,
+    OutboxRow,
+    ParkedRow,
+    ProcessRow,
+    Prune,
+    RecordObserved,
+    RecordProgress,
+    RecordQueued,
+    RefuseQueued,
+    ReleaseClaims,
+    RequestCancel,
+    RetryParked,
+    SettleOutbox,
+    SpanRow,
+    Statistics,
+    Write,
+)
+
+SCHEMA_VERSION = 1
+
+# {serial}, {blob} and {bigint} are the store's own types. `claim` and `parked` are tables of their own so that
+# neither a claim nor a parked row rewrites or hides encoded spans.
+SCHEMA = (
+    """CREATE TABLE process (
+        process_id TEXT PRIMARY KEY, host TEXT NOT NULL, boot_id TEXT NOT NULL, pid_namespace TEXT NOT NULL,
+        pid {bigint} NOT NULL, pid_start {bigint} NOT NULL, lease_seconds DOUBLE PRECISION NOT NULL,
+        resource {blob} NOT NULL, scope {blob} NOT NULL, heartbeat_unix_ns {bigint} NOT NULL,
+        ended INTEGER NOT NULL DEFAULT 0)""",
+    """CREATE TABLE execution (
+        seq {serial}, execution_id TEXT NOT NULL UNIQUE, name TEXT NOT NULL, state TEXT NOT NULL,
+        sticky INTEGER NOT NULL DEFAULT 0, request_id TEXT NOT NULL, source TEXT NOT NULL, correlation TEXT NOT NULL,
+        parent_execution_id TEXT, queued_unix_ns {bigint}, started_unix_ns {bigint}, ended_unix_ns {bigint},
+        error_type TEXT, error_message TEXT, producer_trace_id TEXT, producer_span_id TEXT, snapshot TEXT,
+        attempts INTEGER NOT NULL DEFAULT 0, latest INTEGER NOT NULL DEFAULT 0)""",
+    """CREATE TABLE attempt (
+        execution_id TEXT NOT NULL, attempt INTEGER NOT NULL, token TEXT NOT NULL, process_id TEXT NOT NULL,
+        state TEXT NOT NULL, duplicate INTEGER NOT NULL, trace_id TEXT, span_id TEXT, span_start {blob},
+        started_unix_ns {bigint} NOT NULL, deadline_unix_ns {bigint}, last_seen_unix_ns {bigint} NOT NULL DEFAULT 0,
+        ended_unix_ns {bigint}, error_type TEXT, error_message TEXT, finalized_by TEXT, classification TEXT,
+        reconciled_unix_ns {bigint}, progress TEXT, output TEXT, nonce TEXT, observed TEXT,
+        outer_token TEXT, outer_span_id TEXT, outer_trace_id TEXT, outer_start {blob}, outer_started_unix_ns {bigint},
+        outer_outcome TEXT, outer_ended_unix_ns {bigint}, outer_error_type TEXT, outer_error_message TEXT,
+        UNIQUE (execution_id, attempt))""",
+    "CREATE INDEX attempt_running ON attempt (process_id) WHERE state = 'running'",
+    "CREATE INDEX attempt_outer ON attempt (process_id) WHERE outer_token IS NOT NULL AND outer_outcome IS NULL",
+    """CREATE TABLE open_span (
+        trace_id TEXT NOT NULL, span_id TEXT NOT NULL, process_id TEXT NOT NULL, execution_id TEXT, start {blob} NOT NULL,
+        PRIMARY KEY (trace_id, span_id))""",
+    "CREATE INDEX open_span_process ON open_span (process_id)",
+    """CREATE TABLE outbox (
+        id {serial}, request {blob} NOT NULL, count INTEGER NOT NULL, execution_id TEXT,
+        written_unix_ns {bigint} NOT NULL, failures INTEGER NOT NULL DEFAULT 0)""",
+    "CREATE TABLE claim (id {bigint} PRIMARY KEY, owner TEXT NOT NULL, until_unix_ns {bigint} NOT NULL)",
+    """CREATE TABLE parked (
+        id {bigint} PRIMARY KEY, request {blob} NOT NULL, count INTEGER NOT NULL, execution_id TEXT,
+        reason TEXT NOT NULL, parked_unix_ns {bigint} NOT NULL)""",
+    "CREATE TABLE cancellation (execution_id TEXT PRIMARY KEY, requested_unix_ns {bigint} NOT NULL, terminate INTEGER)",
+    "CREATE TABLE ingested (segment TEXT PRIMARY KEY, upto {bigint} NOT NULL, at_unix_ns {bigint} NOT NULL)",
+)
+
+
+class Cursor(Protocol):
+    """The rows of a statement."""
+
+    @property
+    def rowcount(self) -> int:
+        """Give how many rows the statement changed."""
+
+    def fetchone(self) -> Any:
+        """Give the next row; None at the end."""
+
+    def fetchall(self) -> list[Any]:
+        """Give all rows that are left."""
+
+
+class Transaction(Protocol):
+    """What a write needs of the transaction that it runs in."""
+
+    def execute(self, statement: str, parameters: Sequence[Any] = (), /) -> Cursor:
+        """Run one statement."""
+
+    def now_unix_ns(self) -> int:
+        """Give the store's clock."""
+
+
+_TERMINAL = "state = 'succeeded' OR sticky = 1"
+
+_OPEN_EXECUTION = f"""
+INSERT INTO execution (execution_id, name, state, request_id, source, correlation, parent_execution_id,
+                       started_unix_ns, attempts, latest)
+VALUES (?, ?, 'running', ?, ?, ?, ?, ?, 1, 1)
+ON CONFLICT (execution_id) DO UPDATE SET
+    attempts = execution.attempts + 1,
+    latest = CASE WHEN execution.state = 'succeeded' THEN execution.latest ELSE execution.attempts + 1 END,
+    name = CASE WHEN execution.attempts = 0 THEN excluded.name ELSE execution.name END,
+    started_unix_ns = COALESCE(execution.started_unix_ns, excluded.started_unix_ns),
+    ended_unix_ns = CASE WHEN execution.{_TERMINAL.replace("OR ", "OR execution.")} THEN execution.ended_unix_ns END,
+    state = CASE WHEN execution.{_TERMINAL.replace("OR ", "OR execution.")} THEN execution.state ELSE 'running' END
+RETURNING attempts, state, snapshot,
+    (SELECT requested_unix_ns FROM cancellation c WHERE c.execution_id = execution.execution_id),
+    (SELECT terminate FROM cancellation c WHERE c.execution_id = execution.execution_id)"""
+
+_OPEN_ATTEMPT = """
+INSERT INTO attempt (execution_id, attempt, token, process_id, state, duplicate, trace_id, span_id, span_start,
+                     started_unix_ns, deadline_unix_ns, outer_token, outer_span_id, outer_trace_id,
+                     outer_start, outer_started_unix_ns)
+VALUES (?, ?, ?, ?, 'running', ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
+
+_TAKE_OVER = """
+UPDATE attempt SET trace_id = ?, span_id = ?, span_start = ?, started_unix_ns = ?, deadline_unix_ns = ?,
+    outer_token = ?, outer_span_id = ?, outer_trace_id = ?, outer_start = ?, outer_started_unix_ns = ?
+WHERE execution_id = ? AND token = ? AND state = 'running'"""
+
+_RENAME = "UPDATE execution SET name = ?, request_id = ?, source = ?, correlation = ? WHERE execution_id = ?"
+
+_FIND_ATTEMPT = "SELECT attempt, duplicate, state, finalized_by, nonce, span_id FROM attempt WHERE execution_id = ? AND token = ?"
+
+_CLOSE_ATTEMPT = """
+UPDATE attempt SET state = ?, ended_unix_ns = ?, error_type = ?, error_message = ?, finalized_by = ?,
+    classification = ?, reconciled_unix_ns = ?, progress = COALESCE(?, progress), output = ?, nonce = ?, span_start = NULL
+WHERE execution_id = ? AND token = ? AND state = 'running'
+RETURNING attempt, duplicate, span_id"""
+
+_SUCCEED = f"""
+UPDATE execution SET state = 'succeeded', ended_unix_ns = ?, snapshot = NULL
+WHERE execution_id = ? AND state <> '{SUCCEEDED}'"""
+
+_END = f"""
+UPDATE execution SET state = ?, ended_unix_ns = ?, sticky = ?, snapshot = COALESCE(?, snapshot)
+WHERE execution_id = ? AND latest = ? AND NOT ({_TERMINAL})"""
+
+_ADD = "INSERT INTO outbox (request, count, execution_id, written_unix_ns) VALUES (?, ?, ?, ?)"
+
+
+def _span(span: SpanRow | None) -> tuple[str | None, str | None, bytes | None]:
+    return (None, None, None) if span is None else (span.trace_id, span.span_id, span.start)
+
+
+def _outer(write: OpenAttempt) -> tuple[str | None, str | None, str | None, bytes | None, int | None]:
+    outer = write.outer
+    ids = (None, None, None) if outer is None else (outer.span_id, outer.trace_id, outer.start)
+    return (write.outer_token, *ids, write.outer_started_unix_ns)
+
+
+def open_attempt(tx: Transaction, write: OpenAttempt) -> Opened:
+    """Open an attempt, or hand an open one over to its core."""
+    execution = write.execution
+    if write.takes_over:
+        _take_over(tx, write)
+    if write.takes_over or write.repeated:
+        found = tx.execute(_FIND_ATTEMPT, (execution.execution_id, write.token)).fetchone()
+        if found is not None:
+            return Opened(found[0], bool(found[1]), _cancellation(tx, execution.execution_id))
+    number, state, snapshot, requested, terminate = tx.execute(
+        _OPEN_EXECUTION,
+        (
+            execution.execution_id,
+            execution.name,
+            execution.request_id,
+            execution.source,
+            execution.correlation,
+            execution.parent_execution_id,
+            write.started_unix_ns,
+        ),
+    ).fetchone()
+    duplicate = state == SUCCEEDED
+    tx.execute(
+        _OPEN_ATTEMPT,
+        (
+            execution.execution_id,
+            number,
+            write.token,
+            write.process_id,
+            int(duplicate),
+            *_span(write.span),
+            write.started_unix_ns,
+            write.deadline_unix_ns,
+            *_outer(write),
+        ),
+    )
+    _record_open(tx, write.opened, write.process_id, None)
+    wish = None if requested is None else Cancellation(requested, None if terminate is None else bool(terminate))
+    return Opened(number, duplicate, wish, snapshot)
+
+
+def _take_over(tx: Transaction, write: OpenAttempt) -> None:
+    execution = write.execution
+    changed = tx.execute(
+        _TAKE_OVER,
+        (
+            *_span(write.span),
+            write.started_unix_ns,
+            write.deadline_unix_ns,
+            *_outer(write),
+            execution.execution_id,
+            write.token,
+        ),
+    ).rowcount
+    _record_open(tx, write.opened, write.process_id, None)
+    if changed:
+        tx.execute(
+            _RENAME,
+            (execution.name, execution.request_id, execution.source, execution.correlation, execution.execution_id),
+        )
+
+
+def _cancellation(tx: Transaction, execution_id: str) -> Cancellation | None:
+    row = tx.execute("SELECT requested_unix_ns, terminate FROM cancellation WHERE execution_id = ?", (execution_id,)).fetchone()
+    return None if row is None else Cancellation(row[0], None if row[1] is None else bool(row[1]))
+
+
+def close_attempt(tx: Transaction, write: CloseAttempt) -> Closed:
+    """Close an attempt once; its span goes with whoever wins, the children go in any case."""
+    execution_id, token = write.attempt.execution.execution_id, write.attempt.token
+    frozen = write.frozen
+    if write.if_cancelled is not None and _cancellation(tx, execution_id) is not None:
+        frozen = write.if_cancelled
+    outcome = frozen.outcome
+    parameters = (
+        outcome.state,
+        outcome.ended_unix_ns,
+        outcome.error_type,
+        outcome.error_message,
+        outcome.finalized_by,
+        outcome.classification,
+        outcome.reconciled_unix_ns,
+        outcome.progress,
+        outcome.output,
+        write.nonce,
+        execution_id,
+        token,
+    )
+    row = tx.execute(_CLOSE_ATTEMPT, parameters).fetchone()
+    if row is None:
+        found = tx.execute(_FIND_ATTEMPT, (execution_id, token)).fetchone()
+        if found is not None:
+            return _lost_race(tx, write, found)
+        # The store lost the open (an unsynced commit, a replaced file): the row comes back whole, closed.
+        open_attempt(tx, write.attempt)
+        row = tx.execute(_CLOSE_ATTEMPT, parameters).fetchone()
+    number, duplicate, span_id = row
+    _end_execution(tx, execution_id, number, outcome, duplicate=bool(duplicate))
+    spans = write.spans
+    if frozen.request:
+        _add(tx, frozen.request + spans.request, 1 + spans.count, execution_id)
+        add_spans(tx, spans, counted=True)
+    else:
+        add_spans(tx, spans)
+    return Closed(True, outcome.state, outcome.finalized_by, number, bool(duplicate), span_id)
+
+
+def _lost_race(tx: Transaction, write: CloseAttempt, found: Any) -> Closed:
+    number, duplicate, state, finalized_by, nonce, span_id = found
+    mine = nonce == write.nonce
+    if not mine:
+        add_spans(tx, write.spans)
+        if state == LOST and write.observed is not None:
+            record_observed(tx, write.observed)
+    return Closed(mine, state, finalized_by, number, bool(duplicate), span_id)
+
+
+def _end_execution(tx: Transaction, execution_id: str, number: int, outcome: Outcome, *, duplicate: bool) -> None:
+    if outcome.state == SUCCEEDED:
+        tx.execute(_SUCCEED, (outcome.ended_unix_ns, execution_id))
+        return
+    if duplicate:
+        return
+    state = RETRYING if outcome.retrying else outcome.state
+    ended = outcome.ended_unix_ns if state in ENDED_STATES else None
+    snapshot = outcome.snapshot if state == PAUSED else None
+    tx.execute(_END, (state, ended, int(outcome.sticky), snapshot, execution_id, number))
+
+
+def record_observed(tx: Transaction, write: RecordObserved) -> None:
+    """Note what a lost attempt observed itself, and ship its span under the new id."""
+    outcome = write.frozen.outcome
+    observed = {
+        "state": outcome.state,
+        "ended_unix_ns": outcome.ended_unix_ns,
+        "error_type": outcome.error_type,
+        "error_message": outcome.error_message,
+        "span_id": write.span_id,
+    }
+    execution_id = write.attempt.execution.execution_id
+    changed = tx.execute(
+        "UPDATE attempt SET observed = ? WHERE execution_id = ? AND token = ? AND observed IS NULL",
+        (json.dumps(observed), execution_id, write.attempt.token),
+    ).rowcount
+    if changed and write.frozen.request:
+        _add(tx, write.frozen.request, 1, execution_id)
+
+
+def close_outer(tx: Transaction, write: CloseOuter) -> bool:
+    """Record how the code around the cores ended; once, whoever comes first."""
+    outcome = write.frozen.outcome
+    rows = tx.execute(
+        """UPDATE attempt SET outer_outcome = ?, outer_ended_unix_ns = ?, outer_error_type = ?,
+               outer_error_message = ?, outer_start = NULL
+           WHERE execution_id = ? AND outer_token = ? AND outer_outcome IS NULL RETURNING attempt""",
+        (
+            outcome.state,
+            outcome.ended_unix_ns,
+            outcome.error_type,
+            outcome.error_message,
+            write.execution_id,
+            write.outer_token,
+        ),
+    ).fetchall()
+    if rows and write.frozen.request:
+        _add(tx, write.frozen.request, 1, write.execution_id)
+    if rows and write.retrying:
+        tx.execute(
+            f"""UPDATE execution SET state = '{RETRYING}', ended_unix_ns = NULL
+                WHERE execution_id = ? AND latest = ? AND NOT ({_TERMINAL}) AND state <> '{RUNNING}'""",
+            (write.execution_id, max(row[0] for row in rows)),
+        )
+    add_spans(tx, write.spans)
+    return bool(rows)
+
+
+def record_queued(tx: Transaction, write: RecordQueued) -> None:
+    """Record an execution as queued unless it is further along, and its PRODUCER span as open."""
+    execution, span = write.execution, write.span
+    tx.execute(
+        f"""INSERT INTO execution (execution_id, name, state, request_id, source, correlation, parent_execution_id,
+                                   queued_unix_ns, producer_trace_id, producer_span_id)
+            VALUES (?, ?, '{QUEUED}', ?, ?, ?, ?, ?, ?, ?)
+            ON CONFLICT (execution_id) DO UPDATE SET
+                queued_unix_ns = COALESCE(execution.queued_unix_ns, excluded.queued_unix_ns),
+                producer_trace_id = COALESCE(execution.producer_trace_id, excluded.producer_trace_id),
+                producer_span_id = COALESCE(execution.producer_span_id, excluded.producer_span_id)""",
+        (
+            execution.execution_id,
+            execution.name,
+            execution.request_id,
+            execution.source,
+            execution.correlation,
+            execution.parent_execution_id,
+            write.queued_unix_ns,
+            *_span(span)[:2],
+        ),
+    )
+    if span is not None:
+        _record_open(tx, (span,), write.process_id, execution.execution_id)
+    _record_open(tx, write.opened, write.process_id, None)
+
+
+def refuse_queued(tx: Transaction, write: RefuseQueued) -> None:
+    """Close an execution whose message was refused, unless it got further by another way."""
+    outcome = write.outcome
+    tx.execute(
+        f"""UPDATE execution SET state = '{REJECTED}', ended_unix_ns = ?, error_type = ?, error_message = ?
+            WHERE execution_id = ? AND state = '{QUEUED}'""",
+        (outcome.ended_unix_ns, outcome.error_type, outcome.error_message, write.execution_id),
+    )
+    add_spans(tx, write.spans)
+
+
+def _add(tx: Transaction, request: bytes, count: int, execution_id: str | None) -> None:
+    tx.execute(_ADD, (request, count, execution_id, tx.now_unix_ns()))
+
+
+def _record_open(tx: Transaction, spans: Iterable[SpanRow], process_id: str, execution_id: str | None) -> None:
+    for span in spans:
+        tx.execute(
+            """INSERT INTO open_span (trace_id, span_id, process_id, execution_id, start) VALUES (?, ?, ?, ?, ?)
+               ON CONFLICT (trace_id, span_id) DO NOTHING""",
+            (span.trace_id, span.span_id, process_id, execution_id, span.start),
+        )
+
+
+def add_spans(tx: Transaction, write: AddSpans, *, counted: bool = False) -> None:
+    """Put ended spans into the outbox; `counted` when the plain ones went in with their execution."""
+    if write is NO_SPANS:
+        return
+    if write.count and not counted:
+        _add(tx, write.request, write.count, write.execution_id)
+    for span, request in write.recorded:
+        if tx.execute("DELETE FROM open_span WHERE trace_id = ? AND span_id = ?", (span.trace_id, span.span_id)).rowcount:
+            _add(tx, request, 1, write.execution_id)
+    _record_open(tx, write.opened, write.process_id, write.execution_id)
+    if write.last_end_unix_ns and write.execution_id is not None:
+        tx.execute(
+            """UPDATE attempt SET last_seen_unix_ns = ?
+               WHERE execution_id = ? AND process_id = ? AND state = 'running' AND last_seen_unix_ns < ?""",
+            (write.last_end_unix_ns, write.execution_id, write.process_id, write.last_end_unix_ns),
+        )
+
+
+def record_progress(tx: Transaction, write: RecordProgress) -> None:
+    """Write the progress marker of an attempt that is still running."""
+    tx.execute(
+        """UPDATE attempt SET progress = ?, last_seen_unix_ns = ?
+           WHERE execution_id = ? AND token = ? AND state = 'running'""",
+        (write.progress, tx.now_unix_ns(), write.execution_id, write.token),
+    )
+
+
+def heartbeat(tx: Transaction, write: Heartbeat) -> None:
+    """Say that a process lives, or that it has ended well."""
+    process = write.process
+    tx.execute(
+        """INSERT INTO process (process_id, host, boot_id, pid_namespace, pid, pid_start, lease_seconds, resource,
+                                scope, heartbeat_unix_ns, ended)
+           VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+           ON CONFLICT (process_id) DO UPDATE SET heartbeat_unix_ns = excluded.heartbeat_unix_ns, ended = excluded.ended""",
+        (
+            process.process_id,
+            process.host,
+            process.boot_id,
+            process.pid_namespace,
+            process.pid,
+            process.pid_start,
+            process.lease_seconds,
+            process.resource,
+            process.scope,
+            tx.now_unix_ns(),
+            int(write.ended),
+        ),
+    )
+
+
+def request_cancel(tx: Transaction, write: RequestCancel) -> str | None:
+    """Record the wish to cancel; a later `terminate` makes an earlier wish stronger, never weaker."""
+    wish = write.cancellation
+    tx.execute(
+        """INSERT INTO cancellation (execution_id, requested_unix_ns, terminate) VALUES (?, ?, ?)
+           ON CONFLICT (execution_id) DO UPDATE SET terminate =
+               CASE WHEN excluded.terminate = 1 THEN 1 ELSE COALESCE(cancellation.terminate, excluded.terminate) END""",
+        (write.execution_id, wish.requested_unix_ns, None if wish.terminate is None else int(wish.terminate)),
+    )
+    row = tx.execute("SELECT state FROM execution WHERE execution_id = ?", (write.execution_id,)).fetchone()
+    return None if row is None else str(row[0])
+
+
+def ingested(tx: Transaction, write: Ingested) -> None:
+    """Note how far a spool segment is in."""
+    tx.execute(
+        """INSERT INTO ingested (segment, upto, at_unix_ns) VALUES (?, ?, ?)
+           ON CONFLICT (segment) DO UPDATE SET upto = excluded.upto, at_unix_ns = excluded.at_unix_ns""",
+        (write.segment, write.offset, tx.now_unix_ns()),
+    )
+
+
+def claim_outbox(tx: Transaction, write: ClaimOutbox, *, locking: str = "") -> list[OutboxRow]:
+    """Claim the oldest rows that nobody has in hand; `locking` is the store's way to skip what others take."""
+    now = tx.now_unix_ns()
+    rows = tx.execute(
+        f"""SELECT o.id, o.request, o.count, o.failures FROM outbox o LEFT JOIN claim c ON c.id = o.id
+            WHERE (c.id IS NULL OR c.until_unix_ns < ?) AND o.id <= ? ORDER BY o.id LIMIT ? {locking}""",
+        (now, write.not_after if write.not_after is not None else 2**62, write.max_rows),
+    ).fetchall()
+    claimed: list[OutboxRow] = []
+    size = 0
+    for row in rows:
+        size += len(row[1])
+        if claimed and size > write.max_bytes:
+            break
+        claimed.append(OutboxRow(row[0], bytes(row[1]), row[2], row[3]))
+    until = now + int(write.lease_seconds * 1e9)
+    for row in claimed:
+        tx.execute(
+            """INSERT INTO claim (id, owner, until_unix_ns) VALUES (?, ?, ?)
+               ON CONFLICT (id) DO UPDATE SET owner = excluded.owner, until_unix_ns = excluded.until_unix_ns""",
+            (row.id, write.owner, until),
+        )
+    return claimed
+
+
+def settle_outbox(tx: Transaction, write: SettleOutbox) -> None:
+    """Delete what was accepted, give back what was not, set aside what never will be."""
+    for row_id in write.delivered:
+        tx.execute("DELETE FROM outbox WHERE id = ?", (row_id,))
+    for row_id in write.failed:
+        tx.execute("UPDATE outbox SET failures = failures + 1 WHERE id = ?", (row_id,))
+    for row_id, reason in write.parked:
+        tx.execute(
+            """INSERT INTO parked (id, request, count, execution_id, reason, parked_unix_ns)
+               SELECT id, request, count, execution_id, ?, ? FROM outbox WHERE id = ?""",
+            (reason, tx.now_unix_ns(), row_id),
+        )
+        tx.execute("DELETE FROM outbox WHERE id = ?", (row_id,))
+    for row_id in (*write.delivered, *write.released, *write.failed, *(row_id for row_id, _ in write.parked)):
+        tx.execute("DELETE FROM claim WHERE id = ? AND owner = ?", (row_id, write.owner))
+
+
+def release_claims(tx: Transaction, write: ReleaseClaims) -> int:
+    """Free what dead relays had in hand."""
+    return sum(tx.execute("DELETE FROM claim WHERE owner = ?", (owner,)).rowcount for owner in write.owners)
+
+
+def retry_parked(tx: Transaction, _: RetryParked) -> int:
+    """Put parked rows back at the end of the outbox."""
+    now = tx.now_unix_ns()
+    moved = tx.execute(
+        """INSERT INTO outbox (request, count, execution_id, written_unix_ns)
+           SELECT request, count, execution_id, ? FROM parked ORDER BY id""",
+        (now,),
+    ).rowcount
+    tx.execute("DELETE FROM parked")
+    return moved
+
+
+def prune(tx: Transaction, write: Prune) -> int:
+    """Delete a batch of old ended executions; what is undelivered, parked or open keeps its execution."""
+    rows = tx.execute(
+        """SELECT execution_id FROM execution e WHERE e.ended_unix_ns < ?
+           AND NOT EXISTS (SELECT 1 FROM attempt a WHERE a.execution_id = e.execution_id
+                           AND (a.state = 'running' OR (a.outer_token IS NOT NULL AND a.outer_outcome IS NULL)))
+           AND e.execution_id NOT IN (SELECT execution_id FROM outbox WHERE execution_id IS NOT NULL)
+           AND e.execution_id NOT IN (SELECT execution_id FROM parked WHERE execution_id IS NOT NULL)
+           ORDER BY e.seq LIMIT ?""",
+        (write.ended_before_unix_ns, write.limit),
+    ).fetchall()
+    for (execution_id,) in rows:
+        for table in ("attempt", "cancellation", "execution"):
+            tx.execute(f"DELETE FROM {table} WHERE execution_id = ?", (execution_id,))  # noqa: S608 (a constant name)
+    tx.execute(
+        """DELETE FROM process WHERE ended = 1 AND heartbeat_unix_ns < ?
+           AND process_id NOT IN (SELECT process_id FROM attempt WHERE state = 'running')
+           AND process_id NOT IN (SELECT process_id FROM open_span)
+           AND process_id NOT IN (SELECT process_id FROM attempt)""",
+        (write.ended_before_unix_ns,),
+    )
+    tx.execute("DELETE FROM ingested WHERE at_unix_ns < ?", (write.ended_before_unix_ns,))
+    return len(rows)
+
+
+EXECUTION_COLUMNS = """seq, execution_id, name, state, request_id, source, correlation, parent_execution_id,
+    queued_unix_ns, started_unix_ns, ended_unix_ns, error_type, error_message, producer_trace_id, producer_span_id, snapshot"""
+
+_ATTEMPTS = """SELECT a.execution_id, a.attempt, a.state, a.duplicate, a.trace_id, a.span_id, a.started_unix_ns,
+    a.ended_unix_ns, a.deadline_unix_ns, a.error_type, a.error_message, a.finalized_by, a.classification,
+    a.reconciled_unix_ns, a.progress, a.output, a.observed, a.outer_span_id, a.outer_outcome, a.outer_started_unix_ns,
+    a.outer_ended_unix_ns, a.outer_error_type, a.outer_error_message, p.host, p.pid
+    FROM attempt a LEFT JOIN process p ON p.process_id = a.process_id
+    WHERE a.execution_id IN ({marks}) ORDER BY a.execution_id, a.attempt"""
+
+_OPEN_WORK = """
+SELECT 'attempt', process_id, execution_id, token, attempt, trace_id, span_id, span_start, outer_trace_id,
+    CASE WHEN outer_outcome IS NULL THEN outer_span_id END, outer_start, started_unix_ns, deadline_unix_ns,
+    last_seen_unix_ns, progress FROM attempt WHERE state = 'running' AND process_id IN ({marks})
+UNION ALL
+SELECT 'outer', process_id, execution_id, outer_token, attempt, outer_trace_id, outer_span_id, outer_start, NULL, NULL, NULL,
+    outer_started_unix_ns, NULL, COALESCE(ended_unix_ns, last_seen_unix_ns), NULL FROM attempt
+    WHERE outer_token IS NOT NULL AND outer_outcome IS NULL AND state <> 'running' AND process_id IN ({marks})
+UNION ALL
+SELECT 'span', process_id, COALESCE(execution_id, ''), '', 0, trace_id, span_id, start, NULL, NULL, NULL, 0, NULL, 0, NULL
+    FROM open_span WHERE process_id IN ({marks})
+LIMIT ?"""
+
+
+def read_executions(tx: Transaction, rows: Sequence[Any]) -> list[ExecutionRecord]:
+    """Complete rows of `EXECUTION_COLUMNS` with their attempts and the wishes to cancel them."""
+    if not rows:
+        return []
+    ids = [row[1] for row in rows]
+    marks = ",".join("?" * len(ids))
+    attempts: dict[str, list[AttemptRecord]] = {}
+    for execution_id, number, state, duplicate, *rest in tx.execute(_ATTEMPTS.format(marks=marks), ids).fetchall():
+        attempts.setdefault(execution_id, []).append(AttemptRecord(number, state, bool(duplicate), *rest))
+    wishes = read_cancellations(tx, ids)
+    return [ExecutionRecord(*row, cancellation=wishes.get(row[1]), attempts=tuple(attempts.get(row[1], ()))) for row in rows]
+
+
+def read_cancellations(tx: Transaction, execution_ids: Sequence[str]) -> dict[str, Cancellation]:
+    """Give the wishes to cancel among these executions."""
+    marks = ",".join("?" * len(execution_ids))
+    rows = tx.execute(
+        f"SELECT execution_id, requested_unix_ns, terminate FROM cancellation WHERE execution_id IN ({marks})", execution_ids
+    ).fetchall()
+    return {row[0]: Cancellation(row[1], None if row[2] is None else bool(row[2])) for row in rows}
+
+
+def read_open_work(tx: Transaction, process_ids: Sequence[str], limit: int) -> list[OpenWork]:
+    """Give what these processes have open, attempts first."""
+    marks = ",".join("?" * len(process_ids))
+    rows = tx.execute(_OPEN_WORK.format(marks=marks), (*process_ids, *process_ids, *process_ids, limit)).fetchall()
+    return [
+        OpenWork(
+            kind=row[0],
+            process_id=row[1],
+            execution_id=row[2],
+            token=row[3],
+            number=row[4],
+            span=None if row[6] is None or row[7] is None else SpanRow(row[5], row[6], bytes(row[7])),
+            outer=None if row[9] is None or row[10] is None else SpanRow(row[8], row[9], bytes(row[10])),
+            started_unix_ns=row[11],
+            deadline_unix_ns=row[12],
+            last_seen_unix_ns=row[13],
+            progress=row[14],
+        )
+        for row in rows
+    ]
+
+
+_PROCESSES = """
+SELECT process_id, host, boot_id, pid_namespace, pid, pid_start, lease_seconds, resource, scope, heartbeat_unix_ns, ended
+FROM process WHERE process_id IN (
+    SELECT process_id FROM attempt WHERE state = 'running'
+    UNION SELECT process_id FROM attempt WHERE outer_token IS NOT NULL AND outer_outcome IS NULL
+    UNION SELECT process_id FROM open_span
+    UNION SELECT owner FROM claim)"""
+
+
+def read_processes(tx: Transaction) -> list[ProcessRow]:
+    """Give the processes that have something open or hold a claim."""
+    return [
+        ProcessRow(*row[:7], resource=bytes(row[7]), scope=bytes(row[8]), heartbeat_unix_ns=row[9], ended=bool(row[10]))
+        for row in tx.execute(_PROCESSES).fetchall()
+    ]
+
+
+def read_statistics(tx: Transaction, size_bytes: int) -> Statistics:
+    """Give what `doctor` shows."""
+    states = tx.execute("SELECT state, COUNT(*) FROM execution GROUP BY state ORDER BY state").fetchall()
+    rows, spans, oldest = tx.execute("SELECT COUNT(*), COALESCE(SUM(count), 0), MIN(written_unix_ns) FROM outbox").fetchone()
+    parked = tx.execute("SELECT id, count, reason, parked_unix_ns FROM parked ORDER BY id LIMIT 100").fetchall()
+    unseen = tx.execute(
+        """SELECT c.execution_id FROM cancellation c JOIN execution e ON e.execution_id = c.execution_id
+           WHERE c.terminate = 1 AND e.state = 'running' ORDER BY c.execution_id LIMIT 100"""
+    ).fetchall()
+    return Statistics(
+        executions=dict(states),
+        outbox_rows=rows,
+        outbox_spans=spans,
+        outbox_oldest_unix_ns=oldest,
+        claimed_rows=tx.execute("SELECT COUNT(*) FROM claim").fetchone()[0],
+        parked=[ParkedRow(*row) for row in parked],
+        processes=tx.execute("SELECT COUNT(*) FROM process WHERE ended = 0").fetchone()[0],
+        unseen_cancellations=[row[0] for row in unseen],
+        size_bytes=size_bytes,
+    )
+
+
+_APPLY: dict[type, Callable[[Transaction, Any], object]] = {
+    OpenAttempt: open_attempt,
+    CloseAttempt: close_attempt,
+    RecordObserved: record_observed,
+    CloseOuter: close_outer,
+    RecordQueued: record_queued,
+    RefuseQueued: refuse_queued,
+    AddSpans: add_spans,
+    RecordProgress: record_progress,
+    Heartbeat: heartbeat,
+    RequestCancel: request_cancel,
+    Ingested: ingested,
+    ClaimOutbox: claim_outbox,
+    SettleOutbox: settle_outbox,
+    ReleaseClaims: release_claims,
+    RetryParked: retry_parked,
+    Prune: prune,
+}
+
+
+def apply(tx: Transaction, write: Write) -> object:
+    """Run one write inside the transaction and give its result."""
+    return _APPLY[type(write)](tx, write)

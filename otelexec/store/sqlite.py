@@ -1,0 +1,383 @@
+"""
+The embedded store: one SQLite file in WAL mode, for the processes of one machine.
+
+What SQLite alone needs stands here: one connection that writes and one that reads, `synchronous` set per transaction
+(NORMAL survives the process, FULL survives power loss; https://sqlite.org/pragma.html#pragma_synchronous), a file that
+may be deleted, replaced or damaged under a running process, and the connection that a forked child must not touch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from otelexec.errors import StoreNotFound, StoreRejected, StoreUnavailable, StoreVersionError
+from otelexec.store import sql
+from otelexec.store.base import (
+    Cancellation,
+    CommitInterrupted,
+    ExecutionRecord,
+    OpenWork,
+    ProcessRow,
+    Statistics,
+    Write,
+)
+
+logger = logging.getLogger("otelexec.store")
+
+_PAGE = 200
+_IN_LIST = 500  # SQLite's oldest limit on parameters of one statement is 999
+
+# Result codes that are the write's own fault; with any other the store could not do its work at this time.
+_REFUSALS = frozenset({sqlite3.SQLITE_TOOBIG, sqlite3.SQLITE_CONSTRAINT, sqlite3.SQLITE_MISMATCH, sqlite3.SQLITE_RANGE})
+_DAMAGE = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
+
+# Connections inherited over a fork: closing one in the child would end the parent's locks on the file
+# (https://sqlite.org/howtocorrupt.html, section 2.6), so they are kept until the child ends.
+_inherited: list[sqlite3.Connection] = []
+
+
+class _Transaction:
+    __slots__ = ("execute",)
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self.execute = connection.execute
+
+    def now_unix_ns(self) -> int:
+        return time.time_ns()
+
+
+class SqliteStore:
+    """
+    A store in one SQLite file.
+
+    Args:
+        path: The file; it and its folder are made when missing, readable by their owner only.
+        create: Whether to make a store where none is; readers don't.
+    """
+
+    def __init__(self, path: Path, *, create: bool = True) -> None:
+        self.path = path
+        self.announce: Callable[[], Sequence[Write]] = tuple
+        self._create = create
+        self._reset()
+
+    def _reset(self) -> None:
+        self._writer: sqlite3.Connection | None = None
+        self._reader: sqlite3.Connection | None = None
+        self._write_lock = threading.Lock()
+        self._read_lock = threading.Lock()
+        self._file: tuple[int, int] | None = None
+        self._read_file: tuple[int, int] | None = None
+        self._busy_ms = -1
+        self._durable: bool | None = None
+        self._announced = False
+
+    @property
+    def url(self) -> str:
+        """Give the store's URL."""
+        return f"sqlite:///{self.path}"
+
+    @property
+    def spool_folder(self) -> Path:
+        """Give the folder for what could not be written here: beside the file."""
+        return self.path.with_name(self.path.name + ".spool")
+
+    # Writing
+
+    def commit(self, writes: Sequence[Write], *, durable: bool, timeout_seconds: float) -> list[object]:
+        """
+        Commit all writes in one transaction; see `base.Store.commit`.
+
+        Args:
+            writes: What to write.
+            durable: Whether it must survive power loss.
+            timeout_seconds: How long to wait for another process that writes.
+        """
+        with self._write_lock:
+            try:
+                connection = self._writable(timeout_seconds)
+                try:
+                    return self._transact(connection, writes, durable=durable)
+                except (sqlite3.Error, ValueError, OverflowError, TypeError) as error:
+                    if not _is_refusal(error):
+                        raise
+                    return self._one_by_one(connection, writes, durable=durable)
+            except (sqlite3.Error, OSError) as error:
+                self._after(error)
+                raise StoreUnavailable(f"{self.url}: {error}") from error
+
+    def _transact(self, connection: sqlite3.Connection, writes: Sequence[Write], *, durable: bool) -> list[object]:
+        if durable is not self._durable:
+            connection.execute("PRAGMA synchronous = " + ("FULL" if durable else "NORMAL"))
+            self._durable = durable
+        committing = False
+        results: list[object] = []
+        try:
+            connection.execute("BEGIN IMMEDIATE")
+            tx = _Transaction(connection)
+            if not self._announced:
+                for write in self.announce():
+                    sql.apply(tx, write)
+            results = [sql.apply(tx, write) for write in writes]
+            committing = True
+            connection.execute("COMMIT")
+        except BaseException as error:
+            if committing and not connection.in_transaction and not isinstance(error, sqlite3.Error):
+                # A signal handler raised between COMMIT and here: to repeat it would write everything twice.
+                raise CommitInterrupted(results, error) from error
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+            raise
+        self._announced = True
+        return results
+
+    def _one_by_one(self, connection: sqlite3.Connection, writes: Sequence[Write], *, durable: bool) -> list[object]:
+        """Find the write that the store refuses, so that it does not take the others with it."""
+        results: list[object] = []
+        for write in writes:
+            try:
+                results += self._transact(connection, [write], durable=durable)
+            except (sqlite3.Error, ValueError, OverflowError, TypeError) as error:
+                if not _is_refusal(error):
+                    raise
+                results.append(StoreRejected(f"{self.url} refused {type(write).__name__}: {error}"))
+        return results
+
+    def _writable(self, timeout_seconds: float) -> sqlite3.Connection:
+        if self._writer is not None and _identity(self.path) != self._file:
+            # Deleted or replaced under us: what is committed from here on goes to the file that is there now.
+            logger.warning("otelexec.store.replaced", extra={"otelexec_store": self.url})
+            self._drop_writer()
+        if self._writer is None:
+            self._writer = self._open(timeout_seconds)
+            self._file = _identity(self.path)
+            self._busy_ms = -1
+            self._durable = None
+            self._announced = False
+        busy_ms = max(0, int(timeout_seconds * 1000))
+        if busy_ms != self._busy_ms:
+            self._writer.execute(f"PRAGMA busy_timeout = {busy_ms}")
+            self._busy_ms = busy_ms
+        return self._writer
+
+    def _open(self, timeout_seconds: float) -> sqlite3.Connection:
+        if not self.path.exists():
+            if not self._create:
+                raise StoreNotFound(f"No store at {self.path}. Run an execution first, or set OTELEXEC_STORE to where it is.")
+            self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            # Made with these rights, not changed to them afterwards; SQLite gives -wal and -shm the same.
+            with contextlib.suppress(FileExistsError):
+                os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+        try:
+            return self._connect(timeout_seconds)
+        except sqlite3.DatabaseError as error:
+            if _code(error) not in _DAMAGE or not self._create:
+                raise
+            self._set_aside(error)
+            return self._open(timeout_seconds)
+
+    def _connect(self, timeout_seconds: float) -> sqlite3.Connection:
+        connection = sqlite3.connect(
+            f"{self.path.as_uri()}?mode=rw", uri=True, timeout=timeout_seconds, isolation_level=None, check_same_thread=False
+        )
+        try:
+            if connection.execute("PRAGMA user_version").fetchone()[0] != sql.SCHEMA_VERSION:
+                self._migrate(connection)
+            connection.execute("SELECT 1 FROM execution LIMIT 1").fetchone()
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def _migrate(self, connection: sqlite3.Connection) -> None:
+        found = connection.execute("PRAGMA user_version").fetchone()[0]
+        if found == 0:
+            connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("BEGIN IMMEDIATE")
+        try:
+            version = connection.execute("PRAGMA user_version").fetchone()[0]
+            if version > sql.SCHEMA_VERSION:
+                raise StoreVersionError(
+                    f"{self.url} has schema {version}, this otelexec knows {sql.SCHEMA_VERSION}. "
+                    "Upgrade this one: `pip install -U otelexec`."
+                )
+            if version == 0:
+                for statement in sql.SCHEMA:
+                    connection.execute(statement.format(serial="INTEGER PRIMARY KEY AUTOINCREMENT", blob="BLOB", bigint="INTEGER"))
+                connection.execute(f"PRAGMA user_version = {sql.SCHEMA_VERSION}")
+            connection.execute("COMMIT")
+        except BaseException:
+            connection.execute("ROLLBACK")
+            raise
+
+    def _set_aside(self, error: sqlite3.DatabaseError) -> None:
+        damaged = _identity(self.path)
+        lock_path = self.path.with_name(self.path.name + ".lock")
+        with lock_path.open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if _identity(self.path) != damaged:  # another process was first, and the file is already a new one
+                return
+            aside = self.path.with_name(f"{self.path.name}.corrupt-{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}")
+            for suffix in ("-wal", "-shm", ""):
+                with contextlib.suppress(FileNotFoundError):
+                    os.rename(f"{self.path}{suffix}", f"{aside}{suffix}")
+        logger.error("otelexec.store.corrupt: %s was set aside as %s: %s", self.path, aside, error)
+
+    def _after(self, error: Exception) -> None:
+        """Drop the connection after anything but a lock, so that the next commit looks at the file anew."""
+        if isinstance(error, sqlite3.Error) and _code(error) in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+            return
+        connection = self._writer
+        if connection is not None and _code(error) in _DAMAGE and self._create:
+            with contextlib.suppress(sqlite3.Error, OSError):
+                if connection.execute("PRAGMA quick_check(1)").fetchone()[0] != "ok":
+                    self._drop_writer()
+                    self._set_aside(sqlite3.DatabaseError(str(error)))
+        self._drop_writer()
+
+    def _drop_writer(self) -> None:
+        if self._writer is not None:
+            with contextlib.suppress(sqlite3.Error):
+                self._writer.close()
+        self._writer = None
+
+    # Reading
+
+    def now_unix_ns(self) -> int:
+        """Give the machine's clock: one machine has one."""
+        return time.time_ns()
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[_Transaction]:
+        with self._read_lock:
+            try:
+                if self._reader is not None and _identity(self.path) != self._read_file:
+                    self._reader.close()
+                    self._reader = None
+                if self._reader is None:
+                    self._reader = self._open(timeout_seconds=5)
+                    self._read_file = _identity(self.path)
+                yield _Transaction(self._reader)
+            except (sqlite3.Error, OSError) as error:
+                if self._reader is not None:
+                    self._reader.close()
+                    self._reader = None
+                raise StoreUnavailable(f"{self.url}: {error}") from error
+
+    def executions(self, *, limit: int | None = None, before: int | None = None, state: str | None = None) -> Iterator[ExecutionRecord]:
+        """
+        Give executions, the newest first.
+
+        Args:
+            limit: At most so many; None means all.
+            before: Only those with a smaller `seq`; None means from the newest.
+            state: Only those in this state; None means any.
+        """
+        left = limit
+        while left is None or left > 0:
+            page = _PAGE if left is None else min(_PAGE, left)
+            with self._reading() as tx:
+                rows = tx.execute(
+                    f"""SELECT {sql.EXECUTION_COLUMNS} FROM execution
+                        WHERE seq < ? AND (? IS NULL OR state = ?) ORDER BY seq DESC LIMIT ?""",
+                    (2**62 if before is None else before, state, state, page),
+                ).fetchall()
+                records = sql.read_executions(tx, rows)
+            yield from records
+            if len(records) < page:
+                return
+            before = records[-1].seq
+            left = None if left is None else left - len(records)
+
+    def execution(self, execution_id: str) -> ExecutionRecord | None:
+        """Give one execution; None when it is not there."""
+        with self._reading() as tx:
+            rows = tx.execute(f"SELECT {sql.EXECUTION_COLUMNS} FROM execution WHERE execution_id = ?", (execution_id,)).fetchall()
+            return next(iter(sql.read_executions(tx, rows)), None)
+
+    def processes(self) -> list[ProcessRow]:
+        """Give the processes that have something open or hold a claim."""
+        with self._reading() as tx:
+            return sql.read_processes(tx)
+
+    def open_work(self, process_ids: Sequence[str], *, limit: int) -> list[OpenWork]:
+        """Give what these processes have open, attempts first."""
+        with self._reading() as tx:
+            return sql.read_open_work(tx, process_ids, limit)
+
+    def claim_owners(self) -> list[str]:
+        """Give the process ids that hold claims on outbox rows."""
+        with self._reading() as tx:
+            return [row[0] for row in tx.execute("SELECT DISTINCT owner FROM claim").fetchall()]
+
+    def ingested(self, segment: str) -> int:
+        """Give how far a spool segment has been taken in, in bytes."""
+        with self._reading() as tx:
+            row = tx.execute("SELECT upto FROM ingested WHERE segment = ?", (segment,)).fetchone()
+            return 0 if row is None else int(row[0])
+
+    def cancellations(self, execution_ids: Sequence[str]) -> dict[str, Cancellation]:
+        """Give the wishes to cancel among these executions."""
+        found: dict[str, Cancellation] = {}
+        with self._reading() as tx:
+            for start in range(0, len(execution_ids), _IN_LIST):
+                found.update(sql.read_cancellations(tx, execution_ids[start : start + _IN_LIST]))
+        return found
+
+    def held_requests(self, execution: ExecutionRecord) -> list[bytes]:
+        """Give the encoded requests of this execution that are still in the outbox or parked."""
+        with self._reading() as tx:
+            rows = tx.execute(
+                """SELECT request FROM outbox WHERE execution_id = ?1
+                   UNION ALL SELECT request FROM parked WHERE execution_id = ?1""",
+                (execution.execution_id,),
+            ).fetchall()
+            return [bytes(row[0]) for row in rows]
+
+    def statistics(self) -> Statistics:
+        """Give what `doctor` shows."""
+        size = sum(path.stat().st_size for path in self.path.parent.glob(self.path.name + "*") if path.is_file())
+        with self._reading() as tx:
+            return sql.read_statistics(tx, size)
+
+    # Connections
+
+    def abandon(self) -> None:
+        """Forget inherited connections without closing them, in a forked child."""
+        _inherited.extend(connection for connection in (self._writer, self._reader) if connection is not None)
+        self._reset()
+
+    def close(self) -> None:
+        """Close both connections; the next call opens new ones."""
+        with self._write_lock:
+            self._drop_writer()
+        with self._read_lock:
+            if self._reader is not None:
+                self._reader.close()
+            self._reader = None
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _code(error: BaseException) -> int:
+    """Give the primary SQLite result code; 0 for an error that Python raised itself."""
+    return (getattr(error, "sqlite_errorcode", 0) or 0) & 0xFF
+
+
+def _is_refusal(error: BaseException) -> bool:
+    # A value that Python can't bind (a lone surrogate, an integer over 64 bits) never reaches SQLite and has no code.
+    return not isinstance(error, sqlite3.Error) or _code(error) in _REFUSALS or isinstance(error, sqlite3.InterfaceError)
