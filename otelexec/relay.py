@@ -35,6 +35,8 @@ from otelexec.transport import Verdict, connect
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+    from opentelemetry.sdk.trace.export import SpanExporter
+
     from otelexec.settings import Settings
     from otelexec.store.base import OutboxRow, Write
     from otelexec.transport import Reply
@@ -171,7 +173,7 @@ class Relay:
                     return Progress()
                 [rows] = self._committed(ClaimOutbox(self._owner, LEASE_SECONDS, MAX_ROWS, MAX_BYTES))
             except StoreError as error:
-                self._say(logging.WARNING, "the outbox can't be used at the moment: %s", error)
+                self._say(logging.WARNING, "otelexec.relay.waiting: the outbox can't be used at the moment: %s", error)
                 return self._paused(Progress(), str(error))
             if not rows:
                 return Progress()
@@ -260,7 +262,7 @@ class Relay:
                     self._pay()
                     break
                 if time.monotonic() >= deadline:
-                    logger.warning("%d settlements could not be written: their spans will be sent again", len(self._owed))
+                    logger.warning("otelexec.relay.unsettled: what became of some rows could not be written: their spans may be sent again")
                     break
                 time.sleep(0.05)
         self._transport.close()
@@ -283,7 +285,7 @@ class Relay:
         try:
             progress = self.run_once(stop)
         except Exception:
-            logger.exception("the relay failed, and goes on")
+            logger.exception("otelexec.relay.defect: the relay failed, and goes on")
             progress = self._paused(Progress(), "a defect of the relay")
         if self._on_progress is not None:
             self._on_progress(progress)
@@ -330,7 +332,7 @@ class Relay:
         if reply.rejected_spans > 0:
             reason = f"{reply.rejected_spans} of {sum(row.count for row in group)} spans rejected: {reply.reason or 'no message'}"
             self._settle(SettleOutbox(self._owner, parked=[(row_id, reason) for row_id in ids]))
-            logger.warning("%d rows parked: %s", len(ids), reason)
+            logger.warning("otelexec.relay.parked: %d rows are set aside, and are not sent again by themselves: %s", len(ids), reason)
             current.parked += len(ids)
         else:
             self._settle(SettleOutbox(self._owner, delivered=ids))
@@ -340,14 +342,14 @@ class Relay:
             current.got_through = True
             if reply.reason and reply.reason not in self._messages and len(self._messages) < _MAX_MESSAGES:
                 self._messages.add(reply.reason)
-                logger.warning("%s accepts the spans and says: %s", self.endpoint.shown, reply.reason)
+                logger.warning("otelexec.relay.message: %s accepts the spans and says: %s", self.endpoint.shown, reply.reason)
         current.queue.popleft()
         for row_id in ids:
             self._suspicions.pop(row_id, None)
         if self._refusals:
             self._refusals = 0
             self._said.clear()
-            logger.info("%s takes spans again", self.endpoint.shown)
+            logger.info("otelexec.relay.recovered: %s takes spans again", self.endpoint.shown)
 
     def _split_or_park(self, current: _Round, reply: Reply) -> None:
         group = current.queue[0]
@@ -361,7 +363,7 @@ class Relay:
         current.queue.popleft()
         current.parked += 1
         self._suspicions.pop(row.id, None)
-        logger.error("a row of %d spans is parked, and is not sent again by itself: %s", row.count, reply.reason)
+        logger.error("otelexec.relay.parked: a row of %d spans is set aside, and is not sent again by itself: %s", row.count, reply.reason)
 
     def _suspect(self, current: _Round, reply: Reply) -> bool:
         """Take a failure of the foremost group into account; tell whether the round goes on."""
@@ -389,11 +391,13 @@ class Relay:
         if current.got_through:
             self._refusals = 0
         if reply.verdict is Verdict.DENIED:
-            self._say(logging.ERROR, "%s refuses all spans; they are kept, correct the endpoint or its headers: %s",
+            self._say(logging.ERROR, "otelexec.relay.denied: %s refuses all spans; they are kept, correct the endpoint or its headers: %s",
                       self.endpoint.shown, reply.reason)  # fmt: skip
             self._refusals += 1
             return current.progress(_DENIED_PAUSE, reason=reply.reason)
-        self._say(logging.WARNING, "%s takes no spans at the moment; they are kept: %s", self.endpoint.shown, reply.reason)
+        self._say(
+            logging.WARNING, "otelexec.relay.waiting: %s takes no spans at the moment; they are kept: %s", self.endpoint.shown, reply.reason
+        )
         if reply.retry_after is not None:
             self._refusals += 1
             return current.progress(min(reply.retry_after, _LONGEST_ASKED), asked=True, reason=reply.reason)
@@ -412,14 +416,14 @@ class Relay:
         try:
             self._pay()
         except StoreError as error:
-            self._say(logging.WARNING, "what the relay delivered can't be written yet: %s", error)
+            self._say(logging.WARNING, "otelexec.relay.unsettled: what became of some rows can't be written yet: %s", error)
 
     def _pay(self) -> None:
         while self._owed:
             try:
                 self._committed(self._owed[0])
             except StoreRejected:
-                logger.exception("the store refuses what became of some rows: their spans may be sent again")
+                logger.exception("otelexec.relay.unsettled: the store refuses what became of some rows: their spans may be sent again")
             self._owed.popleft()
 
     def _committed(self, *writes: Write) -> list[Any]:
@@ -446,6 +450,23 @@ class _Deadline(threading.Event):
     def is_set(self) -> bool:
         """Tell whether the time has come."""
         return time.monotonic() >= self._at
+
+
+def stock_exporter(settings: Settings) -> SpanExporter:
+    """
+    Give the SDK's exporter for the relay's endpoint, for spans that no store holds.
+
+    Raises:
+        SettingsError: The endpoint can't be used as configured.
+    """
+    endpoint = endpoints.read(settings.otlp_endpoint)
+    if endpoint.protocol == "grpc":
+        from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter as GrpcExporter
+
+        return GrpcExporter(endpoint=endpoint.url, insecure=not endpoint.secure)
+    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter as HttpExporter
+
+    return HttpExporter(endpoint=endpoint.url)
 
 
 def _groups(rows: Sequence[OutboxRow]) -> Iterator[Sequence[OutboxRow]]:
