@@ -139,7 +139,7 @@ def running(context: Context | None = None) -> CurrentExecution | None:
         None outside any execution.
     """
     execution = current_execution(context)
-    return None if execution is None or execution.id is None else execution
+    return execution if execution is not None and execution.id is not None else None
 
 
 def with_ambient(context: Context, correlation: Correlation, parent_execution_id: str | None = None) -> Context:

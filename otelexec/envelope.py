@@ -152,7 +152,7 @@ def receive(payload: object, *, trusted: bool = True, message_id: str | None = N
         message_id=message_id,
         enqueued_unix_ns=enqueued,
         legacy=legacy,
-        bounds=lambda: (_bound(enqueued, rest),),
+        bounds=lambda: () if (bound := _bound(enqueued, rest)) is None else (bound,),
     )
     return context, scope, rest
 
@@ -197,16 +197,16 @@ def _legacy_text(value: object, *, an_id: bool) -> str:
         return ""
 
 
-def _bound(enqueued: int | None, payload: object) -> tuple[object, ...]:
+def _bound(enqueued: int | None, payload: object) -> tuple[object, ...] | None:
     """
     Give what the signature of an envelope covers besides the members.
 
     The payload counts as JSON says it, read back and sorted: what a queue turns into text on its way (tuples, number
-    keys) has the same digest on both sides. A payload that JSON can't hold has none, and its envelope is not believed.
+    keys) has the same digest on both sides. None for a payload that JSON can't hold: there is nothing to bind to.
     """
     try:
         canonical = json.dumps(json.loads(json.dumps(payload, default=str)), sort_keys=True, separators=(",", ":"))
     except (TypeError, ValueError, RecursionError):
-        _logger.warning("otelexec.signature.impossible: a payload that is no JSON can't be signed: its receiver won't believe it")
-        return ("payload", enqueued, None)
+        _logger.warning("otelexec.signature.impossible: a payload that is no JSON has no signature, and its ids are not believed")
+        return None
     return ("payload", enqueued, sha256(canonical.encode("ascii")).hexdigest())

@@ -132,8 +132,19 @@ def entries(context: Context, correlation: Correlation, *, message_id: str | Non
     return carried
 
 
-def write(context: Context, correlation: Correlation, bound: Callable[[], tuple[object, ...]]) -> tuple[dict[str, str], str | None]:
-    """Do what `entries` does, with the signature apart; `bound` gives what it covers, and is only asked when keys are set."""
+def write(context: Context, correlation: Correlation, bound: Callable[[], tuple[object, ...] | None]) -> tuple[dict[str, str], str | None]:
+    """
+    Do what `entries` does, with the signature apart.
+
+    Args:
+        context: As there.
+        correlation: As there.
+        bound: Gives what the signature covers besides the members, or None where that can't be signed; only asked
+            when keys are set.
+
+    Returns:
+        What to carry, and the signature; None where there is none.
+    """
     carried: dict[str, str] = {}
     span_context = trace.get_current_span(context).get_span_context()
     if span_context.is_valid:
@@ -144,9 +155,9 @@ def write(context: Context, correlation: Correlation, bound: Callable[[], tuple[
     carried[semconv.HEADER_BAGGAGE], dropped = encode_baggage(ours, foreign(context))
     if dropped:
         _logger.warning("otelexec.baggage.dropped: over the W3C limits: %s", ", ".join(repr(name[:64]) for name in dropped[:32]))
-    if runtime.settings().signing_key is None:
+    if runtime.settings().signing_key is None or (covered := bound()) is None:
         return carried, None
-    return carried, sign({name: value for name, value in ours.items() if name not in dropped}, bound())
+    return carried, sign({name: value for name, value in ours.items() if name not in dropped}, covered)
 
 
 def send(*, retry: bool = False, message_id: str | None = None) -> tuple[Correlation, dict[str, str]]:
@@ -274,9 +285,11 @@ def _read(carrier: object, names: Mapping[str, str]) -> Carrier:
                 written, value = pair
             except (TypeError, ValueError):
                 continue
-            name = names.get(_fold(written, names))
+            name = names.get(written) if isinstance(written, str) else None
             if name is None:
-                continue
+                name = names.get(_fold(written, names))
+                if name is None:
+                    continue
             text = value if isinstance(value, str) else _text(value)
             if name not in found:
                 found[name] = text

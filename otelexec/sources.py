@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, Literal
 
-from pydantic import BaseModel, BeforeValidator, Discriminator, Field, Tag, TypeAdapter, model_validator
+from pydantic import BaseModel, BeforeValidator, Discriminator, Field, PrivateAttr, Tag, TypeAdapter, model_validator
 
 from otelexec import semconv
 from otelexec.ids import as_text, mint_id, normalize_id
@@ -76,13 +76,15 @@ class Correlation(BaseModel, frozen=True, extra="allow"):
     __slots__ = ("_members", "_parts")
 
     if TYPE_CHECKING:
-        _members: dict[str, str] | None
-        _parts: tuple[dict[str, str], dict[str, str]] | None
+        # Said in a way that keeps them out of the constructor's signature.
+        __pydantic_extra__: dict[str, Text] = Field(init=False)  # pyright: ignore[reportIncompatibleVariableOverride]
+        _members: dict[str, str] | None = PrivateAttr()
+        _parts: tuple[dict[str, str], dict[str, str]] | None = PrivateAttr()
+    else:
+        __pydantic_extra__: dict[str, Text]
 
     OWN: ClassVar[tuple[str, ...]] = ()
     """The fields that belong to the source."""
-
-    __pydantic_extra__: dict[str, Text]  # pyright: ignore[reportIncompatibleVariableOverride] # how pydantic spells it
 
     execution_id: Text = Field(default_factory=mint_id)
     request_id: Text = Field(default_factory=mint_id)

@@ -18,12 +18,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from opentelemetry import baggage
 from opentelemetry import context as otel_context
+from opentelemetry.baggage import _BAGGAGE_KEY
 from pydantic import BaseModel
 
 from otelexec import runtime, settings
 from otelexec.context import EXECUTION_KEY, current_scope
 from otelexec.correlation import (
-    _BAGGAGE_KEY,
     AnyCorrelation,
     Correlation,
     ScheduleCorrelation,
@@ -140,7 +140,9 @@ class TestModel:
 
     def test_members_lead_with_the_ids(self) -> None:
         """Whoever cuts a header at its end cuts the ids last."""
-        correlation = WebhookCorrelation(execution_id="e", request_id="r", parent_execution_id="p", webhook_id="w", extra="x")  # type: ignore[call-arg]
+        correlation = WebhookCorrelation.model_validate(
+            {"execution_id": "e", "request_id": "r", "parent_execution_id": "p", "extra": "x", "webhook_id": "w"}
+        )
         assert list(correlation.members().items()) == [
             ("otelexec.execution_id", "e"),
             ("otelexec.request_id", "r"),
@@ -157,9 +159,7 @@ class TestModel:
     )
     def test_unknown_fields_come_back_as_they_were(self, source: str, members: dict[str, str]) -> None:
         """Seed behaviour 40: fields that this version doesn't know pass through it unchanged."""
-        first = Correlation.from_members(
-            {"otelexec.source": source, **{f"otelexec.{name}": value for name, value in members.items()}}
-        )
+        first = Correlation.from_members({"otelexec.source": source, **{f"otelexec.{name}": value for name, value in members.items()}})
         again = Correlation.from_members(first.members())
         assert again == first
         assert again.members() == first.members()
@@ -180,7 +180,9 @@ class TestModel:
 
     def test_names_that_only_spans_use_are_not_taken_from_a_carrier(self) -> None:
         """A message can't say how its own execution ends."""
-        assert dict(Correlation.from_members({"otelexec.outcome": "succeeded", "otelexec.attempt": "9", "otelexec.x": "1"}).fields) == {"x": "1"}
+        assert dict(Correlation.from_members({"otelexec.outcome": "succeeded", "otelexec.attempt": "9", "otelexec.x": "1"}).fields) == {
+            "x": "1"
+        }
 
     def test_an_id_that_had_to_be_hashed_keeps_its_original_as_a_field(self) -> None:
         """The hash is what travels; the original is there to be searched for."""
@@ -252,7 +254,9 @@ class TestModel:
     def test_none_is_not_given_and_values_become_text(self) -> None:
         """Attributes that are None are left out; numbers, flags, dates and UUIDs have one spelling."""
         uuid = UUID(int=5)
-        with correlate(source="x", attributes={"a": None, "n": 1.5, "yes": True, "day": datetime(2026, 1, 2, tzinfo=UTC).date(), "id": uuid}) as made:
+        with correlate(
+            source="x", attributes={"a": None, "n": 1.5, "yes": True, "day": datetime(2026, 1, 2, tzinfo=UTC).date(), "id": uuid}
+        ) as made:
             assert dict(made.fields) == {"n": "1.5", "yes": "true", "day": "2026-01-02", "id": str(uuid)}
 
 

@@ -159,7 +159,9 @@ class TestCodec:
 
     def test_lone_surrogates_and_control_characters_never_raise(self) -> None:
         """What UTF-8 can't hold becomes U+FFFD, line ends are encoded."""
-        assert w3c.encode_baggage({"k": "\ud800"}, {"\udfff": "\r\nx: y\0"})[0] == "k=%EF%BF%BD,%EF%BF%BD=%0D%0Ax%3A%20y%00".replace("%3A", ":")
+        assert w3c.encode_baggage({"k": "\ud800"}, {"\udfff": "\r\nx: y\0"})[0] == "k=%EF%BF%BD,%EF%BF%BD=%0D%0Ax%3A%20y%00".replace(
+            "%3A", ":"
+        )
 
     def test_foreign_members_are_passed_on_byte_for_byte(self) -> None:
         """Properties, spelling and blanks of members that are not ours survive."""
@@ -182,7 +184,9 @@ class TestCodec:
         """Ours and others alike."""
         assert w3c.decode_baggage("k=1,otelexec.x=1,k=2,otelexec.x=2") == ({"otelexec.x": "2"}, {"k": "2"})
 
-    @pytest.mark.parametrize("name", ["otelexec%2Eexecution_id", "%6ftelexec.execution_id", "%20otelexec.execution_id", "otelexec.execution_id%09"])
+    @pytest.mark.parametrize(
+        "name", ["otelexec%2Eexecution_id", "%6ftelexec.execution_id", "%20otelexec.execution_id", "otelexec.execution_id%09"]
+    )
     def test_no_spelling_hides_a_member_of_ours(self, name: str) -> None:
         """Else a stranger's id would pass an edge as foreign and become ours behind the next Python SDK."""
         ours, others = w3c.decode_baggage(f"{name}=victim")
@@ -221,7 +225,11 @@ class TestCodec:
 
 
 class TestStockSdk:
-    @given(st.dictionaries(st.text(min_size=1).filter(lambda name: name.strip() == name), st.text().filter(lambda v: v.strip() == v), max_size=8))
+    @given(
+        st.dictionaries(
+            st.text(min_size=1).filter(lambda name: name.strip() == name), st.text().filter(lambda v: v.strip() == v), max_size=8
+        )
+    )
     def test_the_python_sdk_reads_what_we_write(self, values: dict[str, str]) -> None:
         """All members, whatever is in them; the SDK strips blanks around values, so there are none here."""
         header, dropped = w3c.encode_baggage({}, values)
@@ -262,7 +270,13 @@ class TestStockSdk:
 class TestOut:
     def test_what_was_left_of_an_earlier_send_is_removed_first(self) -> None:
         """Design section 7: a retry must not carry a stale parent or stale baggage, in any spelling of the names."""
-        headers = {"TraceParent": "stale", "tracestate": "stale=1", "BAGGAGE": "otelexec.execution_id=stale", "Otelexec-Signature": "s", "x": "y"}
+        headers = {
+            "TraceParent": "stale",
+            "tracestate": "stale=1",
+            "BAGGAGE": "otelexec.execution_id=stale",
+            "Otelexec-Signature": "s",
+            "x": "y",
+        }
         inject_headers(headers)
         assert set(headers) == {"baggage", "x"}
         assert "stale" not in headers["baggage"]
@@ -356,7 +370,9 @@ class TestOut:
         assert "secret" not in record.getMessage()
         assert set(members(headers)) == {"otelexec.execution_id", "otelexec.request_id", "otelexec.source"}
 
-    def test_open_spans_are_announced_before_their_ids_leave(self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def test_open_spans_are_announced_before_their_ids_leave(
+        self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
         """And a store that fails there does not keep the message back."""
         headers: dict[str, str] = {}
         seen: list[dict[str, str]] = []
@@ -490,7 +506,9 @@ class TestIn:
         """Design section 5, Nesting: its span stays current, the trace from elsewhere is linked."""
         own_trace = otel_context.attach(trace.set_span_in_context(trace.get_current_span(remote())))
         try:
-            with extract_headers({"traceparent": OTHER_TRACEPARENT, "baggage": "otelexec.execution_id=e,otelexec.request_id=r,k=v"}) as scope:
+            with extract_headers(
+                {"traceparent": OTHER_TRACEPARENT, "baggage": "otelexec.execution_id=e,otelexec.request_id=r,k=v"}
+            ) as scope:
                 assert current_trace() == TRACEPARENT[3:35]
                 assert scope.execution is execution
                 assert [format(link.context.trace_id, "032x") for link in scope.links] == [OTHER_TRACEPARENT[3:35]]
@@ -507,7 +525,9 @@ class TestIn:
         with extract_headers({}) as scope:
             assert scope.correlation.request_id == execution.correlation.request_id
 
-    def test_settings_that_cannot_be_read_never_stop_the_work(self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def test_settings_that_cannot_be_read_never_stop_the_work(
+        self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
         """And nothing is believed then: a signing key may be among them."""
 
         def broken() -> None:
