@@ -25,12 +25,13 @@ from opentelemetry.sdk.trace import TracerProvider
 
 from otelexec import identity, logs, otlp, semconv, spans
 from otelexec import settings as _settings
+from otelexec.context import current_execution
 from otelexec.effects import run
 from otelexec.errors import SettingsError, StoreError, StoreRejected
 from otelexec.execution import Execution
 from otelexec.finalize import Kept, for_spool, persist
 from otelexec.heartbeat import Heartbeat as HeartbeatThread
-from otelexec.settings import Settings, state_home
+from otelexec.settings import Settings
 from otelexec.spans import Collector, SecureIdGenerator
 from otelexec.store import spool as _spool
 from otelexec.store.base import (
@@ -406,7 +407,8 @@ def before_send(context: Context) -> None:
     runtime = get()
     rows = runtime.open_ancestors(context)
     if rows:
-        runtime.write(AddSpans(opened=rows, process_id=runtime.process_id))
+        execution = current_execution(context)
+        runtime.write(AddSpans(opened=rows, process_id=runtime.process_id, execution_id=None if execution is None else execution.id))
         runtime.heartbeat.ensure()
 
 

@@ -79,10 +79,12 @@ class HttpTransport:
         self._endpoint = endpoint
         self._session = requests.Session()
         self._session.headers.update(_HEADERS | dict(endpoint.headers))
-        self._session.verify = endpoint.certificate or True
-        if endpoint.client_certificate:
-            pair = (endpoint.client_certificate, endpoint.client_key)
-            self._session.cert = pair if endpoint.client_key else endpoint.client_certificate  # type: ignore[assignment]
+        pair = (endpoint.client_certificate, endpoint.client_key)
+        # Once, not for every request: it reads all proxy variables. The certificate has to be among the arguments, or
+        # REQUESTS_CA_BUNDLE would go before it.
+        self._settings = self._session.merge_environment_settings(
+            endpoint.url, {}, True, endpoint.certificate or True, pair if endpoint.client_key else endpoint.client_certificate
+        )
         if "authorization" in endpoint.headers:
             # Without an auth of its own, requests would put a matching .netrc entry over this header.
             self._session.auth = _keep_headers
@@ -105,11 +107,10 @@ class HttpTransport:
         connect_timeout = min(timeout, _CONNECT_SECONDS)
         try:
             # Redirects are not followed: they would carry the headers elsewhere, and turn the POST into a GET.
+            prepared = self._session.prepare_request(requests.Request("POST", self._endpoint.url, data=data))
             with (
                 _untraced(),
-                self._session.post(
-                    self._endpoint.url, data=data, timeout=(connect_timeout, timeout), allow_redirects=False, stream=True
-                ) as response,
+                self._session.send(prepared, timeout=(connect_timeout, timeout), allow_redirects=False, **self._settings) as response,
             ):
                 status = response.status_code
                 try:

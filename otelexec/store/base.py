@@ -295,6 +295,22 @@ class RecordObserved:
 
 
 @dataclass(frozen=True, slots=True)
+class CloseLost:
+    """
+    Close a running attempt of a dead process with the span it could not end. Gives whether this write did it.
+
+    Attributes:
+        execution_id: The execution.
+        token: The attempt's fencing token.
+        frozen: The outcome (`lost`) and the synthesised span.
+    """
+
+    execution_id: str
+    token: str
+    frozen: Frozen
+
+
+@dataclass(frozen=True, slots=True)
 class CloseOuter:
     """
     Record how the outer executor around one or more cores ended. Gives whether this write did it.
@@ -477,6 +493,7 @@ Write: TypeAlias = (
     OpenAttempt
     | CloseAttempt
     | RecordObserved
+    | CloseLost
     | CloseOuter
     | RecordQueued
     | RefuseQueued
@@ -564,7 +581,6 @@ class OpenWork:
         token: The attempt's fencing token; empty for the others.
         number: The attempt's number; 0 for a span.
         span: The span to end; None when unsampled.
-        outer: The outer span of a running core, which ends with it; None without one.
         started_unix_ns: When it started.
         deadline_unix_ns: The attempt's deadline; None without one.
         last_seen_unix_ns: Last progress marker or ended child; 0 without one.
@@ -577,7 +593,6 @@ class OpenWork:
     token: str
     number: int
     span: SpanRow | None
-    outer: SpanRow | None
     started_unix_ns: int
     deadline_unix_ns: int | None
     last_seen_unix_ns: int

@@ -27,6 +27,7 @@ from otelexec.store.base import (
     ClaimOutbox,
     CloseAttempt,
     Closed,
+    CloseLost,
     CloseOuter,
     ExecutionRecord,
     Heartbeat,
@@ -214,7 +215,7 @@ def open_attempt(tx: Transaction, write: OpenAttempt) -> Opened:
             *_outer(write),
         ),
     )
-    _record_open(tx, write.opened, write.process_id, None)
+    _record_open(tx, write.opened, write.process_id, execution.parent_execution_id)
     wish = None if requested is None else Cancellation(requested, None if terminate is None else bool(terminate))
     return Opened(number, duplicate, wish, snapshot)
 
@@ -232,7 +233,7 @@ def _take_over(tx: Transaction, write: OpenAttempt) -> None:
             write.token,
         ),
     ).rowcount
-    _record_open(tx, write.opened, write.process_id, None)
+    _record_open(tx, write.opened, write.process_id, execution.execution_id)
     if changed:
         tx.execute(
             _RENAME,
@@ -252,20 +253,7 @@ def close_attempt(tx: Transaction, write: CloseAttempt) -> Closed:
     if write.if_cancelled is not None and _cancellation(tx, execution_id) is not None:
         frozen = write.if_cancelled
     outcome = frozen.outcome
-    parameters = (
-        outcome.state,
-        outcome.ended_unix_ns,
-        outcome.error_type,
-        outcome.error_message,
-        outcome.finalized_by,
-        outcome.classification,
-        outcome.reconciled_unix_ns,
-        outcome.progress,
-        outcome.output,
-        write.nonce,
-        execution_id,
-        token,
-    )
+    parameters = (*_closing_values(outcome), write.nonce, execution_id, token)
     row = tx.execute(_CLOSE_ATTEMPT, parameters).fetchone()
     if row is None:
         found = tx.execute(_FIND_ATTEMPT, (execution_id, token)).fetchone()
@@ -283,6 +271,20 @@ def close_attempt(tx: Transaction, write: CloseAttempt) -> Closed:
     else:
         add_spans(tx, spans)
     return Closed(True, outcome.state, outcome.finalized_by, number, bool(duplicate), span_id)
+
+
+def _closing_values(outcome: Outcome) -> tuple[object, ...]:
+    return (
+        outcome.state,
+        outcome.ended_unix_ns,
+        outcome.error_type,
+        outcome.error_message,
+        outcome.finalized_by,
+        outcome.classification,
+        outcome.reconciled_unix_ns,
+        outcome.progress,
+        outcome.output,
+    )
 
 
 def _lost_race(tx: Transaction, write: CloseAttempt, found: Any) -> Closed:
@@ -324,6 +326,18 @@ def record_observed(tx: Transaction, write: RecordObserved) -> None:
     ).rowcount
     if changed and write.frozen.request:
         _add(tx, write.frozen.request, 1, execution_id)
+
+
+def close_lost(tx: Transaction, write: CloseLost) -> bool:
+    """Close what a dead process left running, unless it or somebody else was first."""
+    outcome = write.frozen.outcome
+    row = tx.execute(_CLOSE_ATTEMPT, (*_closing_values(outcome), None, write.execution_id, write.token)).fetchone()
+    if row is None:
+        return False
+    _end_execution(tx, write.execution_id, row[0], outcome, duplicate=bool(row[1]))
+    if write.frozen.request:
+        _add(tx, write.frozen.request, 1, write.execution_id)
+    return True
 
 
 def close_outer(tx: Transaction, write: CloseOuter) -> bool:
@@ -378,7 +392,7 @@ def record_queued(tx: Transaction, write: RecordQueued) -> None:
     )
     if span is not None:
         _record_open(tx, (span,), write.process_id, execution.execution_id)
-    _record_open(tx, write.opened, write.process_id, None)
+    _record_open(tx, write.opened, write.process_id, execution.parent_execution_id)
 
 
 def refuse_queued(tx: Transaction, write: RefuseQueued) -> None:
@@ -552,10 +566,11 @@ def prune(tx: Transaction, write: Prune) -> int:
         for table in ("attempt", "cancellation", "execution"):
             tx.execute(f"DELETE FROM {table} WHERE execution_id = ?", (execution_id,))  # noqa: S608 (a constant name)
     tx.execute(
-        """DELETE FROM process WHERE ended = 1 AND heartbeat_unix_ns < ?
+        """DELETE FROM process WHERE heartbeat_unix_ns < ?
            AND process_id NOT IN (SELECT process_id FROM attempt WHERE state = 'running')
+           AND process_id NOT IN (SELECT process_id FROM attempt WHERE outer_token IS NOT NULL AND outer_outcome IS NULL)
            AND process_id NOT IN (SELECT process_id FROM open_span)
-           AND process_id NOT IN (SELECT process_id FROM attempt)""",
+           AND process_id NOT IN (SELECT owner FROM claim)""",
         (write.ended_before_unix_ns,),
     )
     tx.execute("DELETE FROM ingested WHERE at_unix_ns < ?", (write.ended_before_unix_ns,))
@@ -573,15 +588,14 @@ _ATTEMPTS = """SELECT a.execution_id, a.attempt, a.state, a.duplicate, a.trace_i
     WHERE a.execution_id IN ({marks}) ORDER BY a.execution_id, a.attempt"""
 
 _OPEN_WORK = """
-SELECT 'attempt', process_id, execution_id, token, attempt, trace_id, span_id, span_start, outer_trace_id,
-    CASE WHEN outer_outcome IS NULL THEN outer_span_id END, outer_start, started_unix_ns, deadline_unix_ns,
-    last_seen_unix_ns, progress FROM attempt WHERE state = 'running' AND process_id IN ({marks})
+SELECT 'attempt', process_id, execution_id, token, attempt, trace_id, span_id, span_start, started_unix_ns,
+    deadline_unix_ns, last_seen_unix_ns, progress FROM attempt WHERE state = 'running' AND process_id IN ({marks})
 UNION ALL
-SELECT 'outer', process_id, execution_id, outer_token, attempt, outer_trace_id, outer_span_id, outer_start, NULL, NULL, NULL,
+SELECT 'outer', process_id, execution_id, outer_token, attempt, outer_trace_id, outer_span_id, outer_start,
     outer_started_unix_ns, NULL, COALESCE(ended_unix_ns, last_seen_unix_ns), NULL FROM attempt
     WHERE outer_token IS NOT NULL AND outer_outcome IS NULL AND state <> 'running' AND process_id IN ({marks})
 UNION ALL
-SELECT 'span', process_id, COALESCE(execution_id, ''), '', 0, trace_id, span_id, start, NULL, NULL, NULL, 0, NULL, 0, NULL
+SELECT 'span', process_id, COALESCE(execution_id, ''), '', 0, trace_id, span_id, start, 0, NULL, 0, NULL
     FROM open_span WHERE process_id IN ({marks})
 LIMIT ?"""
 
@@ -620,11 +634,10 @@ def read_open_work(tx: Transaction, process_ids: Sequence[str], limit: int) -> l
             token=row[3],
             number=row[4],
             span=None if row[6] is None or row[7] is None else SpanRow(row[5], row[6], bytes(row[7])),
-            outer=None if row[9] is None or row[10] is None else SpanRow(row[8], row[9], bytes(row[10])),
-            started_unix_ns=row[11],
-            deadline_unix_ns=row[12],
-            last_seen_unix_ns=row[13],
-            progress=row[14],
+            started_unix_ns=row[8],
+            deadline_unix_ns=row[9],
+            last_seen_unix_ns=row[10],
+            progress=row[11],
         )
         for row in rows
     ]
@@ -642,7 +655,7 @@ FROM process WHERE process_id IN (
 def read_processes(tx: Transaction) -> list[ProcessRow]:
     """Give the processes that have something open or hold a claim."""
     return [
-        ProcessRow(*row[:7], resource=bytes(row[7]), scope=bytes(row[8]), heartbeat_unix_ns=row[9], ended=bool(row[10]))
+        ProcessRow(*row[:7], bytes(row[7]), bytes(row[8]), row[9], bool(row[10]))
         for row in tx.execute(_PROCESSES).fetchall()
     ]
 
@@ -673,6 +686,7 @@ _APPLY: dict[type, Callable[[Transaction, Any], object]] = {
     OpenAttempt: open_attempt,
     CloseAttempt: close_attempt,
     RecordObserved: record_observed,
+    CloseLost: close_lost,
     CloseOuter: close_outer,
     RecordQueued: record_queued,
     RefuseQueued: refuse_queued,

@@ -1,0 +1,265 @@
+"""
+The reconciler: it closes the attempts of dead workers and writes the spans that they could not end.
+
+A process of this host is looked at: its pid and start time tell. Any other lives as long as its lease on the store's
+clock. What a dead one has open is closed under the ids that it recorded, with the fields that it wrote at the start, so
+that the trace is whole; nothing is decoded for that, and nothing can be closed twice.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from opentelemetry.proto.trace.v1.trace_pb2 import Span as SpanMessage
+
+from otelexec import identity, otlp, semconv
+from otelexec.errors import StoreError
+from otelexec.finalize import status_of
+from otelexec.store.base import (
+    LOST,
+    AddSpans,
+    CloseLost,
+    CloseOuter,
+    Frozen,
+    OpenWork,
+    Outcome,
+    ProcessRow,
+    ReleaseClaims,
+    Store,
+    Write,
+)
+from otelexec.store.spool import Spool
+
+logger = logging.getLogger("otelexec.reconcile")
+
+BATCH = 500
+"""Attempts closed in one transaction: finalizers of other processes wait no longer than that takes."""
+
+KILLED = "killed"
+OOM = "oom"
+WORKER_LOST = "worker_lost"
+DEADLINE_EXCEEDED = "deadline_exceeded"
+
+
+@dataclass(frozen=True, slots=True)
+class Death:
+    """
+    How a child process died, as its parent saw it.
+
+    Attributes:
+        seen_unix_ns: When, in nanoseconds since 1970.
+        signal: The signal that killed it; None without one.
+        exit_code: Its exit code; None when a signal killed it.
+        oom: Whether the kernel killed it for want of memory.
+    """
+
+    seen_unix_ns: int
+    signal: int | None = None
+    exit_code: int | None = None
+    oom: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Reconciled:
+    """
+    What a round of the reconciler did.
+
+    Attributes:
+        attempts: Attempts that it closed as `lost`.
+        outers: Outer executors that it closed.
+        spans: Other spans that it ended.
+        ingested: Writes that it took in from the spool.
+        processes: Dead processes that it found.
+    """
+
+    attempts: int = 0
+    outers: int = 0
+    spans: int = 0
+    ingested: int = 0
+    processes: int = 0
+
+    def __bool__(self) -> bool:
+        """Tell whether it did anything."""
+        return bool(self.attempts or self.outers or self.spans or self.ingested)
+
+
+class Reconciler:
+    """
+    Closes what dead processes left open.
+
+    Args:
+        store: The store.
+        spool: The spool of this host.
+        own: Process id of this process, which lives; None when it has no row.
+        monotonic: A clock in seconds that never goes back.
+    """
+
+    def __init__(
+        self, store: Store, spool: Spool, *, own: str | None = None, monotonic: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._store = store
+        self._spool = spool
+        self._own = own
+        self._monotonic = monotonic
+        self._unreachable_until: float | None = None
+
+    def run_once(
+        self, deaths: Mapping[int, Death] | None = None, *, advanced: Callable[[int], None] = lambda _: None
+    ) -> Reconciled:
+        """
+        Do one round.
+
+        Args:
+            deaths: What a parent knows of the deaths of its children, by pid; then only those are looked at.
+            advanced: Told of every batch, how many were closed in it.
+
+        Returns:
+            What was done.
+
+        Raises:
+            StoreError: The store could not be read or written; another round goes on where this one ended.
+            OSError: A spool could not be read; nothing was closed, since it may hold what the dead observed.
+        """
+        try:
+            ingested = self._spool.ingest(self._take_in, self._store.ingested)
+            now = self._store.now_unix_ns()
+            dead = list(self._dead(self._store.processes(), now, deaths))
+        except StoreError:
+            self._unreachable_until = self._monotonic()
+            raise
+        totals = {"attempt": 0, "outer": 0, "span": 0}
+        for process, classification, death in dead:
+            self._close(process, classification, death, totals, advanced)
+        if dead:
+            self._commit([ReleaseClaims([process.process_id for process, _, _ in dead])])
+        return Reconciled(totals["attempt"], totals["outer"], totals["span"], ingested, len(dead))
+
+    def _dead(
+        self, processes: Iterable[ProcessRow], now: int, deaths: Mapping[int, Death] | None
+    ) -> Iterable[tuple[ProcessRow, str, Death | None]]:
+        for process in processes:
+            if process.process_id == self._own:
+                continue
+            if deaths is not None:
+                death = deaths.get(process.pid) if identity.is_here(process) else None
+                if death is not None and identity.liveness(process, now) == "dead":
+                    yield process, OOM if death.oom else KILLED, death
+                continue
+            state = identity.liveness(process, now)
+            if state == "dead":
+                yield process, KILLED if identity.is_here(process) else WORKER_LOST, None
+            elif state == "lapsed" and (process.ended or self._lease_counts(process)):
+                yield process, WORKER_LOST, None
+
+    def _lease_counts(self, process: ProcessRow) -> bool:
+        # While the store was away nobody could renew a lease, so each gets one whole lease anew.
+        since = self._unreachable_until
+        return since is None or self._monotonic() - since >= process.lease_seconds
+
+    def _close(
+        self,
+        process: ProcessRow,
+        classification: str,
+        death: Death | None,
+        totals: dict[str, int],
+        advanced: Callable[[int], None],
+    ) -> None:
+        # Outer executors show up once their core is closed, so: until there is nothing more.
+        while work := self._store.open_work([process.process_id], limit=BATCH):
+            writes = [_write(item, process, classification, death, self._store.now_unix_ns()) for item in work]
+            done = 0
+            for item, result in zip(work, self._commit(writes), strict=True):
+                if item.kind == "span" or result is True:
+                    totals[item.kind] += 1
+                    done += 1
+                if item.kind == "attempt" and result is True:
+                    logger.warning(
+                        "otelexec.reconcile.lost: execution %s attempt %d of process %d on %s is lost (%s)",
+                        item.execution_id,
+                        item.number,
+                        process.pid,
+                        process.host,
+                        classification,
+                    )
+            advanced(done)
+
+    def _commit(self, writes: Sequence[Write]) -> list[object]:
+        return self._store.commit(writes, durable=True, timeout_seconds=5.0)
+
+    def _take_in(self, writes: Sequence[Write]) -> None:
+        for write, result in zip(writes, self._commit(writes), strict=True):
+            if isinstance(result, StoreError):
+                logger.error("otelexec.spool.refused: %s: %s", type(write).__name__, result)
+
+
+def _write(item: OpenWork, process: ProcessRow, classification: str, death: Death | None, now: int) -> Write:
+    started = item.started_unix_ns
+    if item.kind == "span" and item.span is not None:
+        started = SpanMessage.FromString(item.span.start).start_time_unix_nano
+    seen = max(process.heartbeat_unix_ns, item.last_seen_unix_ns) if death is None else death.seen_unix_ns
+    if item.kind == "outer":
+        seen = max(seen, item.last_seen_unix_ns)
+    ended = max(seen, started)
+    if classification != OOM and item.deadline_unix_ns is not None and ended >= item.deadline_unix_ns:
+        classification = DEADLINE_EXCEEDED
+    message = _explain(process, death, ended)
+    outcome = Outcome(
+        state=LOST,
+        ended_unix_ns=ended,
+        finalized_by="reconciler" if death is None else "parent",
+        classification=classification,
+        error_type=classification,
+        error_message=message,
+        reconciled_unix_ns=now,
+    )
+    frozen = Frozen(outcome, _synthesize(item, process, outcome))
+    if item.kind == "attempt":
+        return CloseLost(item.execution_id, item.token, frozen)
+    if item.kind == "outer":
+        return CloseOuter(item.execution_id, item.token, frozen)
+    if item.span is None:
+        raise AssertionError("an open span has a row")
+    return AddSpans(recorded=((item.span, frozen.request),), execution_id=item.execution_id or None)
+
+
+def _explain(process: ProcessRow, death: Death | None, ended: int) -> str:
+    who = f"worker process {process.pid} on {process.host}"
+    if death is None:
+        at = datetime.fromtimestamp(ended / 1e9, UTC).isoformat(timespec="milliseconds")
+        return f"{who} died without a word; last sign of life {at}"
+    if death.signal is not None:
+        try:
+            name = signal.Signals(death.signal).name
+        except ValueError:
+            name = f"signal {death.signal}"
+        return f"{who} was killed by {name}" + (" (out of memory)" if death.oom else "")
+    return f"{who} exited with code {death.exit_code}"
+
+
+def _synthesize(item: OpenWork, process: ProcessRow, outcome: Outcome) -> bytes:
+    """End the span that the process could not end, under its own ids."""
+    if item.span is None:
+        return b""
+    attributes: dict[str, Any] = {
+        semconv.CLASSIFICATION: outcome.classification,
+        semconv.ERROR_TYPE: outcome.error_type,
+        semconv.RECONCILED_AT: outcome.reconciled_unix_ns,
+    }
+    if item.kind == "attempt":
+        attributes[semconv.OUTCOME] = outcome.state
+        attributes[semconv.ATTEMPT] = item.number
+        if item.progress is not None:
+            attributes[semconv.PROGRESS] = item.progress
+    elif item.kind == "outer":
+        attributes[semconv.OUTER_OUTCOME] = outcome.state
+    code, message = status_of(LOST, outcome.error_message)
+    span = otlp.complete_start(
+        item.span.start, end_unix_ns=outcome.ended_unix_ns, attributes=attributes, status_code=code, status_message=message
+    )
+    return otlp.wrap(process.resource, {process.scope: [span]})
