@@ -11,11 +11,10 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from hashlib import sha256
 from itertools import islice
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 from uuid import UUID
 
 from opentelemetry import context as otel_context
@@ -23,8 +22,11 @@ from opentelemetry import context as otel_context
 from otelexec import semconv
 from otelexec.correlation import Correlation, Scope, as_text
 from otelexec.errors import CarrierError
-from otelexec.propagation import NOTHING, Carrier, announce, incoming, outgoing, read_headers, write
+from otelexec.propagation import NOTHING, Carrier, Opening, announce, incoming, outgoing, read_headers, write
 from otelexec.w3c import MAX_MEMBERS
+
+if TYPE_CHECKING:
+    from opentelemetry.context import Context
 
 _logger = logging.getLogger(__name__)
 
@@ -102,28 +104,28 @@ def inject(payload: Mapping[str, Any], *, retry: bool = False) -> dict[str, Any]
     return message
 
 
-@contextmanager
-def extract(payload: object, *, trusted: bool = True, message_id: str | None = None) -> Iterator[Extraction]:
+def extract(payload: object, *, trusted: bool = True, message_id: str | None = None) -> Opening[Extraction]:
     """
-    Run the `with` block, which may hold asynchronous code, as the work that a payload asks for. Never raises by itself.
+    Run a `with` block, which may hold asynchronous code, as the work that a payload asks for. Never raises by itself.
 
     Args:
         payload: Any object.
         trusted: False for payloads from outside: their ids are not used, and their trace is linked.
         message_id: The message's own id, used as the execution's when the payload carries none; None when it has none.
 
-    Yields:
-        The payload without the reserved key, the correlation, and whether the sender was believed.
+    Returns:
+        A context manager that gives the payload without the reserved key, the correlation, and whether the sender
+        was believed.
     """
-    context, scope, rest = receive(payload, trusted=trusted, message_id=message_id)
-    token = otel_context.attach(context)
-    try:
-        yield Extraction(rest, scope)
-    finally:
-        otel_context.detach(token)
+
+    def open_() -> tuple[Context, Extraction]:
+        context, scope, rest = receive(payload, trusted=trusted, message_id=message_id)
+        return context, Extraction(rest, scope)
+
+    return Opening(open_)
 
 
-def receive(payload: object, *, trusted: bool = True, message_id: str | None = None) -> tuple[otel_context.Context, Scope, Any]:
+def receive(payload: object, *, trusted: bool = True, message_id: str | None = None) -> tuple[Context, Scope, Any]:
     """
     Do what `extract` does, without attaching: for adapters. Never raises.
 

@@ -12,8 +12,7 @@ import hmac
 import json
 import logging
 import os
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, Generic, NamedTuple, TypeVar
 
 from opentelemetry import context as otel_context
 from opentelemetry import trace
@@ -28,9 +27,12 @@ from otelexec.ids import MAX_ORIGINAL_CHARS
 from otelexec.w3c import decode_baggage, decode_trace, encode_baggage, encode_traceparent
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+    from collections.abc import Callable, Iterable, Mapping, MutableMapping
+    from contextvars import Token
 
 _logger = logging.getLogger(__name__)
+
+Found = TypeVar("Found")
 
 _HEADERS: Final = {
     name: name for name in (semconv.HEADER_TRACEPARENT, semconv.HEADER_TRACESTATE, semconv.HEADER_BAGGAGE, semconv.HEADER_SIGNATURE)
@@ -426,43 +428,54 @@ def _id_text(value: object) -> str | None:
         return None
 
 
-@contextmanager
-def extract_headers(headers: object, *, trusted: bool = True, message_id: str | None = None) -> Iterator[Scope]:
+class Opening(Generic[Found]):
     """
-    Run the `with` block, which may hold asynchronous code, as the work that headers ask for. Never raises by itself.
+    What `extract*` give: a context manager that attaches a message's context on entry and detaches it on exit.
+
+    A class, as a generator would cost as much as reading the baggage does.
+    """
+
+    __slots__ = ("_open", "_token")
+
+    _token: Token[Context]
+
+    def __init__(self, open_: Callable[[], tuple[Context, Found]]) -> None:
+        self._open = open_
+
+    def __enter__(self) -> Found:
+        context, found = self._open()
+        self._token = otel_context.attach(context)
+        return found
+
+    def __exit__(self, *_: object) -> None:
+        otel_context.detach(self._token)
+
+
+def extract_headers(headers: object, *, trusted: bool = True, message_id: str | None = None) -> Opening[Scope]:
+    """
+    Run a `with` block, which may hold asynchronous code, as the work that headers ask for. Never raises by itself.
 
     Args:
         headers: Any object: a mapping, pairs, something with `.items()`; names match in any case.
         trusted: False for callers from outside: their ids are not used, and their trace is linked.
         message_id: The message's own id, used as the execution's when the headers carry none; None when it has none.
 
-    Yields:
-        The scope, with `.correlation` and `.trusted`.
+    Returns:
+        A context manager that gives the scope, with `.correlation` and `.trusted`.
     """
-    context, scope = incoming(read_headers(headers), trusted=trusted, message_id=message_id)
-    token = otel_context.attach(context)
-    try:
-        yield scope
-    finally:
-        otel_context.detach(token)
+    return Opening(lambda: incoming(read_headers(headers), trusted=trusted, message_id=message_id))
 
 
-@contextmanager
-def extract_env(environ: object = os.environ, *, trusted: bool = True, message_id: str | None = None) -> Iterator[Scope]:
+def extract_env(environ: object = os.environ, *, trusted: bool = True, message_id: str | None = None) -> Opening[Scope]:
     """
-    Run the `with` block as the work that an environment asks for: TRACEPARENT, TRACESTATE, BAGGAGE, OTELEXEC_SIGNATURE.
+    Run a `with` block as the work that an environment asks for: TRACEPARENT, TRACESTATE, BAGGAGE, OTELEXEC_SIGNATURE.
 
     Args:
         environ: Any object; usually the environment of this process.
         trusted: As for `extract_headers`.
         message_id: As for `extract_headers`.
 
-    Yields:
-        The scope, with `.correlation` and `.trusted`.
+    Returns:
+        A context manager that gives the scope, with `.correlation` and `.trusted`.
     """
-    context, scope = incoming(read_env(environ), trusted=trusted, message_id=message_id)
-    token = otel_context.attach(context)
-    try:
-        yield scope
-    finally:
-        otel_context.detach(token)
+    return Opening(lambda: incoming(read_env(environ), trusted=trusted, message_id=message_id))

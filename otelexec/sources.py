@@ -135,23 +135,25 @@ class Correlation(BaseModel, frozen=True, extra="allow"):
         source = clean(rest.pop(semconv.SOURCE, "")[:MAX_SOURCE_CHARS]) or DIRECT
         parent = rest.pop(semconv.PARENT_EXECUTION_ID, "")
         model = MODELS.get(source, Correlation)
-        values = {name.removeprefix(semconv.PREFIX): clean(value) for name, value in rest.items()} if rest else {}
-        if original_execution is not None:
-            values["original_execution_id"] = original_execution
-        if original_request is not None:
-            values["original_request_id"] = original_request
         known: dict[str, Any] = {
             "execution_id": execution_id,
             "request_id": request_id,
             "source": source,
             "parent_execution_id": normalize_id(parent)[0] if parent else None,
-            "trigger_type": values.pop("trigger_type", None),
+            **dict.fromkeys(("trigger_type", *model.OWN)),
         }
-        for name in model.OWN:
-            known[name] = values.pop(name, None)
-        if values:
-            values = {clean(name): value for name, value in values.items() if name not in RESERVED}
-        return model._assemble(known, values, _GIVEN.get(source, _GIVEN_ELSE))  # noqa: SLF001 # a subclass of this class
+        extra: dict[str, str] = {}
+        for member, value in rest.items():
+            name = clean(member.removeprefix(semconv.PREFIX))
+            if name in known:
+                known[name] = clean(value)
+            elif name not in RESERVED:
+                extra[name] = clean(value)
+        if original_execution is not None:
+            extra["original_execution_id"] = original_execution
+        if original_request is not None:
+            extra["original_request_id"] = original_request
+        return model._assemble(known, extra, _GIVEN.get(source, _GIVEN_ELSE))  # noqa: SLF001 # a subclass of this class
 
     @classmethod
     def _assemble(
