@@ -13,7 +13,8 @@ string for one span id. What an answer does to the rows of its request:
 A row may also break the endpoint each time it gets there (500, or the connection is cut). It must block nothing, but an
 outage must not park good rows. So every such failure is counted in the row. From the third on the row is a suspect:
 rows without that mark go first, suspects follow in ever smaller requests, those with the fewest failures first. Only a
-row that failed three times, at least twice alone, and with others delivered in between, is parked.
+row that failed three times and then three times alone, with others delivered in between, is parked; more often alone,
+where other rows have failed alone and were accepted later.
 """
 
 from __future__ import annotations
@@ -53,7 +54,8 @@ _FIRST_PAUSE: Final = 0.5
 _LONGEST_PAUSE: Final = 8.0
 _DENIED_PAUSE: Final = 30.0
 _LONGEST_ASKED: Final = 3_600.0  # a Retry-After beyond it is a mistake of the endpoint
-_ALONE: Final = 2
+_PATIENCE: Final = 3
+_MOST_PATIENCE: Final = 24
 _GRACE: Final = 5.0
 _MAX_NOTES: Final = 4_096
 _MAX_MESSAGES: Final = 64
@@ -154,6 +156,7 @@ class Relay:
         self._owed: deque[SettleOutbox] = deque()
         self._deliveries = 0
         self._suspicions: dict[int, _Suspicion] = {}
+        self._patience = _PATIENCE
         self._refusals = 0
         self._said: set[str] = set()
         self._messages: set[str] = set()
@@ -329,6 +332,10 @@ class Relay:
     def _accept(self, current: _Round, reply: Reply) -> None:
         group = current.queue[0]
         ids = [row.id for row in group]
+        note = self._suspicions.get(ids[0])
+        if len(ids) == 1 and note is not None and note.alone:
+            # It failed alone, and now it is accepted: so this endpoint's failures are not about content.
+            self._patience = min(2 * self._patience, _MOST_PATIENCE)
         if reply.rejected_spans > 0:
             reason = f"{reply.rejected_spans} of {sum(row.count for row in group)} spans rejected: {reply.reason or 'no message'}"
             self._settle(SettleOutbox(self._owner, parked=[(row_id, reason) for row_id in ids]))
@@ -379,11 +386,11 @@ class Relay:
             return current.got_through
         [note] = notes
         note.alone += 1
-        if note.alone >= _ALONE and self._deliveries > note.deliveries:
+        if note.alone >= self._patience and self._deliveries > note.deliveries:
             self._split_or_park(current, reply)
             return True
-        if current.got_through and note.alone < _ALONE and len(current.queue) > 1:
-            current.queue.rotate(-1)  # once more after the others, which may get through in between
+        if current.got_through and note.alone < self._patience and len(current.queue) > 1:
+            current.queue.rotate(-1)  # again after the others, which may get through in between
             return True
         return False
 

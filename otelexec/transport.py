@@ -79,11 +79,15 @@ class HttpTransport:
         self._endpoint = endpoint
         self._session = requests.Session()
         self._session.headers.update(_HEADERS | dict(endpoint.headers))
-        pair = (endpoint.client_certificate, endpoint.client_key)
+        certificate, key = endpoint.client_certificate, endpoint.client_key
         # Once, not for every request: it reads all proxy variables. The certificate has to be among the arguments, or
         # REQUESTS_CA_BUNDLE would go before it.
         self._settings = self._session.merge_environment_settings(
-            endpoint.url, {}, True, endpoint.certificate or True, pair if endpoint.client_key else endpoint.client_certificate
+            url=endpoint.url,
+            proxies={},
+            stream=True,
+            verify=endpoint.certificate or True,
+            cert=(certificate, key) if certificate and key else certificate,
         )
         if "authorization" in endpoint.headers:
             # Without an auth of its own, requests would put a matching .netrc entry over this header.
