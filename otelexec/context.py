@@ -21,13 +21,16 @@ class CurrentExecution(Protocol):
     @property
     def id(self) -> str | None:
         """Give the execution id; None only for the handle outside any execution."""
+        ...
 
     @property
     def correlation(self) -> Correlation:
         """Give the correlation that the execution runs under."""
+        ...
 
     def mark_retry_sent(self) -> None:
         """Note that a message with this execution's own id went out, so that a failure ends as `retrying`."""
+        ...
 
 
 def current_scope(context: Context | None = None) -> Scope | None:

@@ -105,7 +105,19 @@ def execution(
 ) -> ExecutionDecorator: ...
 
 
-def execution(name: Any = None, /, **options: Any) -> Any:
+def execution(
+    name: Any = None,
+    /,
+    *,
+    core: bool = False,
+    timeout: float | None = None,
+    kind: SpanKind = SpanKind.INTERNAL,
+    attributes: Mapping[str, Any] | None = None,
+    links: tuple[Link, ...] = (),
+    link_carried: bool | None = None,
+    classify: Classifier | None = None,
+    cancel_wins: bool = False,
+) -> Any:
     """
     Make an executor an execution: one durable record and one span, committed together.
 
@@ -130,10 +142,20 @@ def execution(name: Any = None, /, **options: Any) -> Any:
     """
     if callable(name):
         return ExecutionDecorator(Options(""))(name)
-    timeout = options.get("timeout")
     if timeout is not None and not timeout > 0:
         raise SettingsError(f"timeout must be more than 0 seconds, not {timeout}. Leave it out for no limit.")
-    return ExecutionDecorator(Options(name or "", **options))
+    options = Options(
+        name=name or "",
+        core=core,
+        timeout=timeout,
+        kind=kind,
+        attributes=attributes,
+        links=links,
+        link_carried=link_carried,
+        classify=classify,
+        cancel_wins=cancel_wins,
+    )
+    return ExecutionDecorator(options)
 
 
 class WrappedExecutor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import inspect
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
 from typing import TYPE_CHECKING, Any
 
@@ -65,7 +66,7 @@ def advance(runtime: Runtime, steps: Steps, answer: Any = None, *, how: Callable
         except StopIteration:
             return None
         except BaseException as error:
-            if steps.gi_frame is None:  # it has ended, and this is what it raises
+            if inspect.getgeneratorstate(steps) == inspect.GEN_CLOSED:  # it has ended, and this is what it raises
                 raise
             thrown = error  # a signal handler's: the lifecycle holds it until the commit is through
 
@@ -126,7 +127,7 @@ def iterate_sync(runtime: Runtime, steps: Steps, function: Callable[[], Generato
                 finally:
                     otel_context.detach(token)
                 raise
-            except BaseException as error:  # noqa: BLE001 (thrown in by the consumer, for the body)
+            except BaseException as error:  # thrown in by the consumer, for the body
                 resume = _bind(body.throw, error)
     except StopIteration as stop:
         advance(runtime, steps)
@@ -176,7 +177,7 @@ class AsyncDriver:
                 drop(self._runtime, self._steps, error)
                 raise
             except BaseException as error:
-                if self._steps.gi_frame is None:
+                if inspect.getgeneratorstate(self._steps) == inspect.GEN_CLOSED:
                     raise
                 thrown = error
 
@@ -211,7 +212,7 @@ def _resolver(loop: asyncio.AbstractEventLoop, future: asyncio.Future[Any]) -> C
     return notify
 
 
-async def call_async(runtime: Runtime, steps: Steps, function: Callable[[], Awaitable[Any]], timeout: float | None) -> Any:
+async def call_async(runtime: Runtime, steps: Steps, function: Callable[[], Awaitable[Any]], timeout_seconds: float | None) -> Any:
     """
     Run a coroutine function under the lifecycle.
 
@@ -219,7 +220,7 @@ async def call_async(runtime: Runtime, steps: Steps, function: Callable[[], Awai
         runtime: The runtime of this process.
         steps: The lifecycle.
         function: Gives the awaitable.
-        timeout: Seconds after which it is cancelled and TimeoutError raised; None: no limit.
+        timeout_seconds: Seconds after which it is cancelled and TimeoutError raised; None: no limit.
     """
     driver = AsyncDriver(runtime, steps)
     call = expect(await driver.advance())
@@ -227,10 +228,10 @@ async def call_async(runtime: Runtime, steps: Steps, function: Callable[[], Awai
     try:
         try:
             with stoppable(call.subject):
-                if timeout is None:
+                if timeout_seconds is None:
                     value = await function()
                 else:
-                    value = await _limited(call.subject, function, asyncio.get_running_loop().time() + timeout)
+                    value = await _limited(call.subject, function, asyncio.get_running_loop().time() + timeout_seconds)
         finally:
             otel_context.detach(token)
     except GeneratorExit as error:
@@ -279,7 +280,7 @@ def stoppable(execution: Execution) -> Generator[None]:
 
 
 async def iterate_async(
-    runtime: Runtime, steps: Steps, function: Callable[[], AsyncGenerator[Any, Any]], timeout: float | None
+    runtime: Runtime, steps: Steps, function: Callable[[], AsyncGenerator[Any, Any]], timeout_seconds: float | None
 ) -> AsyncGenerator[Any, Any]:
     """
     Run an async generator under the lifecycle; its execution is current only while its body runs.
@@ -288,12 +289,12 @@ async def iterate_async(
         runtime: The runtime of this process.
         steps: The lifecycle.
         function: Gives the generator.
-        timeout: Seconds after which the body is cancelled, counted from its start; None: no limit.
+        timeout_seconds: Seconds after which the body is cancelled, counted from its start; None: no limit.
     """
     driver = AsyncDriver(runtime, steps)
     call = expect(await driver.advance())
     context = call.context
-    deadline = None if timeout is None else asyncio.get_running_loop().time() + timeout
+    deadline = None if timeout_seconds is None else asyncio.get_running_loop().time() + timeout_seconds
     try:
         body = function()
         resume: Callable[[], Awaitable[Any]] = body.__anext__
@@ -317,7 +318,7 @@ async def iterate_async(
                 finally:
                     otel_context.detach(token)
                 raise
-            except BaseException as error:  # noqa: BLE001 (thrown in by the consumer, for the body)
+            except BaseException as error:  # thrown in by the consumer, for the body
                 resume = _bind(body.athrow, error)
     except StopAsyncIteration:
         await driver.advance()

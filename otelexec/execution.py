@@ -49,6 +49,7 @@ logger = logging.getLogger("otelexec.execution")
 INTERRUPTED = "interrupted"
 
 _RUNNING = "running"
+_INTERRUPTIONS = (asyncio.CancelledError, KeyboardInterrupt, GeneratorExit, ExecutionCancelled)
 
 _warned: set[str] = set()
 
@@ -178,12 +179,12 @@ class Execution:
         self.stop: Callable[[], None] | None = None
         self.progress_due = False
         self.progress_written = 0.0
-        self._cancellation: Cancellation | None = None if outer is None else outer._cancellation
+        self._cancellation: Cancellation | None = None if outer is None else outer.cancellation
         self._progress: str | None = None
         self._output: str | None = None
         self._paused: str | None = None
         self._rejected: str | None = None
-        self._snapshot: str | None = None if outer is None else outer._snapshot
+        self._snapshot: str | None = None if outer is None else outer.snapshot_text
         self._snapshot_error: str | None = None
         self._retry_sent = False
         self._core_lock = threading.Lock()
@@ -322,7 +323,7 @@ class Execution:
         """Whether its attempt runs in this very process."""
         return not self.closed and self.pid == os.getpid()
 
-    def enter_core(self) -> Literal["takes_over", "next", None]:
+    def enter_core(self) -> Literal["takes_over", "next"] | None:
         """
         Decide, once and for all threads, what a core called in here is.
 
@@ -347,6 +348,16 @@ class Execution:
     def had_core(self) -> bool:
         """Whether a core took its attempt over."""
         return self._core_state is not None
+
+    @property
+    def cancellation(self) -> Cancellation | None:
+        """The wish to cancel it, as far as it is known here."""
+        return self._cancellation
+
+    @property
+    def snapshot_text(self) -> str | None:
+        """The snapshot as JSON text."""
+        return self._snapshot
 
     @property
     def progress_marker(self) -> str | None:
@@ -383,10 +394,7 @@ class Execution:
         Args:
             exception: What it raised; None when it returned.
         """
-        if exception is None:
-            ending = self._returned()
-        else:
-            ending = self._raised(exception)
+        ending = self._returned() if exception is None else self._raised(exception)
         if self._retry_sent and ending.state not in (SUCCEEDED, PAUSED):
             ending = replace(ending, retrying=True)
         return ending
@@ -403,27 +411,30 @@ class Execution:
         return Ending(SUCCEEDED)
 
     def _raised(self, exception: BaseException) -> Ending:
-        if self.options.classify is not None:
-            ending = self.options.classify(exception)
-            if ending is not None:
-                return ending
-        if self.timed_out:
-            message = f"stopped after its timeout of {self.options.timeout:g} s"
-            return Ending(TIMED_OUT, None, "TimeoutError", message, exception)
-        if isinstance(exception, SystemExit) and not _raised_by_signal_handler(exception):
-            if exception.code in (None, 0):
-                return Ending(SUCCEEDED)
-            return self._failed(exception)
-        if isinstance(exception, (asyncio.CancelledError, KeyboardInterrupt, GeneratorExit, SystemExit, ExecutionCancelled)):
-            error_type, message = describe(exception, self._runtime.settings.max_error_chars)
-            if self.cancel_requested:
-                return Ending(CANCELLED, None, error_type, message)
-            return Ending(CANCELLED, INTERRUPTED, error_type, message, depends_on_cancellation=True)
-        return self._failed(exception)
-
-    def _failed(self, exception: BaseException) -> Ending:
+        known = self._known(exception)
+        if known is not None:
+            return known
         error_type, message = describe(exception, self._runtime.settings.max_error_chars)
+        if self.timed_out:
+            return Ending(TIMED_OUT, None, "TimeoutError", f"stopped after its timeout of {self.options.timeout:g} s", exception)
+        exits = isinstance(exception, SystemExit)
+        stopped = exits and _raised_by_signal_handler(exception)
+        if stopped or isinstance(exception, _INTERRUPTIONS):
+            asked = self.cancel_requested
+            return Ending(CANCELLED, None if asked else INTERRUPTED, error_type, message, depends_on_cancellation=not asked)
+        if exits and getattr(exception, "code", None) in (None, 0):
+            return Ending(SUCCEEDED)
         return Ending(FAILED, None, error_type, message, exception)
+
+    def _known(self, exception: BaseException) -> Ending | None:
+        """Ask the executor's own classifier, which may fail like any other code."""
+        if self.options.classify is None:
+            return None
+        try:
+            return self.options.classify(exception)
+        except Exception:
+            logger.exception("otelexec.execution.classify: %s", self.name)
+            return None
 
 
 class NoExecution:
@@ -474,7 +485,7 @@ def describe(exception: BaseException, max_chars: int) -> tuple[str, str]:
     name = cls.__qualname__ if cls.__module__ == "builtins" else f"{cls.__module__}.{cls.__qualname__}"
     try:
         text = str(exception)
-    except Exception as error:  # noqa: BLE001 (the user's __str__ may raise anything)
+    except Exception as error:  # the user's __str__ may raise anything
         text = f"<its text could not be made: {type(error).__name__}>"
     if len(text) > max_chars:
         text = text[: max_chars - 1] + "\u2026"
@@ -519,8 +530,8 @@ def _code_of(handler: Any) -> CodeType | None:
         handler = handler.func
     function = getattr(handler, "__func__", handler)
     code = getattr(function, "__code__", None)
-    if code is None and not isinstance(handler, int) and handler is not None:
-        code = getattr(getattr(type(handler), "__call__", None), "__code__", None)
+    if code is None and callable(handler):
+        code = getattr(type(handler).__call__, "__code__", None)
     return code if isinstance(code, CodeType) else None
 
 

@@ -22,9 +22,9 @@ from opentelemetry.context import Context
 from otelexec import context
 from otelexec.context import EXECUTION_KEY
 from otelexec.correlation import Correlation, Scope, with_ambient
+from otelexec.effects import Effect
 from otelexec.errors import ExecutionCancelled
 from otelexec.execution import Execution, Options, mark_finalized
-from otelexec.effects import Effect
 from otelexec.finalize import finalize, persist
 from otelexec.spans import row_of
 from otelexec.store.base import ExecutionRow, OpenAttempt, Opened
@@ -133,7 +133,7 @@ def begin(runtime: Runtime, options: Options) -> tuple[Execution, Context]:
     started = time.time_ns()
     execution.clock_started_ns = time.perf_counter_ns()
     scope_is_near = scope is not None and (parent is None or scope.execution is parent)
-    execution.span = _start_span(runtime, options, correlation, scope if scope_is_near else None, base, started)
+    execution.span = _start_span(execution, runtime, scope if scope_is_near else None, base, started)
     execution.attempt_row = OpenAttempt(
         token=token,
         execution=execution_row(options.name, correlation),
@@ -185,7 +185,8 @@ def execution_row(name: str, correlation: Correlation) -> ExecutionRow:
     )
 
 
-def _start_span(runtime: Runtime, options: Options, correlation: Correlation, scope: Scope | None, base: Context, started: int) -> Span:
+def _start_span(execution: Execution, runtime: Runtime, scope: Scope | None, base: Context, started: int) -> Span:
+    options = execution.options
     links = options.links if scope is None else (*options.links, *scope.links)
     link_carried = runtime.settings.link_carried if options.link_carried is None else options.link_carried
     if link_carried:
@@ -193,7 +194,7 @@ def _start_span(runtime: Runtime, options: Options, correlation: Correlation, sc
         if carried.is_valid and carried.is_remote:
             links = (*links, trace.Link(carried))
             base = trace.set_span_in_context(trace.INVALID_SPAN, base)
-    attributes = correlation.members()
+    attributes = execution.correlation.members()
     if options.attributes:
         attributes = {**attributes, **options.attributes}
     return runtime.tracer.start_span(

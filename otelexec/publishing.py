@@ -14,9 +14,9 @@ from opentelemetry.trace import Link, SpanKind
 from otelexec import runtime as _runtime
 from otelexec import semconv
 from otelexec.blocks import Block
-from otelexec.effects import run
 from otelexec.context import EXECUTION_KEY, SCOPE_KEY
 from otelexec.correlation import Correlation, Scope, with_ambient
+from otelexec.effects import run
 from otelexec.execution import Execution, Options, current_execution, describe
 from otelexec.finalize import finalize, persist
 from otelexec.lifecycle import Call, Steps, begin, execution_row

@@ -100,18 +100,14 @@ class Reconciler:
         monotonic: A clock in seconds that never goes back.
     """
 
-    def __init__(
-        self, store: Store, spool: Spool, *, own: str | None = None, monotonic: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, store: Store, spool: Spool, *, own: str | None = None, monotonic: Callable[[], float] = time.monotonic) -> None:
         self._store = store
         self._spool = spool
         self._own = own
         self._monotonic = monotonic
         self._unreachable_until: float | None = None
 
-    def run_once(
-        self, deaths: Mapping[int, Death] | None = None, *, advanced: Callable[[int], None] = lambda _: None
-    ) -> Reconciled:
+    def run_once(self, deaths: Mapping[int, Death] | None = None, *, advanced: Callable[[int], None] = lambda _: None) -> Reconciled:
         """
         Do one round.
 

@@ -48,6 +48,7 @@ from otelexec.store.spool import Spool
 
 if TYPE_CHECKING:
     from opentelemetry.context import Context
+    from opentelemetry.sdk.trace.export import SpanExporter
 
     from otelexec.relay import Relay
 
@@ -83,6 +84,19 @@ def open_store(settings: Settings, *, create: bool = True) -> Store | None:
 def spool_folder(settings: Settings, store: Store) -> Path:
     """Give the folder of the spool: the same for workers and the command line."""
     return settings.spool.expanduser().absolute() if settings.spool is not None else store.spool_folder
+
+
+def _stock_exporter(settings: Settings) -> SpanExporter:
+    from otelexec import endpoint
+
+    where = endpoint.read(settings.otlp_endpoint)
+    if where.protocol == "grpc":
+        from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter as GrpcExporter
+
+        return GrpcExporter(endpoint=where.url, insecure=not where.secure)
+    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter as HttpExporter
+
+    return HttpExporter(endpoint=where.url)
 
 
 class Runtime:
@@ -129,14 +143,7 @@ class Runtime:
             return
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
-        from otelexec import endpoint
-
-        where = endpoint.read(self.settings.otlp_endpoint)
-        if where.protocol == "grpc":
-            from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
-        else:
-            from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
-        self.provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=where.url)))
+        self.provider.add_span_processor(BatchSpanProcessor(_stock_exporter(self.settings)))
         atexit.register(self.provider.shutdown)
 
     @property
@@ -347,7 +354,7 @@ def get() -> Runtime:
 
 
 def _make(settings: Settings | None, provider: TracerProvider | None) -> Runtime:
-    global _current, _template  # noqa: PLW0603 (one runtime per process is the point)
+    global _current, _template
     with _lock:
         if settings is None:
             if _current is not None:
@@ -414,7 +421,7 @@ def before_send(context: Context) -> None:
 
 def shutdown() -> None:
     """Write what is left and stop; the next use starts anew. Runs by itself at exit."""
-    global _current  # noqa: PLW0603 (one runtime per process is the point)
+    global _current
     with _lock:
         runtime, _current = _current, None
         if runtime is not None:

@@ -243,7 +243,7 @@ def make_provider(
         collector: Gives the current collector.
         theirs: The user's provider, whose resource, sampler and `on_start` processors are taken over; None without one.
     """
-    own = {
+    own: dict[str, str | int] = {
         semconv.HOST_NAME: socket.gethostname(),
         semconv.PROCESS_PID: os.getpid(),
         semconv.SERVICE_INSTANCE_ID: str(uuid.uuid4()),

@@ -666,10 +666,12 @@ class Store(Protocol):
     @property
     def url(self) -> str:
         """Give the store's URL without credentials."""
+        ...
 
     @property
     def spool_folder(self) -> Path:
         """Give the folder for what could not be written here, unless a setting names another."""
+        ...
 
     def commit(self, writes: Sequence[Write], *, durable: bool, timeout_seconds: float) -> list[object]:
         """
@@ -689,39 +691,52 @@ class Store(Protocol):
             StoreVersionError: The schema is newer than this library.
             CommitInterrupted: A signal handler raised after the commit got through.
         """
+        ...
 
     def now_unix_ns(self) -> int:
         """Give the store's clock, which leases are counted on."""
+        ...
 
     def executions(self, *, limit: int | None = None, before: int | None = None, state: str | None = None) -> Iterator[ExecutionRecord]:
         """Give executions, the newest first, in pages; `before` is the `seq` after which to go on."""
+        ...
 
     def execution(self, execution_id: str) -> ExecutionRecord | None:
         """Give one execution; None when it is not there."""
+        ...
 
     def processes(self) -> list[ProcessRow]:
         """Give the processes that have something open or hold a claim."""
+        ...
 
     def open_work(self, process_ids: Sequence[str], *, limit: int) -> list[OpenWork]:
         """Give what these processes have open, attempts first."""
+        ...
 
     def claim_owners(self) -> list[str]:
         """Give the process ids that hold claims on outbox rows."""
+        ...
 
     def ingested(self, segment: str) -> int:
         """Give how far a spool segment has been taken in, in bytes."""
+        ...
 
     def cancellations(self, execution_ids: Sequence[str]) -> dict[str, Cancellation]:
         """Give the wishes to cancel among these executions."""
+        ...
 
     def held_requests(self, execution: ExecutionRecord) -> list[bytes]:
         """Give the encoded requests of this execution that are still in the outbox or parked."""
+        ...
 
     def statistics(self) -> Statistics:
         """Give what `doctor` shows."""
+        ...
 
     def abandon(self) -> None:
         """Forget every inherited connection without closing it, in a forked child."""
+        ...
 
     def close(self) -> None:
         """Close every connection; the store may be used again."""
+        ...

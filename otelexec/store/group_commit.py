@@ -141,7 +141,7 @@ class GroupCommit:
                     entry.prepare()
                 else:
                     entry.wait(_RESCUE_SECONDS)
-                    if time.monotonic() > deadline and not entry.done and self._withdraw(entry):
+                    if time.monotonic() > deadline and self._withdraw(entry):
                         raise StoreUnavailable("The store is busy with other executions; this one did not get its turn.")
         except BaseException:
             # A signal handler raised while this thread waited. The caller repeats the write, so it must not stay here.

@@ -35,8 +35,8 @@ from otelexec.store.base import (
     OpenAttempt,
     Opened,
     OpenWork,
-    Outcome,
     OutboxRow,
+    Outcome,
     ParkedRow,
     ProcessRow,
     Prune,
@@ -102,12 +102,15 @@ class Cursor(Protocol):
     @property
     def rowcount(self) -> int:
         """Give how many rows the statement changed."""
+        ...
 
     def fetchone(self) -> Any:
         """Give the next row; None at the end."""
+        ...
 
     def fetchall(self) -> list[Any]:
         """Give all rows that are left."""
+        ...
 
 
 class Transaction(Protocol):
@@ -115,9 +118,11 @@ class Transaction(Protocol):
 
     def execute(self, statement: str, parameters: Sequence[Any] = (), /) -> Cursor:
         """Run one statement."""
+        ...
 
     def now_unix_ns(self) -> int:
         """Give the store's clock."""
+        ...
 
 
 _TERMINAL = "state = 'succeeded' OR sticky = 1"
@@ -175,8 +180,9 @@ def _span(span: SpanRow | None) -> tuple[str | None, str | None, bytes | None]:
 
 def _outer(write: OpenAttempt) -> tuple[str | None, str | None, str | None, bytes | None, int | None]:
     outer = write.outer
-    ids = (None, None, None) if outer is None else (outer.span_id, outer.trace_id, outer.start)
-    return (write.outer_token, *ids, write.outer_started_unix_ns)
+    if outer is None:
+        return write.outer_token, None, None, None, write.outer_started_unix_ns
+    return write.outer_token, outer.span_id, outer.trace_id, outer.start, write.outer_started_unix_ns
 
 
 def open_attempt(tx: Transaction, write: OpenAttempt) -> Opened:
@@ -270,7 +276,8 @@ def close_attempt(tx: Transaction, write: CloseAttempt) -> Closed:
         add_spans(tx, spans, counted=True)
     else:
         add_spans(tx, spans)
-    return Closed(True, outcome.state, outcome.finalized_by, number, bool(duplicate), span_id)
+    won = True
+    return Closed(won, outcome.state, outcome.finalized_by, number, bool(duplicate), span_id)
 
 
 def _closing_values(outcome: Outcome) -> tuple[object, ...]:
@@ -564,7 +571,7 @@ def prune(tx: Transaction, write: Prune) -> int:
     ).fetchall()
     for (execution_id,) in rows:
         for table in ("attempt", "cancellation", "execution"):
-            tx.execute(f"DELETE FROM {table} WHERE execution_id = ?", (execution_id,))  # noqa: S608 (a constant name)
+            tx.execute(f"DELETE FROM {table} WHERE execution_id = ?", (execution_id,))
     tx.execute(
         """DELETE FROM process WHERE heartbeat_unix_ns < ?
            AND process_id NOT IN (SELECT process_id FROM attempt WHERE state = 'running')
@@ -610,7 +617,8 @@ def read_executions(tx: Transaction, rows: Sequence[Any]) -> list[ExecutionRecor
     for execution_id, number, state, duplicate, *rest in tx.execute(_ATTEMPTS.format(marks=marks), ids).fetchall():
         attempts.setdefault(execution_id, []).append(AttemptRecord(number, state, bool(duplicate), *rest))
     wishes = read_cancellations(tx, ids)
-    return [ExecutionRecord(*row, cancellation=wishes.get(row[1]), attempts=tuple(attempts.get(row[1], ()))) for row in rows]
+    complete: list[Any] = [(*row, wishes.get(row[1]), tuple(attempts.get(row[1], ()))) for row in rows]
+    return [ExecutionRecord(*values) for values in complete]
 
 
 def read_cancellations(tx: Transaction, execution_ids: Sequence[str]) -> dict[str, Cancellation]:
@@ -654,10 +662,9 @@ FROM process WHERE process_id IN (
 
 def read_processes(tx: Transaction) -> list[ProcessRow]:
     """Give the processes that have something open or hold a claim."""
-    return [
-        ProcessRow(*row[:7], bytes(row[7]), bytes(row[8]), row[9], bool(row[10]))
-        for row in tx.execute(_PROCESSES).fetchall()
-    ]
+    rows = tx.execute(_PROCESSES).fetchall()
+    complete: list[Any] = [(*row[:7], bytes(row[7]), bytes(row[8]), row[9], bool(row[10])) for row in rows]
+    return [ProcessRow(*values) for values in complete]
 
 
 def read_statistics(tx: Transaction, size_bytes: int) -> Statistics:

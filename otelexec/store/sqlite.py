@@ -228,7 +228,7 @@ class SqliteStore:
             aside = self.path.with_name(f"{self.path.name}.corrupt-{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}")
             for suffix in ("-wal", "-shm", ""):
                 with contextlib.suppress(FileNotFoundError):
-                    os.rename(f"{self.path}{suffix}", f"{aside}{suffix}")
+                    Path(f"{self.path}{suffix}").rename(f"{aside}{suffix}")
         logger.error("otelexec.store.corrupt: %s was set aside as %s: %s", self.path, aside, error)
 
     def _after(self, error: Exception) -> None:
@@ -367,7 +367,7 @@ class SqliteStore:
 
 def _identity(path: Path) -> tuple[int, int] | None:
     try:
-        status = os.stat(path)
+        status = path.stat()
     except OSError:
         return None
     return status.st_dev, status.st_ino
