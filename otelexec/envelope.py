@@ -20,9 +20,10 @@ from uuid import UUID
 from opentelemetry import context as otel_context
 
 from otelexec import semconv
+from otelexec.carrier import NOTHING, Carrier, read_headers
 from otelexec.correlation import Correlation, Scope, as_text
 from otelexec.errors import CarrierError
-from otelexec.propagation import NOTHING, Carrier, Opening, announce, incoming, outgoing, read_headers, write
+from otelexec.propagation import Opening, announce, incoming, outgoing, write
 from otelexec.w3c import MAX_MEMBERS
 
 if TYPE_CHECKING:
