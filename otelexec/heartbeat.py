@@ -156,11 +156,15 @@ class Heartbeat:
                     execution.cancelled_by(wishes[execution.id])
 
     def _start_relay(self) -> None:
+        from otelexec.reconcile import dead_relays
         from otelexec.relay import Relay
 
         runtime = self._runtime
+        store = runtime.store
+        if store is None:
+            return
         try:
-            relay = Relay(runtime.commit_all, runtime.settings, runtime.process_id)
+            relay = Relay(runtime.commit_all, runtime.settings, runtime.process_id, dead=lambda: dead_relays(store, runtime.process_id))
         except OtelexecError as error:
             logger.error("otelexec.relay.unusable: %s", error)  # noqa: TRY400 (the message says it all)
             self._relay_from = float("inf")

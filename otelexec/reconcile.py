@@ -89,6 +89,28 @@ class Reconciled:
         return bool(self.attempts or self.outers or self.spans or self.ingested)
 
 
+def dead_relays(store: Store, own: str | None) -> list[str]:
+    """
+    Give the process ids of relays of this host that died with outbox rows in hand.
+
+    Their claims need not be waited for; those of other hosts end by their lease.
+
+    Args:
+        store: The store.
+        own: Process id of this process, which lives; None when it has no row.
+
+    Raises:
+        StoreError: The store could not be read.
+    """
+    owners = {owner for owner in store.claim_owners() if owner != own}
+    if not owners:
+        return []
+    now = store.now_unix_ns()
+    return [
+        process.process_id for process in store.processes() if process.process_id in owners and identity.liveness(process, now) == "dead"
+    ]
+
+
 class Reconciler:
     """
     Closes what dead processes left open.

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from otelexec import endpoint as endpoints
 from otelexec.errors import StoreError, StoreRejected
-from otelexec.store.base import ClaimOutbox, SettleOutbox
+from otelexec.store.base import ClaimOutbox, ReleaseClaims, SettleOutbox
 from otelexec.transport import Verdict, connect
 
 if TYPE_CHECKING:
@@ -125,6 +125,8 @@ class Relay:
         settings: `otlp_endpoint` and `relay_interval_seconds` are used; the rest comes from OTEL_EXPORTER_OTLP_*.
         owner: Process id in the store, under which rows are claimed.
         waiting: Gives how many rows the outbox holds, those claimed by others included. Needed by `drain` only.
+        dead: Gives the owners of claims that died; asked before a claim, at most once per `relay_interval_seconds`.
+            None leaves what they had in hand to the end of its lease.
         on_progress: Called after every round, from the relay's thread.
 
     Raises:
@@ -138,6 +140,7 @@ class Relay:
         owner: str,
         *,
         waiting: Callable[[], int] | None = None,
+        dead: Callable[[], Sequence[str]] | None = None,
         on_progress: Callable[[Progress], None] | None = None,
     ) -> None:
         self.endpoint = endpoints.read(settings.otlp_endpoint)
@@ -145,6 +148,8 @@ class Relay:
         self._commit = commit
         self._owner = owner
         self._waiting = waiting
+        self._dead = dead
+        self._next_look = 0.0
         self._on_progress = on_progress
         self._interval = settings.relay_interval_seconds
         self._one_round = threading.Lock()
@@ -174,6 +179,7 @@ class Relay:
                 self._pay()
                 if stop.is_set():
                     return Progress()
+                self._free_the_dead()
                 [rows] = self._committed(ClaimOutbox(self._owner, LEASE_SECONDS, MAX_ROWS, MAX_BYTES))
             except StoreError as error:
                 self._say(logging.WARNING, "otelexec.relay.waiting: the outbox can't be used at the moment: %s", error)
@@ -432,6 +438,15 @@ class Relay:
             except StoreRejected:
                 logger.exception("otelexec.relay.unsettled: the store refuses what became of some rows: their spans may be sent again")
             self._owed.popleft()
+
+    def _free_the_dead(self) -> None:
+        """Take back what dead relays had in hand, so that it goes out now and not when their lease ends."""
+        if self._dead is None or time.monotonic() < self._next_look:
+            return
+        self._next_look = time.monotonic() + self._interval
+        dead = self._dead()
+        if dead:
+            self._committed(ReleaseClaims(dead))
 
     def _committed(self, *writes: Write) -> list[Any]:
         results = self._commit(writes)

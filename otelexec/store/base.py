@@ -705,6 +705,12 @@ class Store(Protocol):
         """Give one execution; None when it is not there."""
         ...
 
+    def ids_with_prefix(self, prefix: str, *, limit: int) -> list[str]:
+        """Give the ids of executions that begin like this, in order."""
+
+    def outbox_rows(self) -> int:
+        """Give how many rows wait for a relay or are in the hands of one; parked ones don't count."""
+
     def processes(self) -> list[ProcessRow]:
         """Give the processes that have something open or hold a claim."""
         ...

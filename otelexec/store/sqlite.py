@@ -199,6 +199,8 @@ class SqliteStore:
 
     def _migrate(self, connection: sqlite3.Connection) -> None:
         found = connection.execute("PRAGMA user_version").fetchone()[0]
+        if found == 0 and not self._create:
+            raise StoreNotFound(f"{self.path} is no store yet. Run an execution first, or set OTELEXEC_STORE to where it is.")
         if found == 0:
             connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("BEGIN IMMEDIATE")
@@ -302,6 +304,21 @@ class SqliteStore:
         with self._reading() as tx:
             rows = tx.execute(f"SELECT {sql.EXECUTION_COLUMNS} FROM execution WHERE execution_id = ?", (execution_id,)).fetchall()
             return next(iter(sql.read_executions(tx, rows)), None)
+
+    def ids_with_prefix(self, prefix: str, *, limit: int) -> list[str]:
+        """Give the ids of executions that begin like this, in order."""
+        with self._reading() as tx:
+            # Ids are printable ASCII, so DEL is behind everything that may follow the prefix.
+            rows = tx.execute(
+                "SELECT execution_id FROM execution WHERE execution_id >= ? AND execution_id < ? ORDER BY execution_id LIMIT ?",
+                (prefix, prefix + "\x7f", limit),
+            ).fetchall()
+            return [row[0] for row in rows]
+
+    def outbox_rows(self) -> int:
+        """Give how many rows wait for a relay or are in the hands of one; parked ones don't count."""
+        with self._reading() as tx:
+            return int(tx.execute("SELECT COUNT(*) FROM outbox").fetchone()[0])
 
     def processes(self) -> list[ProcessRow]:
         """Give the processes that have something open or hold a claim."""
