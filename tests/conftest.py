@@ -1,0 +1,66 @@
+"""An environment of its own for every test: nothing of the machine comes in, nothing is written outside `tmp_path`."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from opentelemetry import trace
+from opentelemetry.util._once import Once
+
+from otelexec import runtime
+from otelexec.execution import _warned
+from tests.records import Records
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if os.environ.get("OTELEXEC_TEST_LONG") == "1":
+        return
+    for item in items:
+        if item.get_closest_marker("long") is not None:
+            item.add_marker(pytest.mark.skip(reason="takes minutes; set OTELEXEC_TEST_LONG=1"))
+
+
+@pytest.fixture(autouse=True)
+def isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """
+    Give the test a store, a home and a runtime of its own.
+
+    The relay and the reconciler of this process are off: the outbox keeps what was written, and no span reaches a
+    collector that happens to listen on this machine. A test that wants them sets the variable.
+    """
+    for name in os.environ:
+        if name.startswith(("OTEL_", "OTELEXEC_")) and name != "OTELEXEC_TEST_LONG":
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("OTELEXEC_STORE", f"sqlite:///{tmp_path / 'store.db'}")
+    monkeypatch.setenv("OTELEXEC_RELAY", "false")
+    monkeypatch.setenv("OTELEXEC_RECONCILE", "false")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    factory = logging.getLogRecordFactory()
+    _forget()
+    yield
+    _forget()
+    logging.setLogRecordFactory(factory)
+
+
+def _forget() -> None:
+    """End the runtime and make the process as it was before the first import: no settings, no global provider."""
+    runtime.shutdown()
+    runtime._template = None
+    _warned.clear()
+    # As opentelemetry-test-utils does it: there is no public way to take a global provider back.
+    trace._TRACER_PROVIDER_SET_ONCE = Once()
+    trace._TRACER_PROVIDER = None
+
+
+@pytest.fixture
+def records(tmp_path: Path, isolated: None) -> Iterator[Records]:
+    """Give what the store of this test holds; at the end, every record and its span must agree."""
+    reader = Records(tmp_path / "store.db")
+    yield reader
+    reader.check_agreement()
+    reader.close()
