@@ -49,6 +49,7 @@ logger = logging.getLogger("otelexec.execution")
 INTERRUPTED = "interrupted"
 
 _RUNNING = "running"
+_NOTHING: Mapping[str, Any] = {}
 _INTERRUPTIONS = (asyncio.CancelledError, KeyboardInterrupt, GeneratorExit, ExecutionCancelled)
 
 _warned: set[str] = set()
@@ -77,6 +78,8 @@ class Ending:
     depends_on_cancellation: bool = False
     retrying: bool = False
 
+
+_SUCCEEDED = Ending(SUCCEEDED)
 
 Classifier = Callable[[BaseException], "Ending | None"]
 """Takes what the code raised and gives its ending, or None to leave it to the default. An adapter's way to know the
@@ -140,6 +143,7 @@ class Execution:
         "closed",
         "closing",
         "correlation",
+        "deadline_unix_ns",
         "duplicate",
         "ending",
         "name",
@@ -151,6 +155,9 @@ class Execution:
         "progress_written",
         "span",
         "span_ended",
+        "start_attributes",
+        "start_links",
+        "started_unix_ns",
         "stop",
         "timed_out",
         "token",
@@ -170,7 +177,11 @@ class Execution:
         self.duplicate = False
         self.span: Span = trace.INVALID_SPAN
         self.span_ended = False
-        self.clock_started_ns = 0
+        self.start_attributes: Mapping[str, Any] = _NOTHING
+        self.start_links = 0
+        self.started_unix_ns = time.time_ns()
+        self.clock_started_ns = time.perf_counter_ns()
+        self.deadline_unix_ns = None if options.timeout is None else self.started_unix_ns + int(options.timeout * 1e9)
         self.children: list[Any] = []
         self.closed = False
         self.closing: CloseAttempt | CloseOuter | None = None
@@ -212,7 +223,7 @@ class Execution:
     @property
     def deadline(self) -> float | None:
         """When it should be done, in seconds since 1970; None without a timeout."""
-        deadline = self.attempt_row.deadline_unix_ns
+        deadline = self.deadline_unix_ns
         return None if deadline is None else deadline / 1e9
 
     @property
@@ -314,11 +325,6 @@ class Execution:
         return self._runtime.records
 
     @property
-    def started_unix_ns(self) -> int:
-        """When the attempt started, in nanoseconds since 1970."""
-        return self.attempt_row.started_unix_ns
-
-    @property
     def is_open(self) -> bool:
         """Whether its attempt runs in this very process."""
         return not self.closed and self.pid == os.getpid()
@@ -408,7 +414,7 @@ class Execution:
             return Ending(REJECTED, None, self._rejected, self._rejected)
         if self.options.cancel_wins:
             return Ending(CANCELLED) if self.cancel_requested else Ending(SUCCEEDED, depends_on_cancellation=True)
-        return Ending(SUCCEEDED)
+        return _SUCCEEDED
 
     def _raised(self, exception: BaseException) -> Ending:
         known = self._known(exception)

@@ -242,13 +242,25 @@ def freeze(execution: Execution, ending: Ending, ended_ns: int, *, outer: bool =
         attributes[semconv.ATTEMPT] = execution.number
         if execution.duplicate:
             attributes[semconv.DUPLICATE] = True
-    encoded = otlp.encode_span(
-        span,
-        end_unix_ns=ended_ns,
-        status=status_of(ending.state, ending.error_message),
-        extra_attributes=attributes,
-    )
-    return Frozen(outcome, _request(span, encoded))
+    status = status_of(ending.state, ending.error_message)
+    return Frozen(outcome, _request(span, _encode(execution, span, ended_ns, status, attributes)))
+
+
+def _encode(execution: Execution, span: ReadableSpan, ended_ns: int, status: tuple[int, str], attributes: dict[str, Any]) -> bytes:
+    """Encode the ended span; what was encoded when it started is used again unless the user's code changed it."""
+    row, started_with = execution.attempt_row.span, execution.start_attributes
+    if (
+        row is not None
+        and started_with == otlp.attributes_of(span)
+        and started_with.keys().isdisjoint(attributes)
+        and len(span.links) == execution.start_links
+        and span.name == execution.name
+        and not span.dropped_events
+    ):
+        return otlp.complete_start(
+            row.start, end_unix_ns=ended_ns, attributes=attributes, status_code=status[0], status_message=status[1], events=span.events
+        )
+    return otlp.encode_span(span, end_unix_ns=ended_ns, status=status, extra_attributes=attributes)
 
 
 def _request(span: ReadableSpan, encoded: bytes) -> bytes:

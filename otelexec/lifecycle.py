@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 from opentelemetry import context as otel_context
 from opentelemetry import trace
 from opentelemetry.context import Context
+from opentelemetry.sdk.trace import ReadableSpan
 
-from otelexec import context
+from otelexec import context, otlp
 from otelexec.context import EXECUTION_KEY
 from otelexec.correlation import Correlation, Scope, with_ambient
 from otelexec.effects import Effect
@@ -101,11 +102,11 @@ def lifecycle(runtime: Runtime, options: Options) -> Steps:
 
 def _open(runtime: Runtime, execution: Execution) -> Generator[Effect, Any, BaseException | None]:
     """Open the attempt; gives what a signal handler raised meanwhile."""
-    write = execution.attempt_row
     held: BaseException | None = None
     for _ in range(MAX_HELD):
         try:
             if runtime.records:
+                write = execution.attempt_row if held is None else replace(execution.attempt_row, repeated=True)
                 patience = runtime.settings.open_timeout_seconds
                 answer = yield from persist(runtime, write, durable=False, patience_seconds=patience)
                 if isinstance(answer, Opened):
@@ -114,7 +115,6 @@ def _open(runtime: Runtime, execution: Execution) -> Generator[Effect, Any, Base
             break
         except BaseException as error:
             held = held or error
-            write = replace(write, repeated=True)
     return held
 
 
@@ -130,26 +130,34 @@ def begin(runtime: Runtime, options: Options) -> tuple[Execution, Context]:
     correlation = correlate_call(parent, scope, keeps_id=outer is not None)
     token = outer.token if takes_over and outer is not None else os.urandom(16).hex()
     execution = Execution(runtime, options, correlation, token, outer)
-    started = time.time_ns()
-    execution.clock_started_ns = time.perf_counter_ns()
     scope_is_near = scope is not None and (parent is None or scope.execution is parent)
-    execution.span = _start_span(execution, runtime, scope if scope_is_near else None, base, started)
+    execution.span = _start_span(execution, runtime, scope if scope_is_near else None, base)
+    if runtime.records:
+        _describe(execution, runtime, base, takes_over=takes_over)
+    run_context = with_ambient(base, correlation, execution.id)
+    run_context = trace.set_span_in_context(execution.span, run_context)
+    return execution, otel_context.set_value(EXECUTION_KEY, execution, run_context)
+
+
+def _describe(execution: Execution, runtime: Runtime, base: Context, *, takes_over: bool) -> None:
+    """Make the attempt's row: all that others need to close it and to end its span."""
+    outer, span = execution.outer, execution.span
+    if isinstance(span, ReadableSpan):
+        execution.start_attributes = otlp.attributes_of(span)
+        execution.start_links = len(span.links)
     execution.attempt_row = OpenAttempt(
-        token=token,
-        execution=execution_row(options.name, correlation),
+        token=execution.token,
+        execution=execution_row(execution.name, execution.correlation),
         process_id=runtime.process_id,
-        started_unix_ns=started,
-        deadline_unix_ns=None if options.timeout is None else started + int(options.timeout * 1e9),
-        span=row_of(execution.span) if runtime.records else None,
+        started_unix_ns=execution.started_unix_ns,
+        deadline_unix_ns=execution.deadline_unix_ns,
+        span=row_of(span),
         outer_token=None if outer is None else outer.token,
         outer=None if outer is None else outer.attempt_row.span,
         outer_started_unix_ns=None if outer is None else outer.started_unix_ns,
         takes_over=takes_over,
-        opened=runtime.collector.open_ancestors(base) if runtime.records else (),
+        opened=runtime.collector.open_ancestors(base),
     )
-    run_context = with_ambient(base, correlation, execution.id)
-    run_context = trace.set_span_in_context(execution.span, run_context)
-    return execution, otel_context.set_value(EXECUTION_KEY, execution, run_context)
 
 
 def correlate_call(parent: Execution | None, scope: Scope | None, *, keeps_id: bool) -> Correlation:
@@ -185,7 +193,7 @@ def execution_row(name: str, correlation: Correlation) -> ExecutionRow:
     )
 
 
-def _start_span(execution: Execution, runtime: Runtime, scope: Scope | None, base: Context, started: int) -> Span:
+def _start_span(execution: Execution, runtime: Runtime, scope: Scope | None, base: Context) -> Span:
     options = execution.options
     links = options.links if scope is None else (*options.links, *scope.links)
     link_carried = runtime.settings.link_carried if options.link_carried is None else options.link_carried
@@ -198,5 +206,12 @@ def _start_span(execution: Execution, runtime: Runtime, scope: Scope | None, bas
     if options.attributes:
         attributes = {**attributes, **options.attributes}
     return runtime.tracer.start_span(
-        options.name, base, options.kind, attributes, links, started, record_exception=False, set_status_on_exception=False
+        options.name,
+        base,
+        options.kind,
+        attributes,
+        links,
+        execution.started_unix_ns,
+        record_exception=False,
+        set_status_on_exception=False,
     )

@@ -116,7 +116,7 @@ def encode_start(span: ReadableSpan) -> bytes:
     """
     parts: list[bytes] = []
     _put_start(parts, span, None)
-    _put_attributes(parts, _HEADS[0x4A], _attributes_of(span))
+    _put_attributes(parts, _HEADS[0x4A], attributes_of(span))
     _put_links(parts, span.links)
     _put_counts(parts, ((b"\x50", span.dropped_attributes), (b"\x70", span.dropped_links)))
     return b"".join(parts)
@@ -180,7 +180,7 @@ def encode_span(
     end = span.end_time if end_unix_ns is None else end_unix_ns
     if end:
         parts.append(_pack_fixed64(b"\x41", _u64(end)))
-    attributes = _attributes_of(span)
+    attributes = attributes_of(span)
     if extra_attributes:
         attributes = {**attributes, **extra_attributes}
     _put_attributes(parts, _HEADS[0x4A], attributes)
@@ -240,7 +240,7 @@ def _put_start(parts: list[bytes], span: ReadableSpan, span_id: int | None) -> N
         parts.append(_pack_fixed64(b"\x39", _u64(span.start_time)))
 
 
-def _attributes_of(span: ReadableSpan) -> Mapping[str, Any]:
+def attributes_of(span: ReadableSpan) -> Mapping[str, Any]:
     """Give a plain copy of the span's attributes: iterating the SDK's own mapping costs more than encoding it."""
     attributes: Any = span.attributes
     try:

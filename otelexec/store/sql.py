@@ -55,7 +55,8 @@ from otelexec.store.base import (
 
 SCHEMA_VERSION = 1
 
-# {serial}, {blob} and {bigint} are the store's own types. `claim` and `parked` are tables of their own so that
+# {key}, {serial}, {blob} and {bigint} are the store's own types; a {serial} key is never given twice, since a relay
+# may settle a row that is gone. `claim` and `parked` are tables of their own so that
 # neither a claim nor a parked row rewrites or hides encoded spans.
 SCHEMA = (
     """CREATE TABLE process (
@@ -64,7 +65,7 @@ SCHEMA = (
         resource {blob} NOT NULL, scope {blob} NOT NULL, heartbeat_unix_ns {bigint} NOT NULL,
         ended INTEGER NOT NULL DEFAULT 0)""",
     """CREATE TABLE execution (
-        seq {serial}, execution_id TEXT NOT NULL UNIQUE, name TEXT NOT NULL, state TEXT NOT NULL,
+        seq {key}, execution_id TEXT NOT NULL UNIQUE, name TEXT NOT NULL, state TEXT NOT NULL,
         sticky INTEGER NOT NULL DEFAULT 0, request_id TEXT NOT NULL, source TEXT NOT NULL, correlation TEXT NOT NULL,
         parent_execution_id TEXT, queued_unix_ns {bigint}, started_unix_ns {bigint}, ended_unix_ns {bigint},
         error_type TEXT, error_message TEXT, producer_trace_id TEXT, producer_span_id TEXT, snapshot TEXT,

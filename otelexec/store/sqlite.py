@@ -213,7 +213,11 @@ class SqliteStore:
                 )
             if version == 0:
                 for statement in sql.SCHEMA:
-                    connection.execute(statement.format(serial="INTEGER PRIMARY KEY AUTOINCREMENT", blob="BLOB", bigint="INTEGER"))
+                    connection.execute(
+                        statement.format(
+                            key="INTEGER PRIMARY KEY", serial="INTEGER PRIMARY KEY AUTOINCREMENT", blob="BLOB", bigint="INTEGER"
+                        )
+                    )
                 connection.execute(f"PRAGMA user_version = {sql.SCHEMA_VERSION}")
             connection.execute("COMMIT")
         except BaseException:
