@@ -14,6 +14,7 @@ import os
 import signal
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -182,7 +183,7 @@ class Execution:
         self.started_unix_ns = time.time_ns()
         self.clock_started_ns = time.perf_counter_ns()
         self.deadline_unix_ns = None if options.timeout is None else self.started_unix_ns + int(options.timeout * 1e9)
-        self.children: list[Any] = []
+        self.children: deque[Any] = deque()
         self.closed = False
         self.closing: CloseAttempt | CloseOuter | None = None
         self.timed_out = False

@@ -91,6 +91,8 @@ def persist(runtime: Runtime, write: Write, *, durable: bool, patience_seconds: 
         if left <= 0:
             runtime.store_failed(answer)
             break
+        if isinstance(write, OpenAttempt):
+            write = replace(write, repeated=True)  # a store may fail after it has committed
         yield Sleep(min(left, backoff * random.uniform(0.5, 1.0)))  # noqa: S311 (jitter)
         backoff = min(2 * backoff, LAST_BACKOFF_SECONDS)
     kept: Kept = yield Block(partial(runtime.keep, write, durable=durable))

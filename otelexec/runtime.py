@@ -213,7 +213,7 @@ class Runtime:
         """Keep a write that the store could not take: in the spool, or else in the log and in memory."""
         self.spooling = True
         token = write.attempt.token if isinstance(write, CloseAttempt) else ""
-        write = for_spool(self, self.executions.get(token), write)
+        write = for_spool(self, self.executions.get(f"{token}:core") or self.executions.get(token), write)
         try:
             self.spool.append(write, durable=durable)
         except (OSError, ValueError, TypeError) as error:

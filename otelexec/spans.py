@@ -7,6 +7,7 @@ record. Child spans of our provider are collected under their execution and comm
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import socket
@@ -94,6 +95,18 @@ class _OpenSpan:
         self.recorded = False
 
 
+_Ended = tuple[ReadableSpan, _OpenSpan | None]
+
+
+def _drain(spans: deque[_Ended], most: int | None = None) -> list[_Ended]:
+    """Take from a deque that other threads append to."""
+    taken: list[_Ended] = []
+    with contextlib.suppress(IndexError):
+        while most is None or len(taken) < most:
+            taken.append(spans.popleft())
+    return taken
+
+
 class Collector:
     """
     What this process has of spans that are not yet in the store.
@@ -109,7 +122,7 @@ class Collector:
         self._forked = forked
         self._overflowing = overflowing
         self._open: dict[int, _OpenSpan] = {}
-        self._loose: deque[tuple[ReadableSpan, _OpenSpan | None]] = deque()
+        self._loose: deque[_Ended] = deque()
 
     def started(self, span: SdkSpan, parent_context: Context | None) -> None:
         """Remember a span that is not one of our own kinds."""
@@ -134,10 +147,14 @@ class Collector:
             execution.children.append((span, known))
             if len(execution.children) >= self.max_collected:
                 self._overflowing()
+            if not execution.closed:
+                return
+            # It was closed meanwhile, perhaps after its children were taken: what is still there has no execution.
+            self._loose.extend(_drain(execution.children))
         else:
             self._loose.append((span, known))
-            if len(self._loose) == 1:
-                self._overflowing()
+        if len(self._loose) == 1:
+            self._overflowing()
 
     def open_ancestors(self, context: Context | None) -> tuple[SpanRow, ...]:
         """Give the still open spans of ours from a context's current span up to its execution, not written so far."""
@@ -157,16 +174,12 @@ class Collector:
 
     def take_children(self, execution: Execution, process_id: str) -> AddSpans:
         """Take the ended children of an execution, with their ancestors that are still open."""
-        if not execution.children:
-            return NO_SPANS
-        taken, execution.children = execution.children, []
-        return self._pack(taken, process_id, execution.id)
+        taken = _drain(execution.children)
+        return self._pack(taken, process_id, execution.id) if taken else NO_SPANS
 
     def take_loose(self, process_id: str) -> AddSpans:
         """Take the ended spans that belong to no open execution."""
-        taken: list[tuple[ReadableSpan, _OpenSpan | None]] = []
-        while self._loose and len(taken) < self.max_collected:
-            taken.append(self._loose.popleft())
+        taken = _drain(self._loose, self.max_collected)
         return self._pack(taken, process_id, None) if taken else NO_SPANS
 
     @property
@@ -174,7 +187,7 @@ class Collector:
         """Tell whether spans wait that belong to no open execution."""
         return bool(self._loose)
 
-    def _pack(self, taken: list[tuple[ReadableSpan, _OpenSpan | None]], process_id: str, execution_id: str | None) -> AddSpans:
+    def _pack(self, taken: list[_Ended], process_id: str, execution_id: str | None) -> AddSpans:
         plain = [span for span, known in taken if known is None or not known.recorded]
         recorded = tuple(
             (known.row, request_of((span,))) for span, known in taken if known is not None and known.recorded and known.row is not None
