@@ -1,0 +1,123 @@
+"""
+Reconcile a store of 1,000,000 attempts of which 1 % belong to processes whose lease has lapsed.
+
+The other 99 % are looked at twice: once all ended, as in a store that has run for long, and once all still running in
+processes that live.
+"""
+
+from __future__ import annotations
+
+import logging
+import sqlite3
+import time
+from contextlib import closing
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from otelexec import identity, otlp
+from otelexec.reconcile import Reconciler
+from otelexec.store.base import Heartbeat
+from otelexec.store.spool import Spool
+from otelexec.store.sqlite import SqliteStore
+from tests.benchmarks.measure import Result
+from tests.benchmarks.sample import ended_span
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+TARGET_FIND_MS = 50.0
+TARGET_CLOSE_SECONDS = 1.0
+DEAD = 20
+LIVING = 20
+
+_EXECUTIONS = """
+WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < :rows)
+INSERT INTO execution (execution_id, name, state, request_id, source, correlation, started_unix_ns, ended_unix_ns, attempts, latest)
+SELECT printf('0193%032x', i), 'invoice.run', CASE WHEN i % 100 THEN :state ELSE 'running' END, printf('0194%032x', i), 'direct', '{}',
+    1700000000000000000 + i, CASE WHEN i % 100 AND :state <> 'running' THEN 1700000001000000000 + i END, 1, 1 FROM n"""
+
+# One in a hundred belongs to one of the dead, the others to one of the living; they lie scattered, as in real life.
+_ATTEMPTS = """
+WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < :rows)
+INSERT INTO attempt (execution_id, attempt, token, process_id, state, duplicate, trace_id, span_id, span_start,
+    started_unix_ns, ended_unix_ns)
+SELECT printf('0193%032x', i), 1, printf('%032x', i),
+    CASE WHEN i % 100 THEN 'living-' || (i % :living) ELSE 'dead-' || (i / 100 % :dead) END,
+    CASE WHEN i % 100 THEN :state ELSE 'running' END, 0, printf('%032x', i), printf('%016x', i),
+    CASE WHEN i % 100 = 0 OR :state = 'running' THEN :start END,
+    1700000000000000000 + i, CASE WHEN i % 100 AND :state <> 'running' THEN 1700000001000000000 + i END FROM n"""
+
+
+def _fill(path: Path, rows: int, state: str) -> SqliteStore:
+    store = SqliteStore(path)
+    span = ended_span()
+    here = identity.this_process(
+        "", lease_seconds=30.0, resource=otlp.encode_resource(span.resource), scope=otlp.encode_scope(span.instrumentation_scope)
+    )
+    # Of another host, so that only the lease tells.
+    names = [*(f"dead-{number}" for number in range(DEAD)), *(f"living-{number}" for number in range(LIVING))]
+    there = [replace(here, process_id=name, host="elsewhere", boot_id="another boot") for name in names]
+    store.commit([Heartbeat(process) for process in there], durable=False, timeout_seconds=5.0)
+    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        values = {"rows": rows, "state": state, "living": LIVING, "dead": DEAD, "start": otlp.encode_start(span)}
+        connection.execute("BEGIN")
+        connection.execute(_EXECUTIONS, values)
+        connection.execute(_ATTEMPTS, values)
+        connection.execute("UPDATE process SET heartbeat_unix_ns = CASE WHEN process_id LIKE 'dead-%' THEN 1 ELSE ? END", (2**62,))
+        connection.execute("COMMIT")
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    return store
+
+
+def _round(folder: Path, rows: int, state: str) -> tuple[float, float]:
+    """Give the milliseconds to find the dead, and the seconds to close what they left."""
+    store = _fill(folder / f"{state}.db", rows, state)
+    try:
+        store.processes()  # opens the connection
+        start = time.perf_counter()
+        now = store.now_unix_ns()
+        lapsed = [process for process in store.processes() if identity.liveness(process, now) == "lapsed"]
+        find = (time.perf_counter() - start) * 1e3
+        if len(lapsed) != DEAD:
+            msg = f"found {len(lapsed)} lapsed processes, not {DEAD}"
+            raise RuntimeError(msg)
+        spool = Spool(folder / f"{state}.spool", lambda: lapsed[0])
+        start = time.perf_counter()
+        done = Reconciler(store, spool).run_once()
+        close = time.perf_counter() - start
+        if done.attempts != rows // 100:
+            msg = f"closed {done.attempts} attempts, not {rows // 100}"
+            raise RuntimeError(msg)
+    finally:
+        store.close()
+    return find, close
+
+
+def run(folder: Path, *, short: bool = False) -> list[Result]:
+    """
+    Measure.
+
+    Args:
+        folder: For the stores.
+        short: A tenth of the rows.
+    """
+    rows = 100_000 if short else 1_000_000
+    note = "fewer rows than the target names" if short else ""
+    logger = logging.getLogger("otelexec.reconcile")
+    handler = logging.FileHandler(folder / "reconcile.log")  # a line for each lost attempt is part of the work
+    logger.addHandler(handler)
+    logger.propagate = False
+    results = []
+    try:
+        for state, rest in (("succeeded", "ended"), ("running", "running")):
+            find, close = _round(folder, rows, state)
+            work = f"reconcile {rows:,} rows, 1 % lapsed, the rest {rest}"
+            results += [
+                Result(f"{work}: find", "-", [find], "ms", TARGET_FIND_MS, note=note),
+                Result(f"{work}: close {rows // 100:,}", "-", [close], "s", TARGET_CLOSE_SECONDS, note=note),
+            ]
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = True
+        handler.close()
+    return results
