@@ -24,10 +24,12 @@ from otelexec.errors import SettingsError, StoreRejected, StoreUnavailable
 from otelexec.receiver import Answer, OtlpReceiver
 from otelexec.relay import Relay
 from otelexec.settings import Settings
-from otelexec.store.base import ClaimOutbox, OutboxRow, SettleOutbox
+from otelexec.store.base import AddSpans, ClaimOutbox, OutboxRow, ReleaseClaims, RetryParked, SettleOutbox
+from otelexec.store.sqlite import SqliteStore
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+    from pathlib import Path
 
     from otelexec.store.base import Write
 
@@ -63,6 +65,11 @@ class Outbox:
             raise error
         if isinstance(write, ClaimOutbox):
             return self._claim(write)
+        if isinstance(write, ReleaseClaims):
+            held = [row_id for row_id, (owner, _) in self.claims.items() if owner in write.owners]
+            for row_id in held:
+                del self.claims[row_id]
+            return len(held)
         assert isinstance(write, SettleOutbox)
         self.settled.append(write)
         for row_id in write.delivered:
@@ -602,6 +609,23 @@ def test_a_drain_waits_for_rows_that_another_relay_has_in_hand(outbox: Outbox, h
     assert names(http) == ["a"]
 
 
+def test_what_a_dead_relay_had_in_hand_goes_out_before_its_lease_ends(
+    outbox: Outbox, http: OtlpReceiver, make: Callable[..., Relay]
+) -> None:
+    """The thread takes it back by itself, and so does a drain; what a living relay holds stays with it."""
+    outbox.add("dead", "living")
+    outbox.commit([ClaimOutbox("p-2", 600, max_rows=1)])
+    outbox.commit([ClaimOutbox("p-3", 600)])
+    assert not make(dead=tuple).drain(0.3)
+    serving = make(dead=lambda: ["p-2"])
+    serving.start()
+    http.wait_for(1, timeout=10)
+    serving.stop(5)
+    assert names(http) == ["dead"]
+    assert make(dead=lambda: ["p-3"]).drain(10)
+    assert names(http) == ["dead", "living"]
+
+
 def test_a_drain_can_be_ended_from_outside(outbox: Outbox, http: OtlpReceiver, make: Callable[..., Relay]) -> None:
     """A signal handler sets the event; what is under way is finished and settled, the rest is given back."""
     outbox.add(*["a"] * 2_000)
@@ -771,3 +795,45 @@ class _Closing:
 
     def __init__(self, exporter: Any) -> None:
         self.close = exporter.shutdown
+
+
+def test_it_delivers_parks_and_settles_in_a_real_store(
+    receiver: OtlpReceiver, make_on_sqlite: Callable[[], tuple[SqliteStore, Relay]]
+) -> None:
+    """On SQLite as on the fake: the rest is delivered once, the culprit is parked with its reason, no claim is left."""
+    store, sender = make_on_sqlite()
+    rows = [otlp.wrap(RESOURCE, {b"\x0a\x00": [span_bytes(name)]}) for name in ("a", "bad", *"bcdefg")]
+    store.commit([AddSpans(request=row, count=1, process_id="p") for row in rows], durable=False, timeout_seconds=5)
+    receiver.poison = lambda span: span.name == "bad"
+    assert sender.drain(10)
+    assert names(receiver) == list("abcdefg")
+    assert sent_once(receiver)
+    statistics = store.statistics()
+    assert (statistics.outbox_rows, statistics.claimed_rows) == (0, 0)
+    assert [row.reason for row in statistics.parked] == [receiver_reason(receiver)]
+    store.commit([RetryParked()], durable=False, timeout_seconds=5)
+    receiver.poison = None
+    assert sender.drain(10)
+    assert names(receiver) == [*"abcdefg", "bad"]
+
+
+def receiver_reason(receiver: OtlpReceiver) -> str:
+    return f"{'INVALID_ARGUMENT' if receiver.protocol == 'grpc' else 'HTTP 400'}: a span in this request is not acceptable"
+
+
+@pytest.fixture
+def make_on_sqlite(tmp_path: Path) -> Iterator[Callable[[], tuple[SqliteStore, Relay]]]:
+    store = SqliteStore(tmp_path / "otelexec.db")
+    made: list[Relay] = []
+
+    def one() -> tuple[SqliteStore, Relay]:
+        def commit(writes: Sequence[Write]) -> list[object]:
+            return store.commit(writes, durable=False, timeout_seconds=5)
+
+        made.append(Relay(commit, Settings(store="none"), "p-1", waiting=lambda: store.statistics().outbox_rows))
+        return store, made[0]
+
+    yield one
+    for each in made:
+        each.stop(0)
+    store.close()
