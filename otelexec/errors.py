@@ -8,7 +8,8 @@ Every error that otelexec raises, in one tree.
     |-- ExecutionError (also RuntimeError)   a call that the execution's state forbids
     |-- StoreError
     |   |-- StoreNotFound                    a reading command found no store; nothing was created
-    |   |-- StoreUnavailable                 busy, read-only, full, unreachable: worth another try
+    |   |-- StoreUnavailable                 read-only, full, unreachable: worth another try
+    |   |   `-- StoreBusy                    another process or thread is writing
     |   |-- StoreRejected                    the store took the transaction but not this write
     |   `-- StoreVersionError                the schema is newer than this library
     |-- RelayError                           the OTLP endpoint can't be used as it is configured
@@ -53,6 +54,10 @@ class StoreNotFound(StoreError):
 
 class StoreUnavailable(StoreError):
     """The store can't be written at the moment. The work goes on and the record waits in the spool."""
+
+
+class StoreBusy(StoreUnavailable):
+    """Another process or thread is writing to the store, and took longer than this one may wait."""
 
 
 class StoreRejected(StoreError):

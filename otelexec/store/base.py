@@ -637,19 +637,20 @@ class Statistics:
     size_bytes: int
 
 
-class CommitInterrupted(BaseException):
+class Receipt:
     """
-    A signal handler raised while the transaction was being committed, and the commit got through.
+    Whether a transaction got through, for callers that a signal handler may stop between its commit and its return.
 
     Attributes:
-        results: The results of the commit.
-        cause: What the handler raised.
+        results: One result per write; they count once `committed` holds something.
+        committed: Empty until the transaction is through; filled in the same instant.
     """
 
-    def __init__(self, results: list[object], cause: BaseException) -> None:
-        super().__init__()
-        self.results = results
-        self.cause = cause
+    __slots__ = ("committed", "results")
+
+    def __init__(self) -> None:
+        self.results: list[object] = []
+        self.committed: list[object] = []
 
 
 class Store(Protocol):
@@ -673,23 +674,26 @@ class Store(Protocol):
         """Give the folder for what could not be written here, unless a setting names another."""
         ...
 
-    def commit(self, writes: Sequence[Write], *, durable: bool, timeout_seconds: float) -> list[object]:
+    def commit(
+        self, writes: Sequence[Write], *, durable: bool, timeout_seconds: float, receipt: Receipt | None = None
+    ) -> list[object]:
         """
         Commit all writes in one transaction, in order.
 
         Args:
             writes: What to write.
             durable: Whether the transaction must survive power loss; all of them survive the process.
-            timeout_seconds: How long to wait for other writers.
+            timeout_seconds: How long to wait for other writers; 0: not at all, not even for other threads.
+            receipt: A new one to fill in; None: nobody asks.
 
         Returns:
             One result per write; a write that the store refused by itself has a StoreRejected in its place, and the
             others are committed.
 
         Raises:
+            StoreBusy: Other writers were at it all the time; nothing was committed.
             StoreUnavailable: Nothing was committed, and another try may succeed.
             StoreVersionError: The schema is newer than this library.
-            CommitInterrupted: A signal handler raised after the commit got through.
         """
         ...
 

@@ -4,26 +4,50 @@ Group commit with a leader and followers.
 A lone caller commits inline. Under concurrency whoever holds the lead commits what everybody waits for in one
 transaction. There is no writer thread for threads: it cost 25-40 % there (design section 6). Coroutines have one
 committer thread of their own, since `asyncio.to_thread`'s pool may be full of the user's blocked work.
+
+A signal handler may raise between any two instructions of the main thread, also while it leads. So nothing here is ever
+in the hands of a local variable alone: a write is in the queue or in the group, the lead says whose it is, and the
+receipt of the group says whether its transaction is through. Each of these changes in one call into C, which no handler
+can split, and whoever leads next goes on where the one before was stopped.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
-from queue import SimpleQueue
+from collections.abc import Callable, Sequence
+from itertools import repeat
+from queue import Empty, SimpleQueue
 
-from otelexec.errors import StoreError, StoreUnavailable
-from otelexec.store.base import CommitInterrupted, Store, Write
+from otelexec.errors import StoreBusy, StoreError, StoreUnavailable
+from otelexec.store.base import Receipt, Store, Write
+
+logger = logging.getLogger("otelexec.store")
 
 MAX_GROUP = 512
 """Writes in one transaction: longer ones keep other processes waiting without saving much."""
 
-# A follower looks again after this long, should its leader have died between commit and wake-up (a signal handler
-# that raised there).
+SLICE_SECONDS = 0.2
+"""How long one transaction waits for other processes at a time: nobody waits longer than this beyond its own timeout."""
+
+# A follower looks again after this long, should its leader have been stopped between commit and wake-up (a signal
+# handler that raised there).
 _RESCUE_SECONDS = 0.05
+
+# So often may anything but a StoreError come out of one group's commit. More are no signals but a fault of ours, and
+# the executions must not hang on it.
+_MAX_STOPS = 8
+
+_LEAST_PAUSE_SECONDS = 0.01
+
+_LEAD = "lead"
+
+
+class _Fault(StoreUnavailable):
+    """The store raised what it should not, again and again."""
 
 
 class Entry:
@@ -33,18 +57,18 @@ class Entry:
     Attributes:
         write: What to write.
         durable: Whether it must survive power loss.
-        timeout_seconds: How long its transaction may wait for other processes.
+        deadline: Until when other processes are waited for, on the monotonic clock.
         done: Whether `result` or `error` holds.
         result: What the store gave.
         error: Why it did not get there.
     """
 
-    __slots__ = ("_notify", "_wake", "done", "durable", "error", "result", "timeout_seconds", "write")
+    __slots__ = ("_notify", "_wake", "deadline", "done", "durable", "error", "result", "write")
 
     def __init__(self, write: Write, *, durable: bool, timeout_seconds: float, notify: Callable[[Entry], None] | None = None) -> None:
         self.write = write
         self.durable = durable
-        self.timeout_seconds = timeout_seconds
+        self.deadline = time.monotonic() + timeout_seconds
         self.done = False
         self.result: object = None
         self.error: Exception | None = None
@@ -69,7 +93,7 @@ class Entry:
             self._wake.acquire(timeout=timeout_seconds)
 
     def nudge(self) -> bool:
-        """Wake the thread that waits; False when it is nobody's but the committer thread's."""
+        """Wake the thread that waits; False when no thread does."""
         if self._notify is not None:
             return False
         if self._wake is not None:
@@ -80,17 +104,30 @@ class Entry:
     def settle(self, result: object, error: Exception | None) -> None:
         """Set the answer and tell whoever waits."""
         self.result, self.error = result, error
-        self.done = True
         if self._notify is not None:
-            self._notify(self)
-        else:
-            self.nudge()
+            try:
+                self._notify(self)
+            except Exception:  # one listener's trouble is not the others'
+                logger.exception("otelexec.store.notify")
+        self.done = True  # after the call: a leader that is stopped in between is followed by one that tells it again
+        self.nudge()
 
     def answer(self) -> object:
         """Give the result or raise the error."""
         if self.error is not None:
             raise self.error
         return self.result
+
+
+class _Group:
+    """What the leader has in hand; it stays there when a signal handler stops the leader."""
+
+    __slots__ = ("entries", "receipt", "stops")
+
+    def __init__(self, entries: Sequence[Entry] = (), stops: int = 0) -> None:
+        self.entries = list(entries)
+        self.receipt = Receipt()
+        self.stops = stops
 
 
 class GroupCommit:
@@ -104,7 +141,9 @@ class GroupCommit:
     def __init__(self, store: Store) -> None:
         self.store = store
         self._pending: deque[Entry] = deque()
-        self._lead = threading.Lock()
+        self._group = _Group()
+        # Who leads. A dict and not a lock: taking it twice changes nothing, and it can be asked.
+        self._lead: dict[str, object] = {}
         self._signal: SimpleQueue[None] = SimpleQueue()
         self._committer: threading.Thread | None = None
         self._committer_lock = threading.Lock()
@@ -113,6 +152,9 @@ class GroupCommit:
     def commit(self, write: Write, *, durable: bool = False, timeout_seconds: float = 1.0) -> object:
         """
         Commit one write together with whatever else waits.
+
+        What a signal handler raises meanwhile comes out once the write is done; to repeat it then is the caller's
+        affair, and harmless where the write can be told from another one.
 
         Args:
             write: What to write.
@@ -126,28 +168,38 @@ class GroupCommit:
             StoreError: It was not written.
         """
         entry = Entry(write, durable=durable, timeout_seconds=timeout_seconds)
-        deadline = time.monotonic() + timeout_seconds + 1.0
+        held: BaseException | None = None
         self._pending.append(entry)
         try:
-            while not entry.done:
-                if self._lead.acquire(blocking=False):
-                    try:
-                        self._lead_group(entry)
-                    finally:
-                        self._lead.release()
-                        self._hand_on()
-                elif not entry.prepared:
-                    # Then one more try for the lead: it may have been let go before anybody could wake this entry.
-                    entry.prepare()
-                else:
-                    entry.wait(_RESCUE_SECONDS)
-                    if time.monotonic() > deadline and self._withdraw(entry):
-                        raise StoreUnavailable("The store is busy with other executions; this one did not get its turn.")
-        except BaseException:
-            # A signal handler raised while this thread waited. The caller repeats the write, so it must not stay here.
-            self._withdraw(entry)
-            raise
+            while True:
+                try:
+                    if entry.done:
+                        break
+                    self._advance(entry)
+                except BaseException as error:
+                    held = error if held is None else held
+        finally:
+            if self._lead.get(_LEAD) is entry:
+                self._let_go(entry)
+        if held is not None and not isinstance(entry.error, _Fault):
+            raise held
         return entry.answer()
+
+    def _advance(self, entry: Entry) -> None:
+        """Lead once, or wait for a moment."""
+        if self._lead.setdefault(_LEAD, entry) is entry:
+            try:
+                if not entry.done:
+                    self._commit_group()
+            finally:
+                self._let_go(entry)
+        elif not entry.prepared:
+            # Then one more try for the lead: it may have been let go before anybody could wake this entry.
+            entry.prepare()
+        else:
+            entry.wait(_RESCUE_SECONDS)
+            if time.monotonic() > entry.deadline + 2 * SLICE_SECONDS and not entry.done and self._withdraw(entry):
+                entry.settle(None, StoreBusy("The store is busy with other executions; this one did not get its turn."))
 
     def submit(self, write: Write, notify: Callable[[Entry], None], *, durable: bool, timeout_seconds: float) -> None:
         """
@@ -162,6 +214,8 @@ class GroupCommit:
         self._pending.append(Entry(write, durable=durable, timeout_seconds=timeout_seconds, notify=notify))
         if self._committer is None:
             self._start_committer()
+        if self._committer is None or self._closed:  # the process is ending
+            self.flush()
         self._signal.put(None)
 
     def leave(self, write: Write, notify: Callable[[Entry], None], *, durable: bool, timeout_seconds: float) -> None:
@@ -174,18 +228,25 @@ class GroupCommit:
             write: What to write.
             notify: Called with the settled entry by whoever commits it.
             durable: Whether it must survive power loss.
-            timeout_seconds: How long to wait for other processes.
+            timeout_seconds: How long to wait for other processes, once somebody commits it.
         """
         self._pending.append(Entry(write, durable=durable, timeout_seconds=timeout_seconds, notify=notify))
-        self._signal.put(None)
 
-    def flush(self) -> None:
-        """Commit whatever was left behind, unless somebody is at it."""
-        while self._pending and self._lead.acquire(blocking=False):
-            try:
-                self._lead_group(None)
-            finally:
-                self._lead.release()
+    def flush(self, *, wait: bool = True) -> None:
+        """
+        Commit whatever was left behind, unless somebody is at it.
+
+        Args:
+            wait: Whether to wait for other processes and threads; if not, what can't be written now stays.
+        """
+        me = object()
+        try:
+            while (self._pending or self._group.entries) and self._lead.setdefault(_LEAD, me) is me:
+                self._commit_group(wait=wait)
+                if not wait:
+                    return
+        finally:
+            self._let_go(me)
 
     def close(self) -> None:
         """Commit what is left and end the committer thread."""
@@ -200,54 +261,106 @@ class GroupCommit:
             return False
         return True
 
-    def _lead_group(self, own: Entry | None) -> None:
-        if own is not None and own.done:
-            return
-        group: list[Entry] = []
-        try:
-            while self._pending and len(group) < MAX_GROUP:
-                group.append(self._pending.popleft())
-            if not group:
+    def _commit_group(self, *, wait: bool = True) -> None:
+        """Commit what waits, or finish what another leader was stopped in. Only for whoever leads."""
+        group = self._group
+        if not group.receipt.committed:
+            if group.entries:  # left by a leader that was stopped, or had no time
+                group = self._group = _Group([entry for entry in group.entries if not entry.done], group.stops)
+            room = min(len(self._pending), MAX_GROUP - len(group.entries))
+            with contextlib.suppress(IndexError):  # somebody withdrew
+                group.entries.extend(map(deque.popleft, repeat(self._pending, room)))
+            if not group.entries or not self._transact(group, wait=wait):
                 return
-            self._commit_group(group)
-        finally:
-            # Not settled means that a signal handler raised before the commit: the writes wait for the next leader.
-            self._pending.extendleft(entry for entry in reversed(group) if not entry.done)
+        for entry, result in zip(group.entries, group.receipt.results, strict=True):
+            if not entry.done:
+                entry.settle(*((None, result) if isinstance(result, StoreError) else (result, None)))
+        self._group = _Group()
 
-    def _commit_group(self, group: list[Entry]) -> None:
-        writes = [entry.write for entry in group]
-        durable = any(entry.durable for entry in group)
-        timeout = min(entry.timeout_seconds for entry in group)
-        held: BaseException | None = None
+    def _transact(self, group: _Group, *, wait: bool) -> bool:
+        """Commit the group; if that is not possible, its members are answered or stay in hand."""
+        started = time.monotonic()
         try:
-            results = self.store.commit(writes, durable=durable, timeout_seconds=timeout)
-        except CommitInterrupted as interrupted:
-            results, held = interrupted.results, interrupted.cause
+            self.store.commit(
+                [entry.write for entry in group.entries],
+                durable=any(entry.durable for entry in group.entries),
+                timeout_seconds=SLICE_SECONDS if wait else 0,
+                receipt=group.receipt,
+            )
+        except StoreBusy as error:
+            if wait:
+                self._expire(group, error, started)
+            return False
         except StoreError as error:
-            for entry in group:
+            self._fail(group, error)
+            return False
+        except BaseException as error:
+            group.stops += 1
+            if group.stops <= _MAX_STOPS or group.receipt.committed:
+                raise
+            logger.exception("otelexec.store.commit")
+            self._fail(group, _Fault(f"{type(error).__name__}: {error}"))
+            return False
+        return True
+
+    def _fail(self, group: _Group, error: StoreError) -> None:
+        for entry in group.entries:
+            entry.settle(None, error)
+        self._group = _Group()
+
+    def _expire(self, group: _Group, error: StoreError, started: float) -> None:
+        """Answer those whose time is up; the others stay in hand, and whoever came meanwhile joins them."""
+        group.entries.extend(map(deque.popleft, repeat(self._pending, len(self._pending))))
+        now = time.monotonic()
+        for entry in group.entries:
+            if entry.deadline <= now:
                 entry.settle(None, error)
-            return
-        for entry, result in zip(group, results, strict=True):
-            entry.settle(*((None, result) if isinstance(result, StoreError) else (result, None)))
-        if held is not None:
-            raise held
+        self._group = _Group([entry for entry in group.entries if not entry.done])
+        if now - started < _LEAST_PAUSE_SECONDS:  # not every kind of lock is waited for by the store
+            time.sleep(_LEAST_PAUSE_SECONDS)
+
+    def _let_go(self, leader: object) -> None:
+        """Give the lead away, to somebody who waits."""
+        try:
+            if self._lead.get(_LEAD) is leader:
+                del self._lead[_LEAD]
+        finally:
+            # Once more, should a signal handler have raised in the first line.
+            if self._lead.get(_LEAD) is leader:
+                del self._lead[_LEAD]
+        if self._pending or self._group.entries:
+            self._hand_on()
 
     def _hand_on(self) -> None:
-        with contextlib.suppress(IndexError):  # emptied by the next leader
-            if self._pending and not self._pending[0].nudge():
-                self._signal.put(None)
+        if self._committer is not None:
+            self._signal.put(None)
+            with contextlib.suppress(IndexError):  # emptied by the next leader
+                self._pending[0].nudge()
+            return
+        for entry in (*self._group.entries, *self._pending):
+            if not entry.done and entry.nudge():
+                return
 
     def _start_committer(self) -> None:
         with self._committer_lock:
             if self._committer is None:
                 thread = threading.Thread(target=self._serve, name="otelexec-committer", daemon=True)
-                thread.start()
-                self._committer = thread
+                with contextlib.suppress(RuntimeError):  # the interpreter is shutting down
+                    thread.start()
+                    self._committer = thread
 
     def _serve(self) -> None:
         while not self._closed:
             self._signal.get()
-            while self._pending:
-                with self._lead:
-                    self._lead_group(None)
+            while self._pending or self._group.entries:
+                if self._lead.setdefault(_LEAD, self) is not self:
+                    with contextlib.suppress(Empty):
+                        self._signal.get(timeout=_RESCUE_SECONDS)
+                    continue
+                try:
+                    self._commit_group()
+                except Exception:  # a fault of ours: after a few of them the group is answered
+                    logger.exception("otelexec.store.commit")
+                finally:
+                    self._let_go(self)
         self.flush()

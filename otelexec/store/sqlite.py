@@ -15,17 +15,18 @@ import os
 import sqlite3
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from otelexec.errors import StoreNotFound, StoreRejected, StoreUnavailable, StoreVersionError
+from otelexec.errors import StoreBusy, StoreNotFound, StoreRejected, StoreUnavailable, StoreVersionError
 from otelexec.store import sql
 from otelexec.store.base import (
     Cancellation,
-    CommitInterrupted,
     ExecutionRecord,
     OpenWork,
     ProcessRow,
+    Receipt,
     Statistics,
     Write,
 )
@@ -38,6 +39,8 @@ _IN_LIST = 500  # SQLite's oldest limit on parameters of one statement is 999
 # Result codes that are the write's own fault; with any other the store could not do its work at this time.
 _REFUSALS = frozenset({sqlite3.SQLITE_TOOBIG, sqlite3.SQLITE_CONSTRAINT, sqlite3.SQLITE_MISMATCH, sqlite3.SQLITE_RANGE})
 _DAMAGE = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
+_SIDES = ("-wal", "-shm")
+_LOCKED = frozenset({sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED})
 
 # Connections inherited over a fork: closing one in the child would end the parent's locks on the file
 # (https://sqlite.org/howtocorrupt.html, section 2.6), so they are kept until the child ends.
@@ -76,6 +79,8 @@ class SqliteStore:
         self._read_lock = threading.Lock()
         self._file: tuple[int, int] | None = None
         self._read_file: tuple[int, int] | None = None
+        self._opened: tuple[int, int] | None = None
+        self._sides: dict[str, tuple[int, int] | None] = {}
         self._busy_ms = -1
         self._durable: bool | None = None
         self._announced = False
@@ -92,97 +97,156 @@ class SqliteStore:
 
     # Writing
 
-    def commit(self, writes: Sequence[Write], *, durable: bool, timeout_seconds: float) -> list[object]:
+    def commit(self, writes: Sequence[Write], *, durable: bool, timeout_seconds: float, receipt: Receipt | None = None) -> list[object]:
         """
         Commit all writes in one transaction; see `base.Store.commit`.
 
         Args:
             writes: What to write.
             durable: Whether it must survive power loss.
-            timeout_seconds: How long to wait for another process that writes.
+            timeout_seconds: How long to wait for another thread or process that writes.
+            receipt: A new one to fill in; None: nobody asks.
         """
-        with self._write_lock:
-            try:
-                connection = self._writable(timeout_seconds)
-                try:
-                    return self._transact(connection, writes, durable=durable)
-                except (sqlite3.Error, ValueError, OverflowError, TypeError) as error:
-                    if not _is_refusal(error):
-                        raise
-                    return self._one_by_one(connection, writes, durable=durable)
-            except (sqlite3.Error, OSError) as error:
-                self._after(error)
-                raise StoreUnavailable(f"{self.url}: {error}") from error
-
-    def _transact(self, connection: sqlite3.Connection, writes: Sequence[Write], *, durable: bool) -> list[object]:
-        if durable is not self._durable:
-            connection.execute("PRAGMA synchronous = " + ("FULL" if durable else "NORMAL"))
-            self._durable = durable
-        committing = False
-        results: list[object] = []
+        receipt = receipt or Receipt()
+        taken: list[bool] = []
         try:
-            connection.execute("BEGIN IMMEDIATE")
+            # One call into C takes the lock and notes it, so that no signal handler can raise in between.
+            taken.extend(map(self._write_lock.acquire, (timeout_seconds > 0,), (timeout_seconds if timeout_seconds > 0 else -1,)))
+            if not taken[0]:
+                raise StoreBusy(f"{self.url}: another thread is writing")
+            self._commit(writes, durable, timeout_seconds, receipt)
+        finally:
+            if taken and taken[0]:
+                self._write_lock.release()
+        return receipt.results
+
+    def _commit(self, writes: Sequence[Write], durable: bool, timeout_seconds: float, receipt: Receipt) -> None:  # noqa: FBT001 (internal)
+        try:
+            connection = self._writable(timeout_seconds)
+            try:
+                self._transact(connection, writes, receipt, durable=durable)
+            except (sqlite3.Error, ValueError, OverflowError, TypeError) as error:
+                if receipt.committed or not _is_refusal(error):
+                    raise
+                receipt.results.clear()
+                self._transact(connection, writes, receipt, durable=durable, apart=True)
+        except (sqlite3.Error, OSError) as error:
+            if receipt.committed or isinstance(error, TimeoutError):  # a signal handler's
+                raise
+            self._after(error)
+            unavailable = StoreBusy if _code(error) in _LOCKED else StoreUnavailable
+            raise unavailable(f"{self.url}: {error}") from error
+
+    def _transact(
+        self, connection: sqlite3.Connection, writes: Sequence[Write], receipt: Receipt, *, durable: bool, apart: bool = False
+    ) -> None:
+        execute = connection.execute
+        if durable is not self._durable:
+            self._durable = None
+            execute("PRAGMA synchronous = " + ("FULL" if durable else "NORMAL"))
+            self._durable = durable
+        try:
+            execute("BEGIN IMMEDIATE")
             tx = _Transaction(connection)
             if not self._announced:
                 for write in self.announce():
                     sql.apply(tx, write)
-            results = [sql.apply(tx, write) for write in writes]
-            committing = True
-            connection.execute("COMMIT")
-        except BaseException as error:
-            if committing and not connection.in_transaction and not isinstance(error, sqlite3.Error):
-                # A signal handler raised between COMMIT and here: to repeat it would write everything twice.
-                raise CommitInterrupted(results, error) from error
-            if connection.in_transaction:
-                connection.execute("ROLLBACK")
+            for write in writes:
+                receipt.results.append(self._apart(tx, write) if apart else sql.apply(tx, write))
+            # One call into C commits and notes it: a signal handler that raises after it can't make anybody repeat it.
+            receipt.committed.extend(map(execute, ("COMMIT",)))
+        except BaseException:
+            if not receipt.committed:
+                receipt.results.clear()
+                if connection.in_transaction:
+                    execute("ROLLBACK")
             raise
         self._announced = True
-        return results
 
-    def _one_by_one(self, connection: sqlite3.Connection, writes: Sequence[Write], *, durable: bool) -> list[object]:
-        """Find the write that the store refuses, so that it does not take the others with it."""
-        results: list[object] = []
-        for write in writes:
-            try:
-                results += self._transact(connection, [write], durable=durable)
-            except (sqlite3.Error, ValueError, OverflowError, TypeError) as error:
-                if not _is_refusal(error):
-                    raise
-                results.append(StoreRejected(f"{self.url} refused {type(write).__name__}: {error}"))
-        return results
+    def _apart(self, tx: _Transaction, write: Write) -> object:
+        """Make a write that the store may refuse, without taking the others with it."""
+        tx.execute("SAVEPOINT apart")
+        try:
+            result: object = sql.apply(tx, write)
+        except (sqlite3.Error, ValueError, OverflowError, TypeError) as error:
+            if not _is_refusal(error):
+                raise
+            tx.execute("ROLLBACK TO apart")
+            result = StoreRejected(f"{self.url} refused {type(write).__name__}: {error}")
+        tx.execute("RELEASE apart")
+        return result
 
     def _writable(self, timeout_seconds: float) -> sqlite3.Connection:
         if self._writer is not None and _identity(self.path) != self._file:
             # Deleted or replaced under us: what is committed from here on goes to the file that is there now.
-            logger.warning("otelexec.store.replaced", extra={"otelexec_store": self.url})
+            logger.warning("otelexec.store.replaced: %s is another file than before, or gone", self.path)
             self._drop_writer()
         if self._writer is None:
-            self._writer = self._open(timeout_seconds)
-            self._file = _identity(self.path)
             self._busy_ms = -1
             self._durable = None
             self._announced = False
+            self._file = None
+            self._writer = self._open(timeout_seconds)
+            self._file = _identity(self.path)
         busy_ms = max(0, int(timeout_seconds * 1000))
         if busy_ms != self._busy_ms:
+            self._busy_ms = -1
             self._writer.execute(f"PRAGMA busy_timeout = {busy_ms}")
             self._busy_ms = busy_ms
         return self._writer
 
     def _open(self, timeout_seconds: float) -> sqlite3.Connection:
+        if self._create:
+            self._clear_leftovers()
         if not self.path.exists():
             if not self._create:
                 raise StoreNotFound(f"No store at {self.path}. Run an execution first, or set OTELEXEC_STORE to where it is.")
             self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            # Made with these rights, not changed to them afterwards; SQLite gives -wal and -shm the same.
-            with contextlib.suppress(FileExistsError):
-                os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+            with self._locked():
+                if not self.path.exists():
+                    for suffix in _SIDES:
+                        self._move_away(suffix)
+                    # Made with these rights, not changed to them afterwards; SQLite gives -wal and -shm the same.
+                    os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
         try:
-            return self._connect(timeout_seconds)
+            connection = self._connect(timeout_seconds)
         except sqlite3.DatabaseError as error:
             if _code(error) not in _DAMAGE or not self._create:
                 raise
             self._set_aside(error)
             return self._open(timeout_seconds)
+        self._opened = _identity(self.path)
+        self._sides = {suffix: _identity(f"{self.path}{suffix}") for suffix in _SIDES}
+        return connection
+
+    def _clear_leftovers(self) -> None:
+        """
+        Move away the side files of a store that was deleted or replaced without them.
+
+        SQLite would take an old -wal for the new file's, and truncate an old -shm under the connections that have it
+        mapped, which kills their process.
+        """
+        sides, self._sides = self._sides, {}
+        if self._opened in (None, _identity(self.path)) or not self.path.parent.exists():
+            return
+        with self._locked():
+            for suffix, identity in sides.items():
+                if identity is not None and _identity(f"{self.path}{suffix}") == identity:
+                    self._move_away(suffix)
+
+    def _move_away(self, suffix: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            Path(f"{self.path}{suffix}").rename(f"{self.path}.left-{time.strftime('%Y%m%dT%H%M%S')}-{uuid.uuid4().hex[:8]}{suffix}")
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Hold the lock under which processes make the file or set it aside."""
+        descriptor = os.open(f"{self.path}.lock", os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
 
     def _connect(self, timeout_seconds: float) -> sqlite3.Connection:
         connection = sqlite3.connect(
@@ -226,20 +290,18 @@ class SqliteStore:
 
     def _set_aside(self, error: sqlite3.DatabaseError) -> None:
         damaged = _identity(self.path)
-        lock_path = self.path.with_name(self.path.name + ".lock")
-        with lock_path.open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with self._locked():
             if _identity(self.path) != damaged:  # another process was first, and the file is already a new one
                 return
             aside = self.path.with_name(f"{self.path.name}.corrupt-{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}")
-            for suffix in ("-wal", "-shm", ""):
+            for suffix in (*_SIDES, ""):
                 with contextlib.suppress(FileNotFoundError):
                     Path(f"{self.path}{suffix}").rename(f"{aside}{suffix}")
         logger.error("otelexec.store.corrupt: %s was set aside as %s: %s", self.path, aside, error)
 
     def _after(self, error: Exception) -> None:
         """Drop the connection after anything but a lock, so that the next commit looks at the file anew."""
-        if isinstance(error, sqlite3.Error) and _code(error) in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+        if _code(error) in _LOCKED:
             return
         connection = self._writer
         if connection is not None and _code(error) in _DAMAGE and self._create:
@@ -386,9 +448,9 @@ class SqliteStore:
             self._reader = None
 
 
-def _identity(path: Path) -> tuple[int, int] | None:
+def _identity(path: str | Path) -> tuple[int, int] | None:
     try:
-        status = path.stat()
+        status = os.stat(path)  # noqa: PTH116 (also for names that are no Path)
     except OSError:
         return None
     return status.st_dev, status.st_ino
