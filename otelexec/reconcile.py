@@ -8,6 +8,7 @@ that the trace is whole; nothing is decoded for that, and nothing can be closed 
 
 from __future__ import annotations
 
+import json
 import logging
 import signal
 import time
@@ -34,7 +35,7 @@ from otelexec.store.base import (
     Store,
     Write,
 )
-from otelexec.store.spool import Spool
+from otelexec.store.spool import Spool, encode
 
 logger = logging.getLogger("otelexec.reconcile")
 
@@ -145,7 +146,7 @@ class Reconciler:
             OSError: A spool could not be read; nothing was closed, since it may hold what the dead observed.
         """
         try:
-            ingested = self._spool.ingest(self._take_in, self._store.ingested)
+            ingested = take_in(self._store, self._spool)
             now = self._store.now_unix_ns()
             dead = list(self._dead(self._store.processes(), now, deaths))
         except StoreError:
@@ -208,12 +209,29 @@ class Reconciler:
             advanced(done)
 
     def _commit(self, writes: Sequence[Write]) -> list[object]:
-        return self._store.commit(writes, durable=True, timeout_seconds=5.0)
+        return _committed(self._store, writes)
 
-    def _take_in(self, writes: Sequence[Write]) -> None:
-        for write, result in zip(writes, self._commit(writes), strict=True):
+
+def _committed(store: Store, writes: Sequence[Write]) -> list[object]:
+    return store.commit(writes, durable=True, timeout_seconds=5.0)
+
+
+def take_in(store: Store, spool: Spool) -> int:
+    """
+    Take in what waits in a spool, and give how many writes that was.
+
+    Raises:
+        StoreError: The store could not be written; what is left stays where it is.
+        OSError: The spool could not be read.
+    """
+
+    def commit(writes: Sequence[Write]) -> None:
+        for write, result in zip(writes, _committed(store, writes), strict=True):
             if isinstance(result, StoreError):
-                logger.error("otelexec.spool.refused: %s: %s", type(write).__name__, result)
+                # The segment is deleted after this, so the line is the last place left.
+                logger.critical('{"otelexec.record.homeless": %s, "record": %s}', json.dumps(str(result)), encode(write))
+
+    return spool.ingest(commit, store.ingested)
 
 
 def _write(item: OpenWork, process: ProcessRow, classification: str, death: Death | None, now: int) -> Write:

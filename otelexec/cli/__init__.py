@@ -1,0 +1,119 @@
+"""
+The command line: `otelexec` and `python -m otelexec`.
+
+Results go to stdout, everything else to stderr. Exit codes: 0 done, 1 not done or something is wrong, 2 a setting, an
+option or the store is wrong, 130 ended by Ctrl-C, 143 by SIGTERM.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+import typer
+
+import otelexec
+from otelexec.cli import cancelling, console, doctor, listing, options, pruning, reconciling, relaying, showing
+from otelexec.errors import OtelexecError, SettingsError, StoreNotFound, StoreVersionError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+NOT_DONE: Final = 1
+WRONG: Final = 2
+INTERRUPTED: Final = 128 + signal.SIGINT
+TERMINATED: Final = 128 + signal.SIGTERM
+READER_GONE: Final = 128 + signal.SIGPIPE
+
+app = typer.Typer(name="otelexec", add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False)
+
+
+def _version(value: bool) -> None:  # noqa: FBT001 (typer calls it so)
+    if value:
+        console.say(f"otelexec {otelexec.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    *,
+    _: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")] = False,
+) -> None:
+    """
+    Durable records and spans of background work: look at them, deliver them, close what dead workers left.
+
+    Every command reads OTELEXEC_* variables; its options go before them.
+    """
+
+
+app.command("list")(listing.list_executions)
+app.command("show")(showing.show)
+app.command("cancel")(cancelling.cancel)
+app.command("relay")(relaying.relay)
+app.command("reconcile")(reconciling.reconcile)
+app.command("doctor")(doctor.doctor)
+app.command("prune")(pruning.prune)
+try:
+    from otelexec.cli.demo import demo
+except ModuleNotFoundError:
+    pass
+else:
+    app.command("demo")(demo)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """
+    Run the command line.
+
+    Args:
+        arguments: Without the program's name; None means the process's own.
+
+    Returns:
+        The exit code; see the module.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _terminate)
+    console.log_to_stderr()
+    try:
+        code = _run(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # What is left in the buffer would be written once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return READER_GONE
+    return code
+
+
+def _run(arguments: Sequence[str]) -> int:
+    try:
+        code = app(args=arguments, prog_name="otelexec", standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort):
+        return INTERRUPTED
+    except (options.Failure, OtelexecError) as error:
+        console.complain(str(error))
+        if isinstance(error, options.Failure):
+            return error.code
+        return WRONG if isinstance(error, SettingsError | StoreNotFound | StoreVersionError) else NOT_DONE
+    except BrokenPipeError:
+        raise
+    except Exception as error:
+        return _usage(error)
+    return code if isinstance(code, int) else 0
+
+
+def _usage(error: Any) -> int:
+    """Print what the command was given wrongly; typer's error classes have no public names, so their shape must do."""
+    if not (hasattr(error, "format_message") and isinstance(getattr(error, "exit_code", None), int)):
+        raise error
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context is not None else "otelexec"
+    console.complain(f"{error.format_message().rstrip('.')}; see `{command} --help`")
+    return WRONG
+
+
+def _terminate(*_: object) -> None:
+    raise SystemExit(TERMINATED)

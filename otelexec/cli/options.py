@@ -1,0 +1,182 @@
+"""The options that commands share, and the store that they open; an option goes before its OTELEXEC_* variable."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from otelexec import identity
+from otelexec import settings as _settings
+from otelexec.errors import SettingsError, StoreNotFound
+from otelexec.runtime import open_store, spool_folder
+from otelexec.store.base import Heartbeat
+from otelexec.store.spool import Spool
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from otelexec.settings import Settings
+    from otelexec.store.base import ExecutionRecord, ProcessRow, Store, Write
+
+StoreOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="URL",
+        help="The store, `sqlite:///PATH`. Default: OTELEXEC_STORE, else `otelexec.db` in the user's state folder.",
+        show_default=False,
+    ),
+]
+SpoolOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FOLDER",
+        help="Where workers left what the store could not take. Default: OTELEXEC_SPOOL, else `FILE.spool/` beside the store.",
+        show_default=False,
+    ),
+]
+EndpointOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="URL",
+        help="Where spans go. Default: OTELEXEC_OTLP_ENDPOINT, else OTEL_EXPORTER_OTLP_(TRACES_)ENDPOINT, else localhost:4318.",
+        show_default=False,
+    ),
+]
+JaegerOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="URL", help="Base URL of Jaeger's UI. Default: OTELEXEC_JAEGER_URL, else http://localhost:16686.", show_default=False
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="JSON instead, for other programs; times are nanoseconds since 1970.")]
+ExecutionArgument = Annotated[
+    str,
+    typer.Argument(metavar="EXECUTION_ID", help="The execution's id, or its beginning as far as no other one has it.", show_default=False),
+]
+
+
+class Failure(Exception):
+    """
+    A command could not do what it was asked for.
+
+    Args:
+        message: One line.
+        code: The exit code.
+    """
+
+    def __init__(self, message: str, code: int = 1) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def load(**arguments: Any) -> Settings:
+    """
+    Read the settings, arguments first.
+
+    Raises:
+        SettingsError: One of them can't be used; it is named as the user spelled it.
+    """
+    try:
+        settings = _settings.load(**arguments)
+    except SettingsError as error:
+        name, separator, text = str(error).partition(": ")
+        if separator and name in arguments:
+            raise SettingsError(f"--{name.replace('_', '-')}: {text}") from None
+        raise
+    if settings.store == "none":
+        name = "--store" if arguments.get("store") else "OTELEXEC_STORE"
+        raise SettingsError(f"{name}: `none` keeps no records; name the store to use, as sqlite:///PATH")
+    return settings
+
+
+def spool_of(settings: Settings, store: Store) -> Spool:
+    """Give the spool of a store: the folder that workers with the same settings write to."""
+    return Spool(spool_folder(settings, store), lambda: _this_process(settings))
+
+
+def _this_process(settings: Settings) -> ProcessRow:
+    # It never opens a span, so nobody will ever need its resource to end one.
+    return identity.this_process(identity.mint_process_id(), lease_seconds=settings.lease_seconds, resource=b"", scope=b"")
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """
+    An open store and what belongs to it.
+
+    Attributes:
+        settings: The settings that named it.
+        store: The store.
+        spool: The spool beside it.
+        process: The row of this process, which goes into the store with its first write; what it claims is then free as
+            soon as it is dead.
+    """
+
+    settings: Settings
+    store: Store
+    spool: Spool
+    process: ProcessRow
+
+    def commit(self, writes: Sequence[Write]) -> list[Any]:
+        """Commit in one transaction that survives the process; waits for other writers for 5 s."""
+        return self.store.commit(writes, durable=False, timeout_seconds=5.0)
+
+    def announce(self) -> None:
+        """Bring the row of this process into the store with whatever is written first."""
+        self.store.announce = lambda: (Heartbeat(self.process),)
+
+
+@contextlib.contextmanager
+def opened(settings: Settings, *, with_spool: bool = False) -> Iterator[Opened]:
+    """
+    Open the store that the settings name.
+
+    Args:
+        settings: The settings.
+        with_spool: Whether a spool alone will do: then the store is made when records wait for it there.
+
+    Raises:
+        StoreNotFound: There is none; nothing was created.
+        StoreError: It can't be read.
+    """
+    store = open_store(settings, create=False)
+    if store is None:
+        raise AssertionError("load() lets no `none` through")
+    process = _this_process(settings)
+    spool = spool_of(settings, store)
+    try:
+        store.outbox_rows()
+    except StoreNotFound:
+        if not (with_spool and spool.segments()):
+            raise
+        store = open_store(settings)
+        if store is None:
+            raise
+    try:
+        yield Opened(settings, store, spool, process)
+    finally:
+        store.close()
+
+
+def find(store: Store, given: str) -> ExecutionRecord:
+    """
+    Find the execution with this id, or the only one whose id begins so.
+
+    Raises:
+        Failure: There is none, or more than one.
+    """
+    record = store.execution(given)
+    if record is not None:
+        return record
+    prefix = given.rstrip("…")  # as `list` shortens it
+    found = store.ids_with_prefix(prefix, limit=4) if prefix else []
+    if len(found) > 1:
+        more = ", ..." if len(found) > 3 else ""  # noqa: PLR2004 (enough to see where they differ)
+        raise Failure(f"more than one execution id begins with {prefix}: {', '.join(found[:3])}{more}")
+    record = store.execution(found[0]) if found else None
+    if record is None:
+        raise Failure(f"no execution {given} in {store.url}")
+    return record
