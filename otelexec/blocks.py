@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from opentelemetry import context as otel_context
 
 from otelexec import runtime as _runtime
+from otelexec.context import detach
 from otelexec.drivers import AsyncDriver, advance, drop, expect, stoppable
 from otelexec.errors import ExecutionError
 from otelexec.execution import Execution
@@ -52,7 +53,7 @@ class Block(Generic[T]):
         """Run the rest of it."""
         entered = self._leave()
         if isinstance(exc, GeneratorExit):
-            drop(entered.runtime, entered.steps, exc)
+            drop(entered.steps, exc)
         else:
             advance(entered.runtime, entered.steps, exc)
 
@@ -79,9 +80,6 @@ class Block(Generic[T]):
     async def __aexit__(self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None) -> None:
         """Run the rest of it."""
         entered = self._leave()
-        if isinstance(exc, GeneratorExit) or entered.driver is None:
-            drop(entered.runtime, entered.steps, exc if isinstance(exc, GeneratorExit) else GeneratorExit())
-            return
         raised = exc
         if entered.timeout is not None:
             try:
@@ -90,7 +88,10 @@ class Block(Generic[T]):
                 if isinstance(entered.call.subject, Execution):
                     entered.call.subject.timed_out = True
                 raised = error
-        await entered.driver.advance(raised)
+        if isinstance(raised, GeneratorExit):
+            drop(entered.steps, raised)
+        elif entered.driver is not None:
+            await entered.driver.advance(raised)
         if raised is not None and raised is not exc:
             raise raised
 
@@ -129,4 +130,4 @@ class _Entered:
         if self.stoppable is not None:
             self.stoppable.__exit__(None, None, None)
         if self.token is not None:
-            otel_context.detach(self.token)
+            detach(self.token)

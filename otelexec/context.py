@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from contextvars import Token
 from typing import TYPE_CHECKING, Protocol, cast
 
 from opentelemetry import context as otel_context
@@ -31,6 +33,23 @@ class CurrentExecution(Protocol):
     def mark_retry_sent(self) -> None:
         """Note that a message with this execution's own id went out, so that a failure ends as `retrying`."""
         ...
+
+
+def detach(token: Token[Context]) -> None:
+    """
+    Put back the context that was current before, as far as that can be done.
+
+    A coroutine or generator that is dropped ends in another context than the one that it ran in. OpenTelemetry logs
+    that as an error; here it is the normal case, and there is nothing to put back.
+
+    Args:
+        token: What `attach` gave.
+    """
+    if not isinstance(token, Token):  # another implementation of OpenTelemetry's context
+        otel_context.detach(token)
+        return
+    with contextlib.suppress(ValueError):
+        token.var.reset(token)
 
 
 def current_scope(context: Context | None = None) -> Scope | None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from opentelemetry import context as otel_context
 
+from otelexec.context import detach
 from otelexec.effects import Block, Commit, Effect, perform
 from otelexec.lifecycle import Call, Steps
 from otelexec.store.group_commit import Entry
@@ -25,21 +26,7 @@ if TYPE_CHECKING:
     from otelexec.runtime import Runtime
 
 
-def _perform_without_waiting(runtime: Runtime, effect: Effect) -> Any:
-    """
-    Perform an effect where nothing may wait: a coroutine or generator that is being dropped.
-
-    The garbage collector may do that in the very thread that holds the lead. So the commit is done here if the lead is
-    free, and else left for the next one.
-    """
-    if isinstance(effect, Commit):
-        return runtime.leave(effect.write, durable=effect.durable)
-    if isinstance(effect, Block):
-        return effect.function()
-    return None
-
-
-def advance(runtime: Runtime, steps: Steps, answer: Any = None, *, how: Callable[[Runtime, Effect], Any] = perform) -> Call | None:
+def advance(runtime: Runtime, steps: Steps, answer: Any = None) -> Call | None:
     """
     Go on until the lifecycle wants its call made, or ends.
 
@@ -47,7 +34,6 @@ def advance(runtime: Runtime, steps: Steps, answer: Any = None, *, how: Callable
         runtime: The runtime of this process.
         steps: The lifecycle.
         answer: What it is waiting for.
-        how: Performs the effects.
 
     Returns:
         The call; None at the end.
@@ -62,7 +48,7 @@ def advance(runtime: Runtime, steps: Steps, answer: Any = None, *, how: Callable
                 effect = steps.throw(error)
             if isinstance(effect, Call):
                 return effect
-            answer = how(runtime, effect)
+            answer = perform(runtime, effect)
         except StopIteration:
             return None
         except BaseException as error:
@@ -71,10 +57,10 @@ def advance(runtime: Runtime, steps: Steps, answer: Any = None, *, how: Callable
             thrown = error  # a signal handler's: the lifecycle holds it until the commit is through
 
 
-def drop(runtime: Runtime, steps: Steps, error: GeneratorExit) -> None:
-    """Finish a lifecycle whose code was dropped in the middle."""
-    with contextlib.suppress(GeneratorExit):
-        advance(runtime, steps, error, how=_perform_without_waiting)
+def drop(steps: Steps, error: GeneratorExit) -> None:
+    """Finish a lifecycle whose code was dropped, wherever it stands: it then performs its effects itself."""
+    with contextlib.suppress(GeneratorExit, StopIteration):
+        steps.throw(error)
 
 
 def expect(call: Call | None) -> Call:
@@ -93,7 +79,7 @@ def call_sync(runtime: Runtime, steps: Steps, function: Callable[..., Any], args
         try:
             value = function(*args, **kwargs)
         finally:
-            otel_context.detach(token)
+            detach(token)
     except BaseException as error:
         advance(runtime, steps, error)
         raise
@@ -114,18 +100,19 @@ def iterate_sync(runtime: Runtime, steps: Steps, function: Callable[[], Generato
                 item = next(body) if resume is None else resume()
             finally:
                 context = otel_context.get_current()
-                otel_context.detach(token)
+                detach(token)
             resume = None
             try:
                 sent = yield item
                 if sent is not None:
                     resume = _bind(body.send, sent)
-            except GeneratorExit:
+            except GeneratorExit as error:
                 token = otel_context.attach(context)
                 try:
                     body.close()
                 finally:
-                    otel_context.detach(token)
+                    detach(token)
+                    drop(steps, error)
                 raise
             except BaseException as error:  # thrown in by the consumer, for the body
                 resume = _bind(body.throw, error)
@@ -133,7 +120,7 @@ def iterate_sync(runtime: Runtime, steps: Steps, function: Callable[[], Generato
         advance(runtime, steps)
         return stop.value
     except GeneratorExit as error:
-        drop(runtime, steps, error)
+        drop(steps, error)
         raise
     except BaseException as error:
         advance(runtime, steps, error)
@@ -174,7 +161,7 @@ class AsyncDriver:
                     raise self._held from None
                 return None
             except GeneratorExit as error:
-                drop(self._runtime, self._steps, error)
+                drop(self._steps, error)
                 raise
             except BaseException as error:
                 if inspect.getgeneratorstate(self._steps) == inspect.GEN_CLOSED:
@@ -233,9 +220,9 @@ async def call_async(runtime: Runtime, steps: Steps, function: Callable[[], Awai
                 else:
                     value = await _limited(call.subject, function, asyncio.get_running_loop().time() + timeout_seconds)
         finally:
-            otel_context.detach(token)
+            detach(token)
     except GeneratorExit as error:
-        drop(runtime, steps, error)
+        drop(steps, error)
         raise
     except BaseException as error:
         await driver.advance(error)
@@ -268,11 +255,16 @@ def stoppable(execution: Execution) -> Generator[None]:
         return
     loop = asyncio.get_running_loop()
 
+    def cancel() -> None:
+        if execution.stop is stop:  # not when the code has ended meanwhile: then the task does something else
+            task.cancel()
+
     def stop() -> None:
         with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
-            loop.call_soon_threadsafe(task.cancel)
+            loop.call_soon_threadsafe(cancel)
 
     execution.stop = stop
+    execution.stop_if_asked()
     try:
         yield
     finally:
@@ -305,25 +297,26 @@ async def iterate_async(
                     item = await (resume() if deadline is None else _limited(call.subject, resume, deadline))
             finally:
                 context = otel_context.get_current()
-                otel_context.detach(token)
+                detach(token)
             resume = body.__anext__
             try:
                 sent = yield item
                 if sent is not None:
                     resume = _bind(body.asend, sent)
-            except GeneratorExit:
+            except GeneratorExit as error:
                 token = otel_context.attach(context)
                 try:
                     await body.aclose()
                 finally:
-                    otel_context.detach(token)
+                    detach(token)
+                    drop(steps, error)
                 raise
             except BaseException as error:  # thrown in by the consumer, for the body
                 resume = _bind(body.athrow, error)
     except StopAsyncIteration:
         await driver.advance()
     except GeneratorExit as error:
-        drop(runtime, steps, error)
+        drop(steps, error)
         raise
     except BaseException as error:
         await driver.advance(error)

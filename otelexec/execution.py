@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from types import CodeType
+from types import CodeType, FrameType
 from typing import TYPE_CHECKING, Any, Literal
 
 from opentelemetry import trace
@@ -138,6 +138,7 @@ class Execution:
         "_runtime",
         "_snapshot",
         "_snapshot_error",
+        "_stopped",
         "attempt_row",
         "children",
         "clock_started_ns",
@@ -199,6 +200,7 @@ class Execution:
         self._snapshot: str | None = None if outer is None else outer.snapshot_text
         self._snapshot_error: str | None = None
         self._retry_sent = False
+        self._stopped = False
         self._core_lock = threading.Lock()
         self._core_state: str | None = None
 
@@ -310,8 +312,14 @@ class Execution:
         if cancellation is None:
             return
         self._cancellation = cancellation
-        if cancellation.terminate and self.stop is not None:
-            self.stop()
+        self.stop_if_asked()
+
+    def stop_if_asked(self) -> None:
+        """Stop the code that runs in it if somebody wants that; once, since its cleanup is to go through."""
+        wish, stop = self._cancellation, self.stop
+        if wish is not None and wish.terminate and stop is not None and not self._stopped:
+            self._stopped = True
+            stop()
 
     def opened(self, answer: Opened) -> None:
         """Learn what the store says of its attempt."""
@@ -526,10 +534,17 @@ def _raised_by_signal_handler(exception: BaseException) -> bool:
     handlers.discard(None)
     traceback = exception.__traceback__
     while traceback is not None:
-        if traceback.tb_frame.f_code in handlers:
+        frame = traceback.tb_frame
+        if frame.f_code in handlers or _is_called_with(frame, frame.f_back):
             return True
         traceback = traceback.tb_next
     return False
+
+
+def _is_called_with(frame: FrameType, caller: FrameType | None) -> bool:
+    """Tell whether a function got its own caller's frame: nothing but a signal handler does, also one that has uninstalled itself."""
+    code = frame.f_code
+    return caller is not None and any(frame.f_locals.get(name) is caller for name in code.co_varnames[: code.co_argcount])
 
 
 def _code_of(handler: Any) -> CodeType | None:

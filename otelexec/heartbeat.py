@@ -101,8 +101,8 @@ class Heartbeat:
     def _wait(self) -> None:
         runtime, now = self._runtime, time.monotonic()
         wake = min(self._next_beat, self._next_reconcile if runtime.settings.reconcile else self._next_beat)
-        if runtime.executions or runtime.homeless:
-            wake = min(wake, now + runtime.settings.cancel_poll_seconds)
+        # Also while nothing runs: what starts during the wait is to see a cancellation in time.
+        wake = min(wake, now + runtime.settings.cancel_poll_seconds)
         if runtime.collector.has_loose:
             wake = min(wake, max(self._next_loose, now))
         if runtime.relay is None and runtime.settings.relay:

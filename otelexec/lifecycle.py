@@ -23,7 +23,7 @@ from opentelemetry.sdk.trace import ReadableSpan
 from otelexec import context, otlp
 from otelexec.context import EXECUTION_KEY
 from otelexec.correlation import Correlation, Scope, with_ambient
-from otelexec.effects import Effect
+from otelexec.effects import Effect, perform_without_waiting, run
 from otelexec.errors import ExecutionCancelled
 from otelexec.execution import Execution, Options, mark_finalized
 from otelexec.finalize import finalize, persist
@@ -79,7 +79,7 @@ def lifecycle(runtime: Runtime, options: Options) -> Steps:
     if raised is None:
         try:
             raised = yield Call(execution, run_context)
-        except BaseException as error:  # a signal handler's, between the driver's own instructions
+        except BaseException as error:  # a signal handler's, between the driver's own instructions, or GeneratorExit
             raised = held = error
     if execution.pid != os.getpid():
         execution.warn_inherited("close")
@@ -87,21 +87,30 @@ def lifecycle(runtime: Runtime, options: Options) -> Steps:
     ended_ns = execution.started_unix_ns + time.perf_counter_ns() - execution.clock_started_ns
     for _ in range(MAX_HELD):
         try:
-            if execution.ending is None:
-                execution.ending = execution.classify(raised)
-            durable = yield from finalize(runtime, execution, execution.ending, ended_ns)
-            if durable and raised is not None:
-                mark_finalized(raised, execution.id)
-            runtime.left(execution)
+            if isinstance(held, GeneratorExit):
+                run(runtime, _close(runtime, execution, raised, ended_ns), how=perform_without_waiting)
+            else:
+                yield from _close(runtime, execution, raised, ended_ns)
             break
+        except GeneratorExit as error:  # dropped: nobody is there any more who would perform an effect
+            held = error
         except BaseException as error:  # an effect gives its errors back, so this is a signal handler's
             held = held or error
     if held is not None:
         raise held
 
 
+def _close(runtime: Runtime, execution: Execution, raised: BaseException | None, ended_ns: int) -> Generator[Effect, Any, None]:
+    if execution.ending is None:
+        execution.ending = execution.classify(raised)
+    durable = yield from finalize(runtime, execution, execution.ending, ended_ns)
+    if durable and raised is not None:
+        mark_finalized(raised, execution.id)
+    runtime.left(execution)
+
+
 def _open(runtime: Runtime, execution: Execution) -> Generator[Effect, Any, BaseException | None]:
-    """Open the attempt; gives what a signal handler raised meanwhile."""
+    """Open the attempt; gives what a signal handler raised meanwhile, or the GeneratorExit of a dropped coroutine."""
     held: BaseException | None = None
     for _ in range(MAX_HELD):
         try:
@@ -113,6 +122,8 @@ def _open(runtime: Runtime, execution: Execution) -> Generator[Effect, Any, Base
                     execution.opened(answer)
             runtime.entered(execution)
             break
+        except GeneratorExit as error:  # dropped: the close carries the whole row, so it does not need this one
+            return error
         except BaseException as error:
             held = held or error
     return held

@@ -252,8 +252,7 @@ class Runtime:
         """Write a progress marker now, or soon if the one before was written just now."""
         now = time.monotonic()
         if now - execution.progress_written < self.settings.progress_seconds:
-            execution.progress_due = True
-            self.heartbeat.nudge()
+            execution.progress_due = True  # the background thread looks every `cancel_poll_seconds`
             return
         execution.progress_written = now
         self.write_progress(execution)
@@ -344,6 +343,8 @@ def _ignore(_: Entry) -> None:
 _current: Runtime | None = None
 _template: tuple[Settings, TracerProvider | None] | None = None
 _lock = threading.RLock()
+# From here on an ended span makes no new runtime: the interpreter starts no more threads.
+_exiting = False
 # Runtimes of the process that this one was forked from: their connections must be neither used nor closed here.
 _inherited: list[Runtime] = []
 
@@ -404,9 +405,10 @@ def settings() -> Settings:
 def current_collector() -> Collector | None:
     """Give the collector that spans of our providers go to."""
     runtime = _current
-    if runtime is None and _template is not None:
+    if runtime is None and _template is not None and not _exiting:
         runtime = get()
-    return None if runtime is None else runtime.collector
+    # Without a store nobody would ever take what was collected.
+    return None if runtime is None or not runtime.records else runtime.collector
 
 
 def before_send(context: Context) -> None:
@@ -436,5 +438,11 @@ def _after_fork() -> None:
         _current = None
 
 
+def _at_exit() -> None:
+    global _exiting  # noqa: PLW0603 (one runtime per process is the point)
+    _exiting = True
+    shutdown()
+
+
 os.register_at_fork(after_in_child=_after_fork)
-atexit.register(shutdown)
+atexit.register(_at_exit)
