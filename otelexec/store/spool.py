@@ -1,9 +1,10 @@
 """
 The spool: a folder of append-only files for writes that the store could not take.
 
-Each process appends to a segment of its own, one JSON line a write, under the folder's lock. Whoever takes a segment in
-commits, in the same transaction, how far it got, so that a segment that is read twice is written once. A closed
-execution is fsynced here; everything else survives the process.
+Each process appends to segments of its own, one JSON line a write, under the segment's lock. Whoever takes segments in
+holds the folder's lock, and the lock of the one that it reads: a process that finds its segment locked starts another
+one, so that no execution waits for an ingestion. How far a segment was taken in is committed in the same transaction,
+so that one that is read twice is written once. A closed execution is fsynced here; all else survives the process.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import fcntl
 import json
 import logging
 import os
+import threading
 import uuid
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +30,7 @@ logger = logging.getLogger("otelexec.spool")
 
 SUFFIX = ".jsonl"
 _GROUP = 200
+_MAX_SEGMENT_BYTES = 8 * 1024 * 1024  # whoever takes a segment in has it in memory
 
 _ROWS = {
     cls.__name__: cls
@@ -111,7 +114,8 @@ class Spool:
     def __init__(self, folder: Path, process: Callable[[], ProcessRow]) -> None:
         self.folder = folder
         self._process = process
-        self._segment: Path | None = None
+        self._lock = threading.RLock()
+        self._own: list[Path] = []
 
     def append(self, write: Write, *, durable: bool) -> None:
         """
@@ -124,31 +128,50 @@ class Spool:
         Raises:
             OSError: It could not be kept here either.
         """
+        line = _frame(encode(write))
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with self.locked():
-            if self._segment is None or not self._segment.exists():
-                # A name that was never used: how far a segment was taken in is remembered by name.
-                self._segment = self.folder / f"{uuid.uuid4().hex}{SUFFIX}"
-            descriptor = os.open(self._segment, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        # Reentrant: the garbage collector or a signal handler may append in the middle of another append of this
+        # thread; the segment's lock then sends it to a new one.
+        with self._lock, self._segment() as descriptor:
+            start = os.fstat(descriptor).st_size
+            data = line if start else _frame(encode(base.Heartbeat(self._process()))) + line
             try:
-                start = os.fstat(descriptor).st_size
-                lines = [] if start else [base.Heartbeat(self._process())]
-                data = b"".join(_frame(encode(item)) for item in (*lines, write))
-                try:
-                    _write_all(descriptor, data)
-                    if durable:
-                        os.fsync(descriptor)
-                except OSError:
-                    with contextlib.suppress(OSError):
-                        os.ftruncate(descriptor, start)
+                _write_all(descriptor, data)
+                if durable:
+                    os.fsync(descriptor)
+            except OSError:
+                with contextlib.suppress(OSError):
+                    os.ftruncate(descriptor, start)
+                raise
+
+    @contextlib.contextmanager
+    def _segment(self) -> Iterator[int]:
+        """Give a segment of this process under its lock; the newest one, unless it is full or being taken in."""
+        fresh = False
+        while True:
+            new = fresh or not self._own or not self._own[-1].exists()
+            if new:
+                # A name that was never used: how far a segment was taken in is remembered by name.
+                self._own = [path for path in self._own if path.exists()]
+                self._own.append(self.folder / f"{uuid.uuid4().hex}{SUFFIX}")
+            path, fresh = self._own[-1], True
+            try:
+                descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | (os.O_CREAT | os.O_EXCL if new else 0), 0o600)
+            except FileNotFoundError:
+                if new:
                     raise
+                continue
+            try:
+                if _lock_now(descriptor) and _is_at(descriptor, path) and os.fstat(descriptor).st_size < _MAX_SEGMENT_BYTES:
+                    yield descriptor
+                    return
             finally:
                 os.close(descriptor)
 
     @property
     def filled(self) -> bool:
         """Tell whether what this process appended still waits here."""
-        return self._segment is not None and self._segment.exists()
+        return any(path.exists() for path in self._own)
 
     def segments(self) -> list[Path]:
         """Give the segments in the folder, of every process."""
@@ -160,7 +183,7 @@ class Spool:
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """
-        Hold the folder's lock.
+        Hold the folder's lock: one takes in at a time.
 
         Raises:
             OSError: The folder can't be used.
@@ -196,33 +219,60 @@ class Spool:
 
     def _take_in(self, path: Path, commit: Callable[[Sequence[Write]], object], ingested: Callable[[str], int]) -> int:
         try:
-            data = path.read_bytes()
+            descriptor = os.open(path, os.O_RDWR)
         except FileNotFoundError:
             return 0
-        count = 0
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)  # its process is in the middle of a line at most
+            data = path.read_bytes()
+            done = ingested(path.name)
+            count = self._commit(path, data, done, commit)
+            path.unlink()
+        finally:
+            os.close(descriptor)
+        return count
+
+    def _commit(self, path: Path, data: bytes, done: int, commit: Callable[[Sequence[Write]], object]) -> int:
+        writes: list[tuple[int, Write]] = []
         damaged: list[bytes] = []
-        group: list[Write] = []
-        offset = done = ingested(path.name)
-        for line in data[done:].splitlines(keepends=True):
+        offset = 0
+        for line in data.splitlines(keepends=True):
             offset += len(line)
             try:
-                group.append(_unframe(line))
+                write = _unframe(line)
             except ValueError:
                 damaged.append(line)
-            if len(group) >= _GROUP:
-                commit([*group, Ingested(path.name, offset)])
-                count += len(group)
-                group = []
+            else:
+                if offset > done:
+                    writes.append((offset, write))
         if damaged:
             # The last line of a killed process may be torn: nobody was told that it was kept. Keep it for people.
-            with path.with_suffix(".damaged").open("ab") as aside:
-                aside.writelines(damaged)
+            # All of them anew, and before anything is committed: this ingestion may be killed and repeated.
+            descriptor = os.open(path.with_suffix(".damaged"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+            try:
+                _write_all(descriptor, b"".join(damaged))
+            finally:
+                os.close(descriptor)
             logger.error("otelexec.spool.damaged: %d lines of %s could not be read and were set aside", len(damaged), path)
-        if group:
-            commit([*group, Ingested(path.name, offset)])
-            count += len(group)
-        path.unlink()
-        return count
+        for start in range(0, len(writes), _GROUP):
+            group = writes[start : start + _GROUP]
+            commit([*(write for _, write in group), Ingested(path.name, group[-1][0])])
+        return len(writes)
+
+
+def _lock_now(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _frame(line: str) -> bytes:
