@@ -183,8 +183,8 @@ class Runtime:
             if entry.error is not None:
                 self.keep(entry.write, durable=durable)
 
-        self.group.leave(write, keep_if_refused, durable=durable, timeout_seconds=0.05)
-        self.group.flush()
+        self.group.leave(write, keep_if_refused, durable=durable, timeout_seconds=self.settings.finalize_timeout_seconds)
+        self.group.flush(wait=False)
         self.heartbeat.nudge()
 
     def in_thread(self, loop: asyncio.AbstractEventLoop, function: Callable[[], Any]) -> asyncio.Future[Any]:
@@ -264,7 +264,7 @@ class Runtime:
         if self.records and not self.spooling and marker is not None:
             write = RecordProgress(execution.id, execution.token, marker)
             self.group.leave(write, _ignore, durable=False, timeout_seconds=0.05)
-            self.group.flush()
+            self.group.flush(wait=False)
 
     def open_ancestors(self, context: Context) -> tuple[Any, ...]:
         """Give the rows of spans still open between a context and its execution, not yet written."""
