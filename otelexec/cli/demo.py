@@ -1,0 +1,264 @@
+"""
+`otelexec demo`: webhooks and a schedule come in, workers run them, one is killed, and every record has its span.
+
+Around it stand `demo_jobs.py` (what a user writes), `demo_process.py` (the web process and the workers),
+`demo_queue.py` (the queue between them), `demo_crew.py` (starts and ends the processes) and `demo_view.py` (the table).
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import os
+import sys
+import tempfile
+import time
+import uuid
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn
+
+import otelexec
+from otelexec import runtime as _runtime
+from otelexec import settings as _settings
+from otelexec.cli import demo_jobs, demo_result
+from otelexec.cli.console import STYLES, lines, plural
+from otelexec.cli.demo_crew import Crew, CrewError
+from otelexec.reconcile import Death, Reconciler
+from otelexec.store.base import ENDED_STATES, PAUSED, RUNNING, AttemptRecord, ExecutionRecord, Store
+
+WORKERS = 3
+PATIENCE_SECONDS = 25.0
+POLL_SECONDS = 0.05
+PIPE_WIDTH = 130
+KILL_AT_SEGMENT = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Story:
+    """
+    What the demo asks for, and how that should end.
+
+    Attributes:
+        job: The executor.
+        provider: Who sends the webhook; None for what is not asked for by one.
+        attempts: How the attempts should end.
+        payload: What the webhook says.
+    """
+
+    job: str
+    provider: str | None
+    attempts: tuple[str, ...] = ("succeeded",)
+    payload: dict[str, Any] = field(default_factory=dict)
+
+
+STORIES = (
+    Story("video.encode", "studio", ("lost", "succeeded")),
+    Story("export.build", "crm", ("cancelled",), {"rows": 200}),
+    Story("order.import", "shop", payload={"order": 7, "items": ["tea", "pot"]}),
+    Story("contract.sign", "legal", ("paused", "succeeded"), {"party": "ACME"}),
+    Story("card.charge", "bank", ("failed",), {"card": "4242"}),
+    Story("report.render", "crm", ("failed", "succeeded")),
+    Story("feed.sync", "press", ("timed_out",)),
+    Story("newsletter.send", "crm"),
+    Story("newsletter.send", "crm", ("rejected",)),
+    # A schedule asks for these, and another execution for that.
+    Story("cache.clean", None),
+    Story("cache.clean", None),
+    Story("receipt.send", None),
+)
+EXPECTED = Counter((story.job, story.attempts) for story in STORIES)
+
+
+def demo() -> None:
+    """
+    See it all in seconds: webhooks, a schedule, a queue, workers, one of them killed, and every record with its span.
+
+    No service is needed. The records go to OTELEXEC_STORE if it is set, else to a new store of the demo's own.
+    """
+    # A pipe or a file has no width of its own; COLUMNS sets another one.
+    width = None if sys.stdout.isatty() or os.environ.get("COLUMNS", "").isdigit() else PIPE_WIDTH
+    console = Console(width=width, highlight=False, emoji=False)
+    logging.getLogger("otelexec.reconcile").setLevel(logging.ERROR)  # the demo tells it in its own words
+    runtime, store = _configure()
+    console.print(f"The store of this demo: [bold]{escape(store.url.removeprefix('sqlite:///'))}[/]", soft_wrap=True)
+    others = store.statistics().processes > 0
+    with tempfile.TemporaryDirectory(prefix="otelexec-demo-") as folder:
+        stage = Stage(console, runtime, store, Path(folder))
+        try:
+            stage.perform()
+        except KeyboardInterrupt:
+            console.print("Stopped. `otelexec reconcile --once` closes what is left open.")
+            raise
+        except CrewError as error:
+            console.print(f"[bold red]The demo could not run:[/] {escape(str(error))}", soft_wrap=True)
+            raise typer.Exit(1) from None
+        finally:
+            stage.crew.stop()
+        records = stage.records()
+        wrong = [*_unexpected(records), *demo_result.show(console, runtime, records, complete=not others)]
+        logged = stage.crew.log_tail()
+    if wrong and logged:
+        wrong.append(f"The processes logged: {logged}")
+    demo_result.farewell(console, runtime, store, records, wrong)
+    otelexec.shutdown()
+    if wrong:
+        raise typer.Exit(1)
+
+
+def _configure() -> tuple[_runtime.Runtime, Store]:
+    """Give the runtime of this process and its store."""
+    url = os.environ.get("OTELEXEC_STORE")
+    if url == "none":
+        raise otelexec.SettingsError("OTELEXEC_STORE: the demo shows records and `none` keeps none; unset it for a store of the demo's own")
+    # Nothing leaves before it was shown, and what a killed worker leaves open is closed before everybody's eyes.
+    otelexec.configure(store=url or f"sqlite:///{fresh_store()}", service_name="demo", relay=False, reconcile=False)
+    runtime = _runtime.get()
+    if runtime.store is None:
+        raise AssertionError("only `none` has no store")
+    return runtime, runtime.store
+
+
+def fresh_store() -> Path:
+    """Make an empty file for a store in the user's state folder, named by the first number that is free."""
+    folder = _settings.state_home()
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    for number in itertools.count(1):
+        path = folder / f"demo-{number}.db"
+        try:
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+        except FileExistsError:
+            continue
+        return path
+    raise AssertionError
+
+
+def _unexpected(records: Sequence[ExecutionRecord]) -> list[str]:
+    """Give a line for each story that ended in another way than it should."""
+    jobs = {story.job for story in STORIES}
+    ended = Counter((record.name, tuple(attempt.state for attempt in record.attempts)) for record in records if record.name in jobs)
+    missing, surprising = EXPECTED - ended, ended - EXPECTED
+    return [f"{name} should have ended as {', then '.join(states)}, and did not" for name, states in missing] + [
+        f"{name} ended as {', then '.join(states) or 'nothing'}, which nobody expected" for name, states in surprising
+    ]
+
+
+class Stage:
+    """
+    One run of the demo.
+
+    Args:
+        console: Where it is told.
+        runtime: This process's runtime.
+        store: The store.
+        folder: For queue and logs.
+    """
+
+    def __init__(self, console: Console, runtime: _runtime.Runtime, store: Store, folder: Path) -> None:
+        self._console = console
+        self._runtime = runtime
+        self._store = store
+        self._run = uuid.uuid4().hex[:8]
+        self._told: set[tuple[str, int]] = set()
+        self._done: set[str] = set()
+        self._killed_unix_ns = 0
+        self.crew = Crew(folder, store.url, self._run)
+        newest = next(iter(store.executions(limit=1)), None)
+        self._before = 0 if newest is None else newest.seq
+
+    def records(self) -> list[ExecutionRecord]:
+        """Give the executions of this run, the oldest first."""
+        newer = itertools.takewhile(lambda record: record.seq > self._before, self._store.executions())
+        return [record for record in newer if json.loads(record.correlation).get("demo_run") == self._run][::-1]
+
+    def perform(self) -> None:
+        """Send everything, and do what has to be done until all of it has ended, or patience has."""
+        self.crew.start(WORKERS)
+        self._say(f"A web process listens on http://127.0.0.1:{self.crew.port}; a queue and {WORKERS} worker processes stand behind it.")
+        columns = (SpinnerColumn(), TextColumn("executions closed"), BarColumn(), MofNCompleteColumn())
+        with Progress(*columns, console=self._console, transient=True, disable=not self._console.is_terminal) as progress:
+            task = progress.add_task("", total=len(STORIES))
+            lines.console = progress.console
+            try:
+                self._send_webhooks()
+                self._attend(progress, task)
+            finally:
+                lines.console = None
+
+    def _send_webhooks(self) -> None:
+        for number, story in enumerate(STORIES, start=1):
+            if story.provider is not None:
+                path = f"/hooks/{story.provider}/{story.job}"
+                status, _ = self.crew.request("POST", path, story.payload, x_webhook_id=f"wh_{number}")
+                self._say(f"  POST {path:<30} [bold]{status}[/] {'queued' if status == 202 else 'turned away: rate limited'}")  # noqa: PLR2004
+
+    def _attend(self, progress: Progress, task: TaskID) -> None:
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        jobs = {story.job for story in STORIES}
+        while time.monotonic() < deadline:
+            records = self.records()
+            for record in records:
+                self._tell(record)
+                if record.attempts:
+                    self._act(record, record.attempts[-1])
+            self._look_after_workers()
+            ended = sum(record.state in ENDED_STATES and record.name in jobs for record in records)
+            progress.update(task, completed=ended)
+            if ended >= len(STORIES):
+                return
+            time.sleep(POLL_SECONDS)
+
+    def _tell(self, record: ExecutionRecord) -> None:
+        for attempt in record.attempts:
+            key = (record.execution_id, attempt.attempt)
+            if attempt.ended_unix_ns is not None and key not in self._told and attempt.state != "rejected":
+                self._told.add(key)
+                child = record.parent_execution_id is not None
+                colour = STYLES[attempt.state]
+                number = f" attempt {attempt.attempt}" if attempt.attempt > 1 or attempt.state in ("lost", PAUSED) else ""
+                if not child:
+                    self._say(f"  {record.name:<16} [{colour}]{attempt.state}[/]{number}")
+
+    def _act(self, record: ExecutionRecord, attempt: AttemptRecord) -> None:
+        """Do from outside what a story needs: kill, approve, cancel; each once."""
+        if record.name in self._done or record.parent_execution_id is not None:
+            return
+        done = json.loads(attempt.progress).get("done", 0) if attempt.progress else 0
+        if record.name == "video.encode" and attempt.state == RUNNING and done >= KILL_AT_SEGMENT and attempt.pid is not None:
+            self._done.add(record.name)
+            self._killed_unix_ns = time.time_ns()
+            if self.crew.kill(attempt.pid):
+                middle = f"after segment {done} of {demo_jobs.SEGMENTS}"
+                self._say(f"  [bold]SIGKILL[/] to worker {attempt.pid}, in the middle of video.encode ({middle})")
+        elif record.name == "contract.sign" and attempt.state == PAUSED:
+            self._done.add(record.name)
+            status, _ = self.crew.request("POST", f"/approvals/{record.execution_id}")
+            self._say(f"  POST /approvals/…                    [bold]{status}[/] contract.sign may go on")
+        elif record.name == "export.build" and attempt.state == RUNNING and done > 0:
+            self._done.add(record.name)
+            status, _ = self.crew.request("DELETE", f"/executions/{record.execution_id}")
+            self._say(f"  DELETE /executions/…                 [bold]{status}[/] export.build is to stop")
+
+    def _look_after_workers(self) -> None:
+        """Close what a dead worker left open, deliver its message once more, and start another one in its place."""
+        for pid, code in self.crew.dead_workers():
+            death = Death(self._killed_unix_ns or time.time_ns(), signal=-code if code < 0 else None, exit_code=code if code >= 0 else None)
+            reconciler = Reconciler(self._store, self._runtime.spool, own=self._runtime.process_id)
+            closed = reconciler.run_once({pid: death})
+            given_back = self.crew.queue.give_back(pid)
+            self.crew.start_worker()
+            self._say(
+                f"  worker {pid} is dead: closed for it {plural(closed.attempts, 'attempt')} as lost and "
+                f"{plural(closed.outers + closed.spans, 'other span')}; {plural(given_back, 'message')} delivered once more"
+            )
+
+    def _say(self, line: str) -> None:
+        self._console.print(line, soft_wrap=True)

@@ -1,0 +1,143 @@
+"""The demo's jobs: what a user of otelexec writes, and nothing else."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from opentelemetry import trace
+
+import otelexec
+from otelexec.cli import demo_queue
+from otelexec.cli.demo_queue import Queue
+
+SEGMENTS = 4
+STUCK_SECONDS = 10.0
+TIMEOUT_SECONDS = 0.4
+
+tracer = trace.get_tracer("shop")
+
+
+@otelexec.execution("order.import", core=True)
+def import_order(payload: Mapping[str, Any], queue: Queue) -> None:
+    """Succeed, with a plain OpenTelemetry span, child executions, and a message for another worker."""
+    run = otelexec.current_execution()
+    with tracer.start_as_current_span("GET /inventory", kind=trace.SpanKind.CLIENT):
+        time.sleep(0.12)
+    items = payload["items"]
+    for count, item in enumerate(items, start=1):
+        reserve_stock(item)
+        run.progress(f"reserved {item}", done=count, total=len(items))
+    publish("receipt.send", {"order": payload["order"]}, queue)
+    run.set_output({"reserved": len(items)})
+
+
+@otelexec.execution("stock.reserve")
+def reserve_stock(item: str) -> None:
+    """Be a child execution of whatever calls it: a record and a span of its own."""
+    otelexec.current_execution().set_output(item)
+    time.sleep(0.08)
+
+
+@otelexec.execution("receipt.send", core=True)
+def send_receipt(_payload: Mapping[str, Any], _queue: Queue) -> None:
+    """Succeed, in the trace of the webhook that was two processes and two messages ago."""
+    time.sleep(0.1)
+
+
+@otelexec.execution("card.charge", core=True)
+def charge_card(payload: Mapping[str, Any], _queue: Queue) -> None:
+    """Fail."""
+    time.sleep(0.1)
+    raise ValueError(f"card ending in {payload['card']} declined")
+
+
+@otelexec.execution("report.render", core=True)
+def render_report(_payload: Mapping[str, Any], _queue: Queue) -> None:
+    """Fail once with an error that the worker retries."""
+    time.sleep(0.1)
+    if otelexec.current_execution().attempt == 1:
+        raise ConnectionError("the report server hung up")
+
+
+@otelexec.execution("feed.sync", core=True, timeout=TIMEOUT_SECONDS)
+async def sync_feed(_payload: Mapping[str, Any], _queue: Queue) -> None:
+    """Wait for a server that never answers."""
+    await asyncio.Event().wait()
+
+
+@otelexec.execution("contract.sign", core=True)
+def sign_contract(payload: Mapping[str, Any], queue: Queue) -> None:
+    """Pause until somebody approves, and go on from the snapshot in another attempt."""
+    run = otelexec.current_execution()
+    if run.snapshot is not None:
+        run.set_output({"signed": run.snapshot["draft"]})
+        return
+    time.sleep(0.1)
+    queue.put("contract.sign", otelexec.inject(payload, retry=True), held_for=run.id)
+    run.pause("waiting for approval", snapshot={"draft": f"contract with {payload['party']}"})
+
+
+@otelexec.execution("export.build", core=True)
+async def build_export(payload: Mapping[str, Any], _queue: Queue) -> None:
+    """Take so long that somebody cancels it."""
+    for count in range(payload["rows"]):
+        otelexec.current_execution().progress("exporting", done=count, total=payload["rows"])
+        await asyncio.sleep(0.1)
+
+
+@otelexec.execution("video.encode", core=True)
+def encode_video(_payload: Mapping[str, Any], _queue: Queue) -> None:
+    """Get stuck in the middle of the first attempt, where the demo kills the worker."""
+    run = otelexec.current_execution()
+    with tracer.start_as_current_span("encode segments"):
+        for segment in range(1, SEGMENTS + 1):
+            stuck = run.attempt == 1 and segment > SEGMENTS / 2
+            encode_segment(STUCK_SECONDS if stuck else 0.2)
+            run.progress(f"segment {segment}", done=segment, total=SEGMENTS)
+
+
+@otelexec.execution("video.segment")
+def encode_segment(seconds: float) -> None:
+    """Take so many seconds."""
+    time.sleep(seconds)
+
+
+@otelexec.execution("newsletter.send", core=True)
+def send_newsletter(_payload: Mapping[str, Any], _queue: Queue) -> None:
+    """Succeed; the web process turns a second one away."""
+    time.sleep(0.05)
+
+
+@otelexec.execution("cache.clean", core=True)
+def clean_cache(_payload: Mapping[str, Any], _queue: Queue) -> None:
+    """Succeed; a schedule asks for it."""
+    time.sleep(0.05)
+
+
+JOBS: Mapping[str, Callable[[Mapping[str, Any], Queue], Any]] = {
+    "order.import": import_order,
+    "receipt.send": send_receipt,
+    "card.charge": charge_card,
+    "report.render": render_report,
+    "feed.sync": sync_feed,
+    "contract.sign": sign_contract,
+    "export.build": build_export,
+    "video.encode": encode_video,
+    "newsletter.send": send_newsletter,
+    "cache.clean": clean_cache,
+}
+
+
+def publish(job: str, payload: Mapping[str, Any], queue: Queue) -> str:
+    """
+    Send a job to the workers.
+
+    Returns:
+        The execution id that the message carries.
+    """
+    with otelexec.publish(job, destination=demo_queue.NAME, system="demo") as message:
+        queue.put(job, otelexec.inject(payload))
+    return message.id
