@@ -254,12 +254,12 @@ def traces(jaeger: Jaeger, delivered: Shown) -> dict[str, list[JaegerSpan]]:
     return until(lambda: whole(jaeger, ids, delivered), 20)
 
 
-def whole(jaeger: Jaeger, ids: set[str], delivered: Shown) -> dict[str, list[JaegerSpan]] | None:
-    """Give the traces once every attempt is among them; spans may still be on their way into Jaeger's storage."""
+def whole(jaeger: Jaeger, ids: set[str], delivered: Shown) -> dict[str, list[JaegerSpan]]:
+    """Give the traces once every attempt is among them, nothing before; spans may still be on their way into Jaeger's storage."""
     read = {trace_id: read_trace(jaeger.base_url, trace_id) for trace_id in ids}
     there = {span.span_id for spans in read.values() for span in spans}
     wanted = {attempt[key] for record in delivered.records for attempt in record["attempts"] for key in ("span_id", "outer_span_id")}
-    return read if wanted - {None} <= there else None
+    return read if wanted - {None} <= there else {}
 
 
 def test_every_trace_in_jaeger_is_whole(traces: Mapping[str, list[JaegerSpan]]) -> None:
