@@ -15,7 +15,7 @@ from opentelemetry.trace import Link, SpanKind
 
 from otelexec import runtime as _runtime
 from otelexec.blocks import Block
-from otelexec.drivers import call_async, call_sync, iterate_async, iterate_sync
+from otelexec.drivers import call_async, call_either, call_sync, iterate_async, iterate_sync
 from otelexec.errors import SettingsError
 from otelexec.execution import Classifier, Execution, Options
 from otelexec.lifecycle import Steps, lifecycle
@@ -38,10 +38,14 @@ class ExecutionDecorator(Block[Execution]):
 
     def __call__(self, function: Callable[P, R]) -> Callable[P, R]:
         """Wrap a function, coroutine function, generator function, method or classmethod; its signature stays."""
-        target = inspect.unwrap(getattr(function, "__func__", function))
+        target: Any = getattr(function, "__func__", function)
+        while isinstance(target, functools.partial):
+            target = target.func
         options = self._options
         if not options.name:
-            options = replace(options, name=f"{target.__module__}.{target.__qualname__}")
+            named = inspect.unwrap(target)
+            named = named if hasattr(named, "__qualname__") else type(named)
+            options = replace(options, name=f"{named.__module__}.{named.__qualname__}")
         return wrapt.FunctionWrapper(function, _wrapper_for(target, options))
 
     def _lifecycle(self, runtime: _runtime.Runtime) -> Steps:
@@ -54,8 +58,10 @@ class ExecutionDecorator(Block[Execution]):
 
 
 def _wrapper_for(target: Any, options: Options) -> Callable[..., Any]:
-    if isinstance(target, functools.partial):
-        target = target.func
+    # What counts is what is called, not what it wraps: `contextlib.contextmanager` gives no generator. Of an object that
+    # is its method.
+    if not inspect.isroutine(target) and not isinstance(target, type):
+        target = getattr(type(target), "__call__", target)
     if inspect.isasyncgenfunction(target):
 
         def wrapper(wrapped: Any, _: Any, args: Any, kwargs: Any) -> Any:
@@ -69,6 +75,13 @@ def _wrapper_for(target: Any, options: Options) -> Callable[..., Any]:
             runtime = _runtime.get()
             call = functools.partial(wrapped, *args, **kwargs)
             return call_async(runtime, lifecycle(runtime, options), call, options.timeout)
+
+    elif inspect.iscoroutinefunction(inspect.unwrap(target)):
+
+        def wrapper(wrapped: Any, _: Any, args: Any, kwargs: Any) -> Any:
+            runtime = _runtime.get()
+            call = functools.partial(wrapped, *args, **kwargs)
+            return call_either(runtime, lifecycle(runtime, options), call, options.timeout)
 
     elif inspect.isgeneratorfunction(target):
 

@@ -210,7 +210,38 @@ async def call_async(runtime: Runtime, steps: Steps, function: Callable[[], Awai
         timeout_seconds: Seconds after which it is cancelled and TimeoutError raised; None: no limit.
     """
     driver = AsyncDriver(runtime, steps)
-    call = expect(await driver.advance())
+    return await _await(driver, expect(await driver.advance()), steps, function, timeout_seconds)
+
+
+def call_either(runtime: Runtime, steps: Steps, function: Callable[[], Any], timeout_seconds: float | None) -> Any:
+    """
+    Run a function that wraps a coroutine function: it may give the coroutine, or run it to the end (`asyncio.run`).
+
+    Args:
+        runtime: The runtime of this process.
+        steps: The lifecycle.
+        function: Gives the value, or a coroutine.
+        timeout_seconds: As for `call_async`.
+    """
+    call = expect(advance(runtime, steps))
+    token = otel_context.attach(call.context)
+    try:
+        try:
+            value = function()
+        finally:
+            detach(token)
+    except BaseException as error:
+        advance(runtime, steps, error)
+        raise
+    if inspect.iscoroutine(value):
+        return _await(AsyncDriver(runtime, steps), call, steps, lambda: value, timeout_seconds)
+    advance(runtime, steps)
+    return value
+
+
+async def _await(
+    driver: AsyncDriver, call: Call, steps: Steps, function: Callable[[], Awaitable[Any]], timeout_seconds: float | None
+) -> Any:
     token = otel_context.attach(call.context)
     try:
         try:

@@ -559,6 +559,10 @@ def _code_of(handler: Any) -> CodeType | None:
 
 def _json(value: Any) -> str:
     try:
-        return json.dumps(value, separators=(",", ":"), default=str)
-    except (TypeError, ValueError, RecursionError):
+        return json.dumps(value, separators=(",", ":"), default=str, allow_nan=False)
+    except Exception:  # the objects' own methods may raise anything
+        pass
+    try:
         return json.dumps(repr(value))
+    except Exception:
+        return json.dumps(f"<its text could not be made: {type(value).__name__}>")

@@ -123,7 +123,9 @@ class Records:
                     assert "otelexec.outcome" not in outer.attributes
                     assert outer.attributes["otelexec.outer_outcome"] == attempt.outer_outcome
                     assert (outer.start_unix_ns, outer.end_unix_ns) == (attempt.outer_started_unix_ns, attempt.outer_ended_unix_ns)
-        orphans = {span.span_id for span in spans if "otelexec.outcome" in span.attributes and "otelexec.observed_of" not in span.attributes}
+        orphans = {
+            span.span_id for span in spans if "otelexec.outcome" in span.attributes and "otelexec.observed_of" not in span.attributes
+        }
         assert orphans == told
 
     def close(self) -> None:
