@@ -45,11 +45,11 @@ def show(console: Console, runtime: Runtime, records: Sequence[ExecutionRecord],
     """
     spans = held_spans(runtime, records)
     console.print()
-    console.print(demo_view.table(records, demo_view.index(spans)))
+    console.print(demo_view.table(records, demo_view.index(spans), width=console.width))
     chosen = next((record for record in records if record.name == SHOWN_TRACE and record.attempts), None)
     if chosen is not None:
         trace_id = chosen.attempts[0].trace_id
-        console.print(f"\nThe trace of {chosen.name}, from the webhook to the last child ([dim]{trace_id}[/]):\n")
+        console.print(f"\nThe trace of {chosen.name} ([dim]{trace_id}[/]):\n")
         roots = waterfall.bars(chosen, [span for span in spans if span.trace_id == trace_id])
         console.print(waterfall.draw(roots, width=min(console.width, WATERFALL_COLUMNS)))
     console.print()
@@ -93,7 +93,8 @@ def farewell(console: Console, runtime: Runtime, store: Store, records: Sequence
     else:
         console.print(
             f"[bold green]{len(records)} executions, {attempts} attempts: every one is closed with its span[/], "
-            "same outcome, same end to the nanosecond, the killed one too."
+            "with the same outcome and the same end to the nanosecond, the killed one too.",
+            soft_wrap=True,
         )
     _deliver(console, runtime, store, records)
     killed = next((record for record in records if record.name == KILLED), None)
@@ -115,10 +116,9 @@ def _deliver(console: Console, runtime: Runtime, store: Store, records: Sequence
     waiting = store.statistics().outbox_spans
     target = where.url if "://" in where.url else f"//{where.url}"
     if not _listens(target):
-        console.print(f"{waiting} spans wait in the outbox of the store, since nothing listens at {where.shown}. To see them in Jaeger:")
-        console.print(
-            "  make jaeger                  [dim]in another terminal; or start any OTLP endpoint and set OTEL_EXPORTER_OTLP_ENDPOINT[/]"
-        )
+        console.print(f"{waiting} spans wait in the outbox of the store: nothing listens at {where.shown}.", soft_wrap=True)
+        console.print("\nTo see them in Jaeger, start one in another terminal, then deliver:")
+        console.print("  make jaeger")
         console.print(f"  OTELEXEC_STORE={shlex.quote(store.url)} {_command()} relay --drain", soft_wrap=True, markup=False)
         return
     relay = Relay(runtime.commit_all, runtime.settings, runtime.process_id, waiting=store.outbox_rows)

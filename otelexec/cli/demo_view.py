@@ -11,45 +11,49 @@ from rich.text import Text
 
 from otelexec import semconv
 from otelexec.cli.console import clean
-from otelexec.cli.table import error_text, state_text, took
+from otelexec.cli.table import WIDE, error_text, state_text, took
 from otelexec.decoded import DecodedSpan
 from otelexec.store.base import ENDED_STATES, AttemptRecord, ExecutionRecord
 
 
-def table(records: Sequence[ExecutionRecord], found: Mapping[tuple[str, str], DecodedSpan]) -> Table:
+def table(records: Sequence[ExecutionRecord], found: Mapping[tuple[str, str], DecodedSpan], *, width: int) -> Table:
     """
     Make the table: one row an attempt, and under each execution those that it asked for.
 
     Args:
         records: The executions, the oldest first.
         found: The spans that are there, by trace id and span id.
+        width: Columns of the console; a narrow one does without who asked and which process worked.
     """
+    wide = width >= WIDE
     shown = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     shown.add_column("execution", no_wrap=True)
-    shown.add_column("asked for by", no_wrap=True)
-    shown.add_column("attempt", justify="right")
+    if wide:
+        shown.add_column("asked for by", no_wrap=True)
+    shown.add_column("#", justify="right")
     shown.add_column("ended as", no_wrap=True)
     shown.add_column("took", justify="right", no_wrap=True)
-    shown.add_column("pid", justify="right", no_wrap=True)
+    if wide:
+        shown.add_column("pid", justify="right", no_wrap=True)
     shown.add_column("span", no_wrap=True)
     shown.add_column("what happened", overflow="fold", ratio=1)
     for depth, record in _family_order(records):
         name, asked_by = "  " * depth + record.name, "" if depth else _asked_by(record)
-        if not record.attempts:
-            shown.add_row(name, asked_by, "", state_text(record.state))
         for attempt in record.attempts:
             has_span = (attempt.trace_id or "", attempt.span_id or "") in found
             shown.add_row(
-                name,
-                asked_by,
+                Text(name),
+                *([Text(asked_by)] if wide else []),
                 str(attempt.attempt),
                 state_text(attempt.state),
                 took(attempt.started_unix_ns, attempt.ended_unix_ns, goes_on=True),
-                str(attempt.pid or ""),
+                *([str(attempt.pid or "")] if wide else []),
                 Text(attempt.span_id or "none", "" if has_span else "red"),
                 Text(_what_happened(attempt), "dim"),
             )
             name = asked_by = ""
+        if not record.attempts:
+            shown.add_row(Text(name), *([Text(asked_by)] if wide else []), "", state_text(record.state))
     return shown
 
 
@@ -76,13 +80,13 @@ def _what_happened(attempt: AttemptRecord) -> str:
     if attempt.state == "lost":
         marker = json.loads(attempt.progress) if attempt.progress else {}
         at = f" after {marker['message']} of {marker['total']}" if "message" in marker and "total" in marker else ""
-        return f"{attempt.classification}{at}; closed by the {attempt.finalized_by}, with its span"
+        return f"{attempt.classification}{at}; closed for it"
     if attempt.state == "rejected":
-        return f"turned away at the webhook: {attempt.error_type}"
+        return f"at the webhook: {attempt.error_type}"
     if attempt.state == "paused":
         return f"{attempt.classification}, with a snapshot"
     if attempt.state == "cancelled":
-        return "asked for over HTTP while it ran"
+        return "over HTTP, as it ran"
     error = error_text(attempt.error_type, attempt.error_message)
     return error or ("" if attempt.output is None else f"gave {clean(attempt.output)}")
 
