@@ -2,19 +2,8 @@
 The relay: rows of the outbox -> the OTLP endpoint, at least once, oldest first, and deleted only when accepted.
 
 A request is the concatenation of rows' bytes, which are never decoded or changed, so that a receiver sees one byte
-string for one span id. What an answer does to the rows of its request:
-
-    accepted                      deleted; with `rejected_spans` above 0 parked, since OTLP forbids to send them again
-    400, 413, 422                 bisected until the poisoned row is alone; it is parked, the others are delivered
-    500 and the like, cut off     kept and tried again with backoff; see below
-    429, Retry-After, no contact  kept and tried again with backoff, or when the endpoint says
-    401, 403, 404 and the like    kept and tried again slowly: the configuration is wrong, not the rows
-
-A row may also break the endpoint each time it gets there (500, or the connection is cut). It must block nothing, but an
-outage must not park good rows. So every such failure is counted in the row. From the third on the row is a suspect:
-rows without that mark go first, suspects follow in ever smaller requests, those with the fewest failures first. Only a
-row that failed three times and then three times alone, with others delivered in between, is parked; more often alone,
-where other rows have failed alone and were accepted later.
+string for one span id. `delivery.py` says what each answer does to the rows of its request; here is who claims them,
+when, and how long to wait after a refusal.
 """
 
 from __future__ import annotations
@@ -25,40 +14,34 @@ import random
 import threading
 import time
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from otelexec import endpoint as endpoints
+from otelexec.delivery import Delivery
 from otelexec.errors import StoreError, StoreRejected
 from otelexec.store.base import ClaimOutbox, ReleaseClaims, SettleOutbox
 from otelexec.transport import Verdict, connect
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
-    from opentelemetry.sdk.trace.export import SpanExporter
-
+    from otelexec.delivery import Tally
     from otelexec.settings import Settings
-    from otelexec.store.base import OutboxRow, Write
-    from otelexec.transport import Reply
+    from otelexec.store.base import Write
 
 logger = logging.getLogger("otelexec.relay")
 
 MAX_ROWS: Final = 512
 MAX_BYTES: Final = 4 * 1024 * 1024  # also the largest message that a gRPC server takes by default
-# How long a claim outlives a relay that died on another host. It covers at least two requests at their longest
-# timeout; the relay gives back what it could not start in time.
+# How long a claim outlives a relay that died on another host. Rows that could not be sent well before are given back.
 LEASE_SECONDS: Final = 60.0
-SUSPECT: Final = 3
+_MARGIN: Final = 10.0  # for connecting, and for writing down what became of the rows
 _FIRST_PAUSE: Final = 0.5
 _LONGEST_PAUSE: Final = 8.0
 _DENIED_PAUSE: Final = 30.0
 _LONGEST_ASKED: Final = 3_600.0  # a Retry-After beyond it is a mistake of the endpoint
-_PATIENCE: Final = 3
-_MOST_PATIENCE: Final = 24
 _GRACE: Final = 5.0
-_MAX_NOTES: Final = 4_096
-_MAX_MESSAGES: Final = 64
 # Not the module's functions: a user's random.seed() must neither govern the jitter nor be disturbed by it.
 _jitter: Final = random.SystemRandom()
 
@@ -85,33 +68,6 @@ class Progress:
     asked: bool = False
     reason: str = ""
     seen: int = 0
-
-
-@dataclass(slots=True)
-class _Suspicion:
-    """What this process saw of a row's failures: deliveries of others before the first one, and how often it was alone."""
-
-    deliveries: int
-    alone: int = 0
-
-
-class _Round:
-    """The rows in hand and what has become of them so far."""
-
-    def __init__(self, rows: Sequence[OutboxRow]) -> None:
-        self.rows = rows
-        self.queue = deque(_groups(rows))
-        self.started = time.monotonic()
-        self.delivered_rows = 0
-        self.delivered_spans = 0
-        self.parked = 0
-        self.got_through = False
-
-    def left(self) -> list[int]:
-        return [row.id for group in self.queue for row in group]
-
-    def progress(self, pause: float | None = None, *, asked: bool = False, reason: str = "") -> Progress:
-        return Progress(self.delivered_spans, self.delivered_rows, self.parked, pause, asked, reason, len(self.rows))
 
 
 class Relay:
@@ -159,12 +115,9 @@ class Relay:
         self._thread: threading.Thread | None = None
         # Settlements that the store could not take yet. Nothing else is claimed before they are in.
         self._owed: deque[SettleOutbox] = deque()
-        self._deliveries = 0
-        self._suspicions: dict[int, _Suspicion] = {}
-        self._patience = _PATIENCE
+        self._delivery = Delivery(self._transport, self._settle, owner, self.endpoint.shown)
         self._refusals = 0
         self._said: set[str] = set()
-        self._messages: set[str] = set()
 
     def run_once(self, stop: threading.Event | None = None) -> Progress:
         """
@@ -186,16 +139,10 @@ class Relay:
                 return self._paused(Progress(), str(error))
             if not rows:
                 return Progress()
-            current = _Round(rows)
-            try:
-                progress = self._send_all(current, stop)
-            except BaseException:
-                # A defect of ours, or an exception out of a signal handler; what is settled is out of the queue.
-                self._settle(SettleOutbox(self._owner, released=current.left()))
-                raise
-            if self._owed:
-                return self._paused(progress, "the store can't be written")
-            return progress
+            # No request is begun whose answer could come after the claim.
+            begin_by = time.monotonic() + LEASE_SECONDS - self.endpoint.timeout_seconds - _MARGIN
+            tally = self._delivery.deliver(rows, lambda: stop.is_set() or bool(self._owed) or time.monotonic() >= begin_by)
+            return self._concluded(tally, len(rows))
 
     def drain(self, timeout: float, stop: threading.Event | None = None) -> bool:
         """
@@ -265,7 +212,10 @@ class Relay:
             # Beyond the timeout only name resolution and the store can take time; neither may hang the exit.
             self._thread.join(timeout + self.endpoint.timeout_seconds + _GRACE)
             self._thread = None
-        with self._one_round:
+        if not self._one_round.acquire(timeout=_GRACE):
+            logger.warning("otelexec.relay.unsettled: a request never ended: its spans may be sent again")
+            return
+        try:
             while self._owed:
                 with contextlib.suppress(StoreError):
                     self._pay()
@@ -274,6 +224,8 @@ class Relay:
                     logger.warning("otelexec.relay.unsettled: what became of some rows could not be written: their spans may be sent again")
                     break
                 time.sleep(0.05)
+        finally:
+            self._one_round.release()
         self._transport.close()
 
     def _serve(self) -> None:
@@ -306,122 +258,33 @@ class Relay:
         except StoreError:
             return False
 
-    def _send_all(self, current: _Round, stop: threading.Event) -> Progress:
-        queue = current.queue
-        while queue:
-            if stop.is_set() or not self._in_time(current):
-                self._settle(SettleOutbox(self._owner, released=current.left()))
-                queue.clear()
-                break
-            group = queue[0]
-            reply = self._transport.send(group[0].request if len(group) == 1 else b"".join(row.request for row in group))
-            if reply.verdict is Verdict.ACCEPTED:
-                self._accept(current, reply)
-            elif reply.verdict is Verdict.REFUSED:
-                self._split_or_park(current, reply)
-            elif reply.verdict is not Verdict.FAILED or not self._suspect(current, reply):
-                ids = [row.id for row in queue.popleft()]
-                kept = SettleOutbox(self._owner, released=current.left())
-                self._settle(
-                    SettleOutbox(self._owner, released=kept.released, failed=ids)
-                    if reply.verdict is Verdict.FAILED
-                    else SettleOutbox(self._owner, released=(*ids, *kept.released))
-                )
-                queue.clear()
-                return self._backed_off(current, reply)
-        return current.progress()
-
-    def _in_time(self, current: _Round) -> bool:
-        """Tell whether the answer to one more request would come before the claim ends."""
-        return time.monotonic() - current.started + self.endpoint.timeout_seconds < LEASE_SECONDS
-
-    def _accept(self, current: _Round, reply: Reply) -> None:
-        group = current.queue[0]
-        ids = [row.id for row in group]
-        note = self._suspicions.get(ids[0])
-        if len(ids) == 1 and note is not None and note.alone:
-            # It failed alone, and now it is accepted: so this endpoint's failures are not about content.
-            self._patience = min(2 * self._patience, _MOST_PATIENCE)
-        if reply.rejected_spans > 0:
-            reason = f"{reply.rejected_spans} of {sum(row.count for row in group)} spans rejected: {reply.reason or 'no message'}"
-            self._settle(SettleOutbox(self._owner, parked=[(row_id, reason) for row_id in ids]))
-            logger.warning("otelexec.relay.parked: %d rows are set aside, and are not sent again by themselves: %s", len(ids), reason)
-            current.parked += len(ids)
-        else:
-            self._settle(SettleOutbox(self._owner, delivered=ids))
-            current.delivered_rows += len(ids)
-            current.delivered_spans += sum(row.count for row in group)
-            self._deliveries += 1
-            current.got_through = True
-            if reply.reason and reply.reason not in self._messages and len(self._messages) < _MAX_MESSAGES:
-                self._messages.add(reply.reason)
-                logger.warning("otelexec.relay.message: %s accepts the spans and says: %s", self.endpoint.shown, reply.reason)
-        current.queue.popleft()
-        for row_id in ids:
-            self._suspicions.pop(row_id, None)
-        if self._refusals:
+    def _concluded(self, tally: Tally, seen: int) -> Progress:
+        """Say what a round did, and how long to wait after it."""
+        progress = Progress(tally.spans, tally.rows, tally.parked, seen=seen)
+        if tally.accepted and self._refusals:
             self._refusals = 0
             self._said.clear()
             logger.info("otelexec.relay.recovered: %s takes spans again", self.endpoint.shown)
-
-    def _split_or_park(self, current: _Round, reply: Reply) -> None:
-        group = current.queue[0]
-        if len(group) > 1:
-            current.queue.popleft()
-            middle = len(group) // 2
-            current.queue.extendleft((group[middle:], group[:middle]))
-            return
-        row = group[0]
-        self._settle(SettleOutbox(self._owner, parked=[(row.id, reply.reason)]))
-        current.queue.popleft()
-        current.parked += 1
-        self._suspicions.pop(row.id, None)
-        logger.error("otelexec.relay.parked: a row of %d spans is set aside, and is not sent again by itself: %s", row.count, reply.reason)
-
-    def _suspect(self, current: _Round, reply: Reply) -> bool:
-        """Take a failure of the foremost group into account; tell whether the round goes on."""
-        group = current.queue[0]
-        if len(self._suspicions) + len(group) > _MAX_NOTES:
-            self._suspicions.clear()
-        notes = [self._suspicions.setdefault(row.id, _Suspicion(self._deliveries)) for row in group]
-        if min(row.failures for row in group) < SUSPECT:
-            return False
-        if len(group) > 1:
-            if current.got_through:
-                self._split_or_park(current, reply)
-            return current.got_through
-        [note] = notes
-        note.alone += 1
-        if note.alone >= self._patience and self._deliveries > note.deliveries:
-            self._split_or_park(current, reply)
-            return True
-        if current.got_through and note.alone < self._patience and len(current.queue) > 1:
-            current.queue.rotate(-1)  # again after the others, which may get through in between
-            return True
-        return False
-
-    def _backed_off(self, current: _Round, reply: Reply) -> Progress:
-        if current.got_through:
-            self._refusals = 0
+        reply = tally.ended_by
+        if reply is None:
+            return self._paused(progress, "the store can't be written") if self._owed else progress
         if reply.verdict is Verdict.DENIED:
-            self._say(logging.ERROR, "otelexec.relay.denied: %s refuses all spans; they are kept, correct the endpoint or its headers: %s",
-                      self.endpoint.shown, reply.reason)  # fmt: skip
+            text = "otelexec.relay.denied: %s refuses all spans; they are kept, correct the endpoint or its headers: %s"
+            self._say(logging.ERROR, text, self.endpoint.shown, reply.reason)
             self._refusals += 1
-            return current.progress(_DENIED_PAUSE, reason=reply.reason)
-        self._say(
-            logging.WARNING, "otelexec.relay.waiting: %s takes no spans at the moment; they are kept: %s", self.endpoint.shown, reply.reason
-        )
+            return replace(progress, pause=_DENIED_PAUSE, reason=reply.reason)
+        text = "otelexec.relay.waiting: %s takes no spans at the moment; they are kept: %s"
+        self._say(logging.WARNING, text, self.endpoint.shown, reply.reason)
         if reply.retry_after is not None:
             self._refusals += 1
-            return current.progress(min(reply.retry_after, _LONGEST_ASKED), asked=True, reason=reply.reason)
-        return self._paused(current.progress(), reply.reason)
+            return replace(progress, pause=min(reply.retry_after, _LONGEST_ASKED), asked=True, reason=reply.reason)
+        return self._paused(progress, reply.reason)
 
     def _paused(self, progress: Progress, reason: str) -> Progress:
         """Add the next pause of the exponential backoff, with full jitter, so that many relays don't come at once."""
         longest = min(_FIRST_PAUSE * 2 ** min(self._refusals, 10), _LONGEST_PAUSE)
         self._refusals += 1
-        pause = _jitter.uniform(0, longest)
-        return Progress(progress.spans, progress.rows, progress.parked, pause, reason=reason, seen=progress.seen)
+        return replace(progress, pause=_jitter.uniform(0, longest), reason=reason)
 
     def _settle(self, settlement: SettleOutbox) -> None:
         """Write what became of rows now, or as the first thing when the store is back."""
@@ -472,34 +335,3 @@ class _Deadline(threading.Event):
     def is_set(self) -> bool:
         """Tell whether the time has come."""
         return time.monotonic() >= self._at
-
-
-def stock_exporter(settings: Settings) -> SpanExporter:
-    """
-    Give the SDK's exporter for the relay's endpoint, for spans that no store holds.
-
-    Raises:
-        SettingsError: The endpoint can't be used as configured.
-    """
-    endpoint = endpoints.read(settings.otlp_endpoint)
-    if endpoint.protocol == "grpc":
-        from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter as GrpcExporter
-
-        return GrpcExporter(endpoint=endpoint.url, insecure=not endpoint.secure)
-    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter as HttpExporter
-
-    return HttpExporter(endpoint=endpoint.url)
-
-
-def _groups(rows: Sequence[OutboxRow]) -> Iterator[Sequence[OutboxRow]]:
-    """Give the requests to try: all rows without suspicion, then suspects, the more failures the smaller."""
-    clean = [row for row in rows if row.failures < SUSPECT]
-    if clean:
-        yield clean
-    suspects = sorted((row for row in rows if row.failures >= SUSPECT), key=lambda row: (row.failures, row.id))
-    at = 0
-    while at < len(suspects):
-        halvings = min(suspects[at].failures - SUSPECT + 1, 10)
-        size = max(1, len(suspects) >> halvings)
-        yield suspects[at : at + size]
-        at += size
