@@ -111,7 +111,8 @@ def _usage(error: Any) -> int:
         raise error
     context = getattr(error, "ctx", None)
     command = context.command_path if context is not None else "otelexec"
-    console.complain(f"{error.format_message().rstrip('.')}; see `{command} --help`")
+    message = error.format_message().rstrip(".").replace("Value error, ", "")
+    console.complain(f"{message}; see `{command} --help`")
     return WRONG
 
 

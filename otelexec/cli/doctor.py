@@ -130,7 +130,8 @@ def _store(store: Store) -> Check:
     path = _path(store)
     data = {"url": store.url, "path": path, "size_bytes": bytes_, "schema": SCHEMA_VERSION, "reachable": True, "error": None}
     finding = f"{path or store.url}, {console.size(bytes_)}, schema {SCHEMA_VERSION}, can be read and written"
-    aside = [] if path is None else sorted(str(each) for each in Path(path).parent.glob(f"{Path(path).name}.corrupt-*[0-9]"))
+    beside = [] if path is None else Path(path).parent.glob(f"{Path(path).name}.corrupt-*")
+    aside = sorted(str(each) for each in beside if not each.name.endswith(("-wal", "-shm")))
     if not aside:
         return Check("store", finding, data={**data, "set_aside": []})
     return Check(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from otelexec import endpoint as endpoints
 from otelexec import identity
 from otelexec import settings as _settings
 from otelexec.errors import SettingsError, StoreNotFound
@@ -81,9 +82,12 @@ def load(**arguments: Any) -> Settings:
     """
     try:
         settings = _settings.load(**arguments)
+        if "otlp_endpoint" in arguments:
+            endpoints.read(settings.otlp_endpoint)
     except SettingsError as error:
         name, separator, text = str(error).partition(": ")
-        if separator and name in arguments:
+        name = name.removeprefix("OTELEXEC_").lower()
+        if separator and arguments.get(name) is not None:
             raise SettingsError(f"--{name.replace('_', '-')}: {text}") from None
         raise
     if settings.store == "none":

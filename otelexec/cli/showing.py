@@ -118,7 +118,7 @@ def _print_attempt(out: Console, attempt: AttemptRecord) -> None:
         "deadline": console.local_time(attempt.deadline_unix_ns),
         "closed by": f"{attempt.finalized_by or ''}{'' if reconciled is None else ' at ' + console.local_time(reconciled)}",
         "error": error_text(attempt.error_type, attempt.error_message),
-        "progress": _shown(progress),
+        "progress": _progress(progress),
         "output": _shown(output),
         "observed": _shown(observed),
         "outer": " ".join(filter(None, (attempt.outer_outcome, error_text(attempt.outer_error_type, attempt.outer_error_message)))),
@@ -135,3 +135,12 @@ def _print_attempt(out: Console, attempt: AttemptRecord) -> None:
 
 def _shown(value: Any) -> str:
     return "" if value is None else console.clean(json.dumps(value, ensure_ascii=False))
+
+
+def _progress(marker: Any) -> str:
+    """Write a marker as `block 3 (3 of 9) at 2026-...`; one of another shape as it is."""
+    if not isinstance(marker, dict) or "message" not in marker:
+        return _shown(marker)
+    done, total, at = (marker.get(name) for name in ("done", "total", "at_unix_ns"))
+    count = "" if done is None else f" ({done} of {total})" if total is not None else f" ({done})"
+    return console.clean(f"{marker['message']}{count}") + (f" at {console.local_time(at)}" if isinstance(at, int) else "")

@@ -10,17 +10,21 @@ from rich.table import Table
 from rich.text import Text
 
 from otelexec.cli import console, records
+from otelexec.ids import MAX_ID_CHARS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from otelexec.store.base import AttemptRecord, ExecutionRecord
 
-WIDE: Final = 120
+WIDE: Final = 130
 """From so many columns on there is room for whole ids, the source and the error."""
 _SHORT_ID: Final = 18  # a minted id's first 60 bits: its millisecond and 12 random bits
-_ID_WIDTH: Final = 40
-_ERROR_WIDTH: Final = 200
+_WIDE_ID: Final = 38  # a minted id, and an ellipsis
+_VERY_WIDE: Final = 200  # also a pipe
+_FIXED: Final = 102  # columns of all but name and error
+_GAP: Final = 2
+_LEAST: Final = 8
 
 
 def executions_table(found: Sequence[ExecutionRecord], *, width: int) -> Table:
@@ -32,33 +36,42 @@ def executions_table(found: Sequence[ExecutionRecord], *, width: int) -> Table:
         width: Columns of the console. In a narrow one ids are cut to what tells them apart; `show` takes them so.
     """
     wide = width >= WIDE
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
-    table.add_column("STARTED", no_wrap=True)
-    table.add_column("STATE", no_wrap=True)
-    table.add_column("TOOK", no_wrap=True, justify="right")
-    table.add_column("TRIES", no_wrap=True, justify="right")
-    table.add_column("NAME", no_wrap=True, overflow="ellipsis", ratio=None if wide else 1)
-    if wide:
-        table.add_column("SOURCE", no_wrap=True, overflow="ellipsis", max_width=16)
-    table.add_column("EXECUTION", no_wrap=True, overflow="ellipsis")
-    if wide:
-        table.add_column("ERROR", no_wrap=True, overflow="ellipsis")
-    shown = _short_ids([record.execution_id for record in found], _ID_WIDTH if wide else _SHORT_ID)
-    for record, shown_id in zip(found, shown, strict=True):
-        started = records.started_unix_ns(record)
-        cells = [
-            Text(console.local_time(started or record.queued_unix_ns, short=True)),
-            state_text(record.state),
-            Text(took(started, records.ended_unix_ns(record), goes_on=record.state == "running")),
-            Text(str(len(record.attempts))),
-            Text(console.clean(record.name)),
-            Text(shown_id),
-        ]
-        if wide:
-            cells.insert(5, Text(console.clean(record.source)))
-            cells.append(Text(_error(record), style="red"))
-        table.add_row(*cells)
+    shown = _short_ids(
+        [record.execution_id for record in found], (MAX_ID_CHARS if width >= _VERY_WIDE else _WIDE_ID) if wide else _SHORT_ID
+    )
+    columns: dict[str, list[Text]] = {
+        "STARTED": [Text(console.local_time(records.started_unix_ns(each) or each.queued_unix_ns, short=True)) for each in found],
+        "STATE": [state_text(each.state) for each in found],
+        "TOOK": [Text(_took(each)) for each in found],
+        "TRIES" if wide else "#": [Text(str(len(each.attempts))) for each in found],
+        "NAME": [Text(console.clean(each.name)) for each in found],
+        "SOURCE": [Text(console.clean(each.source)) for each in found],
+        "EXECUTION": [Text(shown_id) for shown_id in shown],
+        "ERROR": [Text(_error(each), style="red") for each in found],
+    }
+    if not wide:
+        del columns["SOURCE"], columns["ERROR"]
+    _fit(columns, "ERROR" if wide else "NAME", width)
+    table = Table(box=None, padding=(0, _GAP, 0, 0), pad_edge=False, header_style="dim")
+    for name in columns:
+        table.add_column(name, no_wrap=True, overflow="ellipsis", justify="right" if name in {"TOOK", "TRIES", "#"} else "left")
+    for row in zip(*columns.values(), strict=True):
+        table.add_row(*row)
     return table
+
+
+def _fit(columns: dict[str, list[Text]], flexible: str, width: int) -> None:
+    """Cut one column to what the others leave; rich would cut all of them, ids and states too."""
+    for name, most in (("NAME", max(16, (width - _FIXED) // 2)), ("SOURCE", 12 if width < _VERY_WIDE else 40)):
+        for cell in columns.get(name, ()) if name != flexible else ():
+            cell.truncate(most, overflow="ellipsis")
+    taken = sum(max(len(name), *(cell.cell_len for cell in cells)) + _GAP for name, cells in columns.items() if name != flexible)
+    for cell in columns[flexible]:
+        cell.truncate(max(_LEAST, width - taken), overflow="ellipsis")
+
+
+def _took(record: ExecutionRecord) -> str:
+    return took(records.started_unix_ns(record), records.ended_unix_ns(record), goes_on=record.state == "running")
 
 
 def state_text(state: str, classification: str | None = None) -> Text:
@@ -88,8 +101,7 @@ def worker(attempt: AttemptRecord) -> str:
 def _error(record: ExecutionRecord) -> str:
     if record.state in {"succeeded", "running"}:
         return ""
-    text = error_text(*records.error(record))
-    return text if len(text) <= _ERROR_WIDTH else text[: _ERROR_WIDTH - 1] + "…"
+    return error_text(*records.error(record))
 
 
 def _short_ids(ids: Sequence[str], width: int) -> list[str]:

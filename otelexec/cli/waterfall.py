@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -117,7 +118,7 @@ def _walk(bar: Bar) -> Iterator[tuple[int, Bar]]:
             stack.extend((depth + 1, child) for child in reversed(each.children))
 
 
-def draw(roots: Sequence[Bar], *, width: int, now_unix_ns: int | None = None) -> Table:
+def draw(roots: Sequence[Bar], *, width: int, now_unix_ns: int | None = None) -> RenderableType:
     """
     Draw the bars below each other.
 
@@ -148,12 +149,14 @@ def draw(roots: Sequence[Bar], *, width: int, now_unix_ns: int | None = None) ->
         cells = [
             Text(label),
             Text(_bar(bar.started_unix_ns - start, ended - start, max(1, end - start), line), style=bar.style),
-            Text(console.duration(ended - bar.started_unix_ns) + ("" if bar.ended_unix_ns else "…")),
+            # A publish that was delivered left its start only.
+            Text(
+                "" if ended == bar.started_unix_ns else console.duration(ended - bar.started_unix_ns) + ("" if bar.ended_unix_ns else "…")
+            ),
         ]
         table.add_row(*cells, *([Text(bar.note)] if notes else []))
-    if len(every) > len(shown):
-        table.add_row(Text(f"... and {console.plural(len(every) - len(shown), 'span')} more", style="dim"))
-    return table
+    more = len(every) - len(shown)
+    return Group(table, Text(f"... and {console.plural(more, 'span')} more", style="dim")) if more else table
 
 
 def _bar(start: int, end: int, whole: int, line: int) -> str:
