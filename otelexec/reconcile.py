@@ -146,9 +146,7 @@ class Reconciler:
             OSError: A spool could not be read; nothing was closed, since it may hold what the dead observed.
         """
         try:
-            ingested = take_in(self._store, self._spool)
-            now = self._store.now_unix_ns()
-            dead = list(self._dead(self._store.processes(), now, deaths))
+            ingested, dead = self._find(deaths)
         except StoreError:
             self._unreachable_until = self._monotonic()
             raise
@@ -158,6 +156,17 @@ class Reconciler:
         if dead:
             self._commit([ReleaseClaims([process.process_id for process, _, _ in dead])])
         return Reconciled(totals["attempt"], totals["outer"], totals["span"], ingested, len(dead))
+
+    def _find(self, deaths: Mapping[int, Death] | None) -> tuple[int, list[tuple[ProcessRow, str, Death | None]]]:
+        """Take the spool in and give the dead: those that were dead before it was read, so that all they wrote is in."""
+        ingested, known = 0, frozenset[str]()
+        while True:
+            ingested += take_in(self._store, self._spool)
+            dead = list(self._dead(self._store.processes(), self._store.now_unix_ns(), deaths))
+            found = frozenset(process.process_id for process, _, _ in dead)
+            if found <= known:
+                return ingested, dead
+            known = found
 
     def _dead(
         self, processes: Iterable[ProcessRow], now: int, deaths: Mapping[int, Death] | None
