@@ -27,6 +27,7 @@ from otelexec.effects import Effect, perform_without_waiting, run
 from otelexec.errors import ExecutionCancelled
 from otelexec.execution import Execution, Options, mark_finalized
 from otelexec.finalize import finalize, persist
+from otelexec.ids import random_word
 from otelexec.spans import row_of
 from otelexec.store.base import ExecutionRow, OpenAttempt, Opened
 
@@ -139,7 +140,7 @@ def begin(runtime: Runtime, options: Options) -> tuple[Execution, Context]:
     outer = parent if role is not None else None
     takes_over = role == "takes_over"
     correlation = correlate_call(parent, scope, keeps_id=outer is not None)
-    token = outer.token if takes_over and outer is not None else os.urandom(16).hex()
+    token = outer.token if takes_over and outer is not None else f"{random_word():016x}{random_word():016x}"
     execution = Execution(runtime, options, correlation, token, outer)
     scope_is_near = scope is not None and (parent is None or scope.execution is parent)
     execution.span = _start_span(execution, runtime, scope if scope_is_near else None, base)

@@ -27,6 +27,7 @@ from opentelemetry.sdk.trace.id_generator import IdGenerator
 from otelexec import otlp, semconv
 from otelexec.context import EXECUTION_KEY
 from otelexec.execution import Execution
+from otelexec.ids import random_word
 from otelexec.store.base import NO_SPANS, AddSpans, SpanRow
 
 if TYPE_CHECKING:
@@ -48,11 +49,11 @@ class SecureIdGenerator(IdGenerator):
 
     def generate_span_id(self) -> int:
         """Give 64 random bits, never 0."""
-        return int.from_bytes(os.urandom(8), "big") or 1
+        return random_word() or 1
 
     def generate_trace_id(self) -> int:
         """Give 128 random bits, never 0."""
-        return int.from_bytes(os.urandom(16), "big") or 1
+        return random_word() << 64 | random_word() or 1
 
     def is_trace_id_random(self) -> bool:
         """Say that the random flag may be set (W3C Trace Context level 2, section 3.3.2)."""
