@@ -11,6 +11,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -197,36 +198,34 @@ def test_a_store_without_records_is_one_clear_line(tmp_path: Path) -> None:
     assert line.startswith("error: OTELEXEC_STORE: ")
 
 
+@contextmanager
+def interrupted_demo(folder: Path) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
+    """Give a demo in the middle of its work, and the processes that it started."""
+    command = [sys.executable, "-u", "-m", "otelexec", "demo"]
+    with subprocess.Popen(command, env=environment(folder), stdout=subprocess.PIPE, text=True) as running:
+        try:
+            assert running.stdout is not None
+            assert any("POST /hooks/shop" in line for line in running.stdout)
+            children = children_of(running.pid)
+            assert len(children) >= WORKERS + 1
+            yield running, children
+        finally:
+            running.kill()
+
+
 def test_interrupted_it_ends_every_process_that_it_started(tmp_path: Path) -> None:
-    env = environment(tmp_path)
-    running = subprocess.Popen([sys.executable, "-u", "-m", "otelexec", "demo"], env=env, stdout=subprocess.PIPE, text=True)
-    assert running.stdout is not None
-    try:
-        assert any("POST /hooks/shop" in line for line in running.stdout)
-        children = children_of(running.pid)
-        assert len(children) >= WORKERS + 1
+    with interrupted_demo(tmp_path) as (running, children):
         running.send_signal(signal.SIGINT)
-        running.stdout.read()
-        assert running.wait(30) == 130
-    finally:
-        running.kill()
-        running.wait()
-        running.stdout.close()
-    assert not [pid for pid in children if is_running(pid)]
+        output, _ = running.communicate(timeout=30)
+        assert running.returncode == 130
+        assert "Stopped" in output
+        assert not [pid for pid in children if is_running(pid)]
 
 
 def test_killed_it_leaves_no_process_behind(tmp_path: Path) -> None:
-    env = environment(tmp_path)
-    running = subprocess.Popen([sys.executable, "-u", "-m", "otelexec", "demo"], env=env, stdout=subprocess.PIPE, text=True)
-    assert running.stdout is not None
-    try:
-        assert any("POST /hooks/shop" in line for line in running.stdout)
-        children = children_of(running.pid)
-    finally:
+    with interrupted_demo(tmp_path) as (running, children):
         running.kill()
-        running.wait()
-        running.stdout.close()
-    until(lambda: not [pid for pid in children if is_running(pid)], 30)
+        until(lambda: not [pid for pid in children if is_running(pid)], 30)
 
 
 def children_of(parent: int) -> list[int]:
