@@ -159,8 +159,9 @@ def load(**arguments: Any) -> Settings:
     Raises:
         SettingsError: A value can't be used, or an argument is unknown; one line that names it.
     """
+    arguments = {name: value for name, value in arguments.items() if value is not None}
     try:
-        return Settings(**{name: value for name, value in arguments.items() if value is not None})
+        return Settings(**arguments)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         name = str(first["loc"][0]) if first["loc"] else "settings"

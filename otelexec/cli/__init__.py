@@ -1,8 +1,8 @@
 """
 The command line: `otelexec` and `python -m otelexec`.
 
-Results go to stdout, everything else to stderr. Exit codes: 0 done, 1 not done or something is wrong, 2 a setting, an
-option or the store is wrong, 130 ended by Ctrl-C, 143 by SIGTERM.
+Results go to stdout, everything else to stderr. Exit codes: 0 done; 1 not done, or something is wrong, or the reader of a
+pipe is gone; 2 a setting, an option or the store is wrong; 130 ended by Ctrl-C; 143 ended by SIGTERM.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ NOT_DONE: Final = 1
 WRONG: Final = 2
 INTERRUPTED: Final = 128 + signal.SIGINT
 TERMINATED: Final = 128 + signal.SIGTERM
-READER_GONE: Final = 128 + signal.SIGPIPE
 
 app = typer.Typer(name="otelexec", add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False)
 
@@ -84,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         # What is left in the buffer would be written once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return READER_GONE
+        return NOT_DONE
     return code
 
 

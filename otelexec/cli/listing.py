@@ -59,6 +59,6 @@ def list_executions(
             console.say(f"No execution {'is ' + wanted if wanted else 'yet'} in {opened.store.url}.")
             return
         out = console.out()
-        out.print(executions_table(found[:rows], width=out.width))
+        out.print(executions_table(found[:rows], width=out.width), soft_wrap=True)
         if len(found) > rows:
             console.complain(f"the newest {rows:,} are shown; --limit N shows more, --json all", kind="note")

@@ -85,7 +85,9 @@ class _Relaying:
         """Take note of a round, in the relay's thread."""
         self._spans += progress.spans
         self._parked += progress.parked
-        self._reason = progress.reason
+        if progress.reason or progress.spans:
+            # A round that was only cut short by the end says nothing; why the ones before failed still holds.
+            self._reason = progress.reason
         if self._advance is not None:
             self._advance.add(progress.rows, progress.reason)
 

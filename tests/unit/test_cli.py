@@ -143,7 +143,7 @@ def test_the_table_fits_the_terminal_and_keeps_states_times_and_what_tells_ids_a
     ]
     out = Console(width=width, color_system=None)
     with out.capture() as capture:
-        out.print(executions_table(found, width=width))
+        out.print(executions_table(found, width=width), soft_wrap=True)
     lines = capture.get().splitlines()
     assert len(lines) == 4
     for n, line in enumerate(lines[1:]):
