@@ -201,9 +201,12 @@ class Reconciler:
         # Outer executors show up once their core is closed, so: until there is nothing more.
         while work := self._store.open_work([process.process_id], limit=BATCH):
             writes = [_write(item, process, classification, death, self._store.now_unix_ns()) for item in work]
-            done = 0
+            done = refused = 0
             for item, result in zip(work, self._commit(writes), strict=True):
-                if item.kind == "span" or result is True:
+                if isinstance(result, StoreError):
+                    logger.error("otelexec.reconcile.refused: %s %s of process %d: %s", item.kind, item.execution_id, process.pid, result)
+                    refused += 1
+                elif item.kind == "span" or result is True:
                     totals[item.kind] += 1
                     done += 1
                 if item.kind == "attempt" and result is True:
@@ -216,6 +219,8 @@ class Reconciler:
                         classification,
                     )
             advanced(done)
+            if refused == len(work):  # it would be found again for ever; the next round tries once more
+                return
 
     def _commit(self, writes: Sequence[Write]) -> list[object]:
         return _committed(self._store, writes)

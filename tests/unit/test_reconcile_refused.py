@@ -1,0 +1,45 @@
+"""What the reconciler does with work that the store refuses by itself."""
+
+from __future__ import annotations
+
+import sqlite3
+import subprocess
+import sys
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from otelexec.reconcile import Reconciler
+from otelexec.store.spool import Spool
+from otelexec.store.sqlite import SqliteStore
+from tests.servers import ROOT
+
+DIES = """
+import os, otelexec
+with otelexec.execution("dies"):
+    with otelexec.execution("child"):
+        os._exit(9)
+"""
+
+
+@pytest.mark.timeout(30)
+def test_an_attempt_that_the_store_refuses_to_close_does_not_keep_the_reconciler_for_ever(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The refused one is logged and left, everything else of the dead process is closed."""
+    path = tmp_path / "store.db"
+    assert subprocess.run([sys.executable, "-c", DIES], cwd=ROOT, check=False).returncode == 9
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute(
+            """CREATE TRIGGER refuse BEFORE UPDATE ON attempt
+               WHEN OLD.execution_id = (SELECT execution_id FROM execution WHERE name = 'dies')
+               BEGIN SELECT RAISE(ABORT, 'not this one'); END"""
+        )
+        connection.commit()
+    store = SqliteStore(path)
+    reconciled = Reconciler(store, Spool(store.spool_folder, lambda: store.processes()[0])).run_once()
+    assert reconciled.attempts == 1
+    assert {record.name: record.state for record in store.executions()} == {"dies": "running", "child": "lost"}
+    assert "not this one" in caplog.text
+    store.close()
