@@ -57,11 +57,11 @@ class ExecutionDecorator(Block[Execution]):
         return self._options.timeout
 
 
-def _wrapper_for(target: Any, options: Options) -> Callable[..., Any]:
+def _wrapper_for(target: Any, options: Options) -> Callable[..., Any]:  # noqa: C901 (one branch for each kind of code)
     # What counts is what is called, not what it wraps: `contextlib.contextmanager` gives no generator. Of an object that
     # is its method.
     if not inspect.isroutine(target) and not isinstance(target, type):
-        target = getattr(type(target), "__call__", target)
+        target = inspect.getattr_static(target, "__call__", target)
     if inspect.isasyncgenfunction(target):
 
         def wrapper(wrapped: Any, _: Any, args: Any, kwargs: Any) -> Any:

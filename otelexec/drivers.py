@@ -73,14 +73,16 @@ def expect(call: Call | None) -> Call:
 
 def call_sync(runtime: Runtime, steps: Steps, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """Run a function under the lifecycle."""
+    before = otel_context.get_current()
     call = expect(advance(runtime, steps))
-    token = otel_context.attach(call.context)
+    # By value and not by token: a signal handler may raise before the token is there, and the next job must not run in
+    # this one's context.
     try:
-        try:
-            value = function(*args, **kwargs)
-        finally:
-            detach(token)
+        otel_context.attach(call.context)
+        value = function(*args, **kwargs)
+        otel_context.attach(before)
     except BaseException as error:
+        otel_context.attach(before)
         advance(runtime, steps, error)
         raise
     advance(runtime, steps)

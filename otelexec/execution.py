@@ -8,6 +8,7 @@ attempt write it down.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import os
@@ -334,6 +335,11 @@ class Execution:
         return self._runtime.records
 
     @property
+    def max_error_chars(self) -> int:
+        """How many characters of an error's text are kept."""
+        return self._runtime.settings.max_error_chars
+
+    @property
     def is_open(self) -> bool:
         """Whether its attempt runs in this very process."""
         return not self.closed and self.pid == os.getpid()
@@ -433,7 +439,7 @@ class Execution:
         if self.timed_out:
             return Ending(TIMED_OUT, None, "TimeoutError", f"stopped after its timeout of {self.options.timeout:g} s", exception)
         exits = isinstance(exception, SystemExit)
-        stopped = exits and _raised_by_signal_handler(exception)
+        stopped = exits and raised_by_signal_handler(exception)
         if stopped or isinstance(exception, _INTERRUPTIONS):
             asked = self.cancel_requested
             return Ending(CANCELLED, None if asked else INTERRUPTED, error_type, message, depends_on_cancellation=not asked)
@@ -447,7 +453,9 @@ class Execution:
             return None
         try:
             return self.options.classify(exception)
-        except Exception:
+        except Exception as error:
+            if raised_by_signal_handler(error):
+                raise
             logger.exception("otelexec.execution.classify: %s", self.name)
             return None
 
@@ -529,7 +537,8 @@ def was_finalized(exception: BaseException) -> bool:
     return _MARK in BaseException.__getattribute__(exception, "__dict__")
 
 
-def _raised_by_signal_handler(exception: BaseException) -> bool:
+def raised_by_signal_handler(exception: BaseException) -> bool:
+    """Tell whether an exception came out of a signal handler, and so has nothing to do with the code that it hit."""
     handlers = {_code_of(signal.getsignal(number)) for number in signal.valid_signals()}
     handlers.discard(None)
     traceback = exception.__traceback__
@@ -558,11 +567,9 @@ def _code_of(handler: Any) -> CodeType | None:
 
 
 def _json(value: Any) -> str:
-    try:
+    # The objects' own methods may raise anything.
+    with contextlib.suppress(Exception):
         return json.dumps(value, separators=(",", ":"), default=str, allow_nan=False)
-    except Exception:  # the objects' own methods may raise anything
-        pass
-    try:
+    with contextlib.suppress(Exception):
         return json.dumps(repr(value))
-    except Exception:
-        return json.dumps(f"<its text could not be made: {type(value).__name__}>")
+    return json.dumps(f"<its text could not be made: {type(value).__name__}>")

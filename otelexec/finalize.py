@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import random
 import time
+import traceback
 from collections.abc import Generator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,6 +23,7 @@ from opentelemetry.sdk.trace import ReadableSpan
 from otelexec import otlp, semconv
 from otelexec.effects import Block, Commit, Effect, Sleep
 from otelexec.errors import StoreError, StoreRejected
+from otelexec.execution import describe, raised_by_signal_handler
 from otelexec.store.base import (
     CANCELLED,
     FAILED,
@@ -50,6 +52,8 @@ ERROR_STATES = frozenset({FAILED, TIMED_OUT, LOST, REJECTED})
 
 FIRST_BACKOFF_SECONDS = 0.01
 LAST_BACKOFF_SECONDS = 0.5
+
+MAX_STACKTRACE_CHARS = 32_768
 
 _UNSET, _ERROR = 0, 2  # opentelemetry.proto.trace.v1.Status.StatusCode
 
@@ -160,16 +164,31 @@ def end_span(execution: Execution, ending: Ending, ended_ns: int) -> None:
         return
     try:
         if ending.exception is not None:
-            span.record_exception(ending.exception, escaped=True)
+            span.add_event(semconv.EXCEPTION_EVENT, _exception_attributes(execution, ending.exception))
         if not execution.records:
             span.set_attributes(outcome_attributes(ending.state, ending.classification, ending.error_type))
             if ending.state in ERROR_STATES:
                 span.set_status(trace.StatusCode.ERROR, ending.error_message)
-    except Exception:  # the exception's own __str__ may raise anything
+    except Exception as error:  # the user's objects may raise anything
+        if raised_by_signal_handler(error):
+            raise
         logger.exception("otelexec.finalize.span")
     span.end(end_time=ended_ns)
     # Not before: a signal handler that raises in here makes the lifecycle repeat it.
     execution.span_ended = True
+
+
+def _exception_attributes(execution: Execution, exception: BaseException) -> dict[str, str]:
+    """Give what `record_exception` would, for any exception and in a bounded size: receivers refuse large messages."""
+    error_type, message = describe(exception, execution.max_error_chars)
+    try:
+        stacktrace = "".join(traceback.format_exception(exception))
+    except Exception as error:  # the exception's own attributes may raise anything
+        stacktrace = f"<the traceback could not be made: {type(error).__name__}>"
+    if len(stacktrace) > MAX_STACKTRACE_CHARS:
+        half = MAX_STACKTRACE_CHARS // 2
+        stacktrace = f"{stacktrace[:half]}\n\u2026\n{stacktrace[-half:]}"
+    return {semconv.EXCEPTION_TYPE: error_type, semconv.EXCEPTION_MESSAGE: message, semconv.EXCEPTION_STACKTRACE: stacktrace}
 
 
 def outcome_attributes(state: str, classification: str | None, error_type: str | None) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from opentelemetry.sdk.trace.id_generator import IdGenerator
 
 from otelexec import otlp, semconv
 from otelexec.context import EXECUTION_KEY
-from otelexec.execution import Execution
+from otelexec.execution import Execution, raised_by_signal_handler
 from otelexec.ids import random_word
 from otelexec.store.base import NO_SPANS, AddSpans, SpanRow
 
@@ -212,7 +212,7 @@ class CaptureProcessor(SpanProcessor):
     """
     Hands spans to the collector of the runtime that is current, and starts to the user's own processors.
 
-    It does no I/O and never raises: an exception in `on_end` would replace the user's (the SDK does not catch it).
+    It does no I/O and raises nothing of its own: an exception in `on_end` would replace the user's (the SDK does not catch it).
 
     Args:
         collector: Gives the current collector; None when there is none.
@@ -233,7 +233,9 @@ class CaptureProcessor(SpanProcessor):
                 theirs = self._theirs()
                 if theirs is not None:
                     theirs.on_start(span, parent_context=parent_context)
-        except Exception:  # a processor of the user's may raise anything, and start_span() would pass it on
+        except Exception as error:  # a processor of the user's may raise anything, and start_span() would pass it on
+            if raised_by_signal_handler(error):
+                raise
             logger.exception("otelexec.spans.on_start")
 
     def on_end(self, span: ReadableSpan) -> None:
@@ -242,7 +244,9 @@ class CaptureProcessor(SpanProcessor):
             collector = self._collector()
             if collector is not None:
                 collector.ended(span)
-        except Exception:
+        except Exception as error:
+            if raised_by_signal_handler(error):
+                raise
             logger.exception("otelexec.spans.on_end")
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from opentelemetry import context as otel_context
 from opentelemetry import trace
 from opentelemetry.util._once import Once
 
@@ -42,6 +43,7 @@ def isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     factory = logging.getLogRecordFactory()
     _forget()
+    assert otel_context.get_current() == {}, "the test before this one left its context behind"
     yield
     _forget()
     logging.setLogRecordFactory(factory)

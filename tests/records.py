@@ -90,6 +90,13 @@ class Records:
         with closing(sqlite3.connect(self.path)) as connection:
             return connection.execute(statement).fetchall()
 
+    def query_or_none(self, statement: str) -> list[tuple[object, ...]] | None:
+        """Give the rows of a query; None while there is no store or no such table."""
+        try:
+            return self.query(statement) if self.path.exists() else None
+        except sqlite3.OperationalError:
+            return None
+
     def check_agreement(self) -> None:
         """Check that every ended attempt has one span, that they say the same, and that no span is there twice."""
         spans = self.spans()

@@ -10,9 +10,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import otelexec
 import pytest
 from opentelemetry import trace
+
+import otelexec
 from otelexec import runtime
 from otelexec.store.base import CloseAttempt
 from tests.records import Records

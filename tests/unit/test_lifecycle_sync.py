@@ -11,9 +11,10 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-import otelexec
 import pytest
 from opentelemetry import trace
+
+import otelexec
 from otelexec import runtime
 from otelexec.errors import ExecutionError, SettingsError
 from otelexec.execution import describe
@@ -339,7 +340,7 @@ def test_a_classifier_knows_endings_of_its_own_and_may_fail(records: Records, ca
         if isinstance(error, KeyError):
             return otelexec.Ending("timed_out", "soft_limit", "SoftLimit", "30 s")
         if isinstance(error, IndexError):
-            raise RuntimeError("the classifier's own")
+            raise OSError("the classifier's own")
         return None
 
     for error in (KeyError("a"), IndexError("b"), OSError("c")):
