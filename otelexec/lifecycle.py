@@ -73,7 +73,10 @@ def lifecycle(runtime: Runtime, options: Options) -> Steps:
         BaseException: What a signal handler raised outside the user's code, after the commit.
     """
     execution, run_context = begin(runtime, options)
-    raised = held = yield from _open(runtime, execution)
+    try:
+        raised = held = yield from _open(runtime, execution)
+    except GeneratorExit as error:  # dropped: the close carries the whole row, so it does not need the open
+        raised = held = error
     if raised is None and execution.cancel_requested:
         message = f"Execution {execution.id} was cancelled before it started."
         raised = held = ExecutionCancelled(message, execution_id=execution.id)
@@ -111,7 +114,7 @@ def _close(runtime: Runtime, execution: Execution, raised: BaseException | None,
 
 
 def _open(runtime: Runtime, execution: Execution) -> Generator[Effect, Any, BaseException | None]:
-    """Open the attempt; gives what a signal handler raised meanwhile, or the GeneratorExit of a dropped coroutine."""
+    """Open the attempt; gives what a signal handler raised meanwhile."""
     held: BaseException | None = None
     for _ in range(MAX_HELD):
         try:
@@ -123,8 +126,8 @@ def _open(runtime: Runtime, execution: Execution) -> Generator[Effect, Any, Base
                     execution.opened(answer)
             runtime.entered(execution)
             break
-        except GeneratorExit as error:  # dropped: the close carries the whole row, so it does not need this one
-            return error
+        except GeneratorExit:
+            raise
         except BaseException as error:
             held = held or error
     return held

@@ -12,6 +12,7 @@ from typing import TypeVar
 
 from otelexec import runtime
 from otelexec.decoded import DecodedSpan, decode
+from otelexec.errors import StoreNotFound
 from otelexec.store.base import AttemptRecord, ExecutionRecord
 from otelexec.store.sqlite import SqliteStore
 
@@ -48,7 +49,10 @@ class Records:
         """Give every record, the oldest first."""
         if runtime._current is not None:
             runtime._current.flush()
-        return list(self._store.executions())[::-1] if self.path.exists() else []
+        try:
+            return list(self._store.executions())[::-1]
+        except StoreNotFound:
+            return []
 
     def one(self) -> ExecutionRecord:
         """Give the only record."""

@@ -674,9 +674,7 @@ class Store(Protocol):
         """Give the folder for what could not be written here, unless a setting names another."""
         ...
 
-    def commit(
-        self, writes: Sequence[Write], *, durable: bool, timeout_seconds: float, receipt: Receipt | None = None
-    ) -> list[object]:
+    def commit(self, writes: Sequence[Write], *, durable: bool, timeout_seconds: float, receipt: Receipt | None = None) -> list[object]:
         """
         Commit all writes in one transaction, in order.
 

@@ -1,5 +1,7 @@
 """Every way in which code can end: what the record and the span say, and that what comes out is what was raised."""
 
+# ruff: noqa: ASYNC110, PT012 (waits for other threads and processes; the signal comes inside the block)
+
 from __future__ import annotations
 
 import asyncio
@@ -340,7 +342,7 @@ def test_an_awkward_exception_is_recorded_and_comes_out_as_it_is(records: Record
 
 
 def test_a_message_of_a_megabyte_is_cut_in_the_record_and_bounded_in_the_span(records: Records) -> None:
-    with pytest.raises(ValueError, match="^x+$") as caught, otelexec.execution("x"):
+    with pytest.raises(ValueError, match="xxx") as caught, otelexec.execution("x"):
         raise ValueError("x" * 1_000_000)
     assert len(str(caught.value)) == 1_000_000
     attempt = records.attempt()
