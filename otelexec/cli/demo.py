@@ -89,8 +89,10 @@ def demo() -> None:
     console = Console(width=width, highlight=False, emoji=False)
     logging.getLogger("otelexec.reconcile").setLevel(logging.ERROR)  # the demo tells it in its own words
     runtime, store = _configure()
+    console.print("Webhooks and a schedule ask for work, worker processes do it, and one of them is killed in the middle of it.")
+    console.print("Every execution must end with a record and a span that say the same.\n")
     console.print(f"The store of this demo: [bold]{escape(store.url.removeprefix('sqlite:///'))}[/]", soft_wrap=True)
-    others = store.statistics().processes > 0
+    others = store.statistics().processes > 0  # killed ones count too, since they never said goodbye
     with tempfile.TemporaryDirectory(prefix="otelexec-demo-") as folder:
         stage = Stage(console, runtime, store, Path(folder))
         try:

@@ -38,7 +38,7 @@ def show(console: Console, runtime: Runtime, records: Sequence[ExecutionRecord],
         console: Where.
         runtime: This process's runtime.
         records: The executions of this run.
-        complete: Whether all spans are still in the outbox; not so where other processes' relays take them away.
+        complete: Whether all spans must still be in the outbox; not so where another process's relay may have sent some.
 
     Returns:
         What is wrong, a line each.
@@ -53,9 +53,13 @@ def show(console: Console, runtime: Runtime, records: Sequence[ExecutionRecord],
         roots = waterfall.bars(chosen, [span for span in spans if span.trace_id == trace_id])
         console.print(waterfall.draw(roots, width=min(console.width, WATERFALL_COLUMNS)))
     console.print()
-    if not complete:
-        console.print("[dim]Other processes use this store too, so spans that their relays have sent already could not be compared.[/]")
-    return demo_view.faults(records, spans, complete=complete)
+    wrong = demo_view.faults(records, spans, complete=True)
+    if complete or not wrong:
+        return wrong
+    console.print(
+        "[dim]Another process has this store open. Spans that its relay has sent already could not be compared.[/]", soft_wrap=True
+    )
+    return demo_view.faults(records, spans, complete=False)
 
 
 def held_spans(runtime: Runtime, records: Sequence[ExecutionRecord]) -> list[DecodedSpan]:
