@@ -137,6 +137,7 @@ ON CONFLICT (execution_id) DO UPDATE SET
     latest = CASE WHEN execution.state = 'succeeded' THEN execution.latest ELSE execution.attempts + 1 END,
     name = CASE WHEN execution.attempts = 0 THEN excluded.name ELSE execution.name END,
     started_unix_ns = COALESCE(execution.started_unix_ns, excluded.started_unix_ns),
+    error_type = NULL, error_message = NULL,
     ended_unix_ns = CASE WHEN execution.{_TERMINAL.replace("OR ", "OR execution.")} THEN execution.ended_unix_ns END,
     state = CASE WHEN execution.{_TERMINAL.replace("OR ", "OR execution.")} THEN execution.state ELSE 'running' END
 RETURNING attempts, state, snapshot,
@@ -311,7 +312,8 @@ def _end_execution(tx: Transaction, execution_id: str, number: int, outcome: Out
         return
     if duplicate:
         return
-    state = RETRYING if outcome.retrying else outcome.state
+    # What was asked to be cancelled is not retried, even if a message for another attempt is out already.
+    state = RETRYING if outcome.retrying and not outcome.sticky else outcome.state
     ended = outcome.ended_unix_ns if state in ENDED_STATES else None
     snapshot = outcome.snapshot if state == PAUSED else None
     tx.execute(_END, (state, ended, int(outcome.sticky), snapshot, execution_id, number))
