@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from opentelemetry import context as otel_context
 from opentelemetry.sdk.trace import TracerProvider
 
 from otelexec import identity, logs, otlp, semconv, spans
@@ -430,6 +431,16 @@ def shutdown() -> None:
             runtime.shutdown()
 
 
+def _before_fork() -> None:
+    """Write the spans that are open around a fork: what the child runs has them as parents."""
+    if _current is None:
+        return
+    try:
+        before_send(otel_context.get_current())
+    except Exception:  # the user's fork must go through; Python would only print it
+        logger.exception("otelexec.fork.failed")
+
+
 def _after_fork() -> None:
     global _current, _lock  # noqa: PLW0603 (one runtime per process is the point)
     _lock = threading.RLock()
@@ -444,5 +455,5 @@ def _at_exit() -> None:
     shutdown()
 
 
-os.register_at_fork(after_in_child=_after_fork)
+os.register_at_fork(before=_before_fork, after_in_child=_after_fork)
 atexit.register(_at_exit)
