@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from otelexec.cli.demo import EXPECTED, KILL_AT_SEGMENT, STORIES, WORKERS
@@ -199,14 +200,14 @@ def test_a_store_without_records_is_one_clear_line(tmp_path: Path) -> None:
 
 
 @contextmanager
-def interrupted_demo(folder: Path) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
+def interrupted_demo(folder: Path) -> Iterator[tuple[subprocess.Popen[str], list[psutil.Process]]]:
     """Give a demo in the middle of its work, and the processes that it started."""
     command = [sys.executable, "-u", "-m", "otelexec", "demo"]
     with subprocess.Popen(command, env=environment(folder), stdout=subprocess.PIPE, text=True) as running:
         try:
             assert running.stdout is not None
             assert any("POST /hooks/shop" in line for line in running.stdout)
-            children = children_of(running.pid)
+            children = psutil.Process(running.pid).children()
             assert len(children) >= WORKERS + 1
             yield running, children
         finally:
@@ -219,24 +220,19 @@ def test_interrupted_it_ends_every_process_that_it_started(tmp_path: Path) -> No
         output, _ = running.communicate(timeout=30)
         assert running.returncode == 130
         assert "Stopped" in output
-        assert not [pid for pid in children if is_running(pid)]
+        assert not [child for child in children if is_running(child)]
 
 
 def test_killed_it_leaves_no_process_behind(tmp_path: Path) -> None:
     with interrupted_demo(tmp_path) as (running, children):
         running.kill()
-        until(lambda: not [pid for pid in children if is_running(pid)], 30)
+        until(lambda: not [child for child in children if is_running(child)], 30)
 
 
-def children_of(parent: int) -> list[int]:
-    """Give the children of a process of the test's own, by Linux's list of them."""
-    return [int(pid) for task in Path(f"/proc/{parent}/task").iterdir() for pid in (task / "children").read_text().split()]
-
-
-def is_running(pid: int) -> bool:
+def is_running(process: psutil.Process) -> bool:
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in {"Z", "X"}
-    except (FileNotFoundError, ProcessLookupError):
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
         return False
 
 
