@@ -1,0 +1,190 @@
+"""Contract: the outbox gives each encoded span out once, the oldest first, and loses none."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from otelexec.store.base import (
+    FAILED,
+    AddSpans,
+    ClaimOutbox,
+    Heartbeat,
+    Prune,
+    ReleaseClaims,
+    RetryParked,
+    SettleOutbox,
+    Store,
+)
+from otelexec.testing.rows import (
+    OpenStore,
+    claim,
+    closed,
+    closing,
+    opened,
+    opening,
+    outbox,
+    outer_closing,
+    process,
+    record,
+    span,
+    write,
+)
+
+
+def fill(store: Store, *requests: bytes, execution_id: str | None = None) -> None:
+    """Put requests of one span each into the outbox."""
+    write(store, *(AddSpans(request, 1, execution_id=execution_id, process_id="p") for request in requests))
+
+
+class OutboxContract:
+    """Spans on their way: written once, claimed, settled, parked, released, pruned."""
+
+    def test_spans_are_put_in_with_their_count(self, store: Store) -> None:
+        write(store, AddSpans(b"three", 3), AddSpans(), AddSpans(b"one", 1))
+        assert [(row.request, row.count, row.failures) for row in claim(store)] == [(b"three", 3, 0), (b"one", 1, 0)]
+
+    def test_a_recorded_span_is_written_by_the_first_who_ends_it(self, store: Store) -> None:
+        write(store, AddSpans(opened=(span("a"), span("b")), process_id="p", execution_id="e"))
+        write(store, AddSpans(opened=(span("a"),), process_id="other", execution_id="e"))
+        assert {(work.kind, work.process_id) for work in store.open_work(["p", "other"], limit=10)} == {("span", "p")}
+        write(store, AddSpans(recorded=((span("a"), b"a ended"),), execution_id="e"))
+        write(store, AddSpans(recorded=((span("a"), b"a again"), (span("b"), b"b ended")), execution_id="e"))
+        write(store, AddSpans(recorded=((span("unknown"), b"never opened"),)))
+        assert outbox(store) == [b"a ended", b"b ended"]
+        assert store.open_work(["p"], limit=10) == []
+
+    def test_claims_are_the_oldest_and_nobody_else_gets_them(self, store: Store) -> None:
+        fill(store, *(b"%d" % number for number in range(6)))
+        first, second = claim(store, "one", max_rows=2), claim(store, "two", max_rows=3)
+        assert [row.request for row in first] == [b"0", b"1"]
+        assert [row.request for row in second] == [b"2", b"3", b"4"]
+        assert [row.request for row in claim(store, "one")] == [b"5"]
+        assert claim(store, "two") == []
+        assert sorted(store.claim_owners()) == ["one", "two"]
+
+    def test_a_claim_stops_at_its_bytes_but_takes_one_row_at_least(self, store: Store) -> None:
+        fill(store, b"x" * 100, b"y" * 40, b"z" * 40, b"w" * 40)
+        assert [len(row.request) for row in claim(store, max_bytes=10)] == [100]
+        assert [len(row.request) for row in claim(store, max_bytes=80)] == [40, 40]
+        assert [len(row.request) for row in claim(store, max_bytes=80)] == [40]
+
+    def test_a_claim_can_end_at_a_row(self, store: Store) -> None:
+        fill(store, b"0", b"1", b"2")
+        ids = [row.id for row in claim(store)]
+        assert ids == sorted(ids)
+        write(store, ReleaseClaims(["relay"]))
+        (rows,) = write(store, ClaimOutbox("relay", 60.0, not_after=ids[1]))
+        assert isinstance(rows, list)
+        assert [row.id for row in rows] == ids[:2]
+
+    def test_a_lapsed_claim_is_taken_by_another(self, store: Store) -> None:
+        fill(store, b"0")
+        assert [row.request for row in claim(store, "dead", lease=-1.0)] == [b"0"]
+        assert [row.request for row in claim(store, "alive")] == [b"0"]
+        assert claim(store, "late") == []
+
+    def test_claims_of_the_dead_are_released(self, store: Store) -> None:
+        fill(store, b"0", b"1", b"2")
+        claim(store, "dead", max_rows=2)
+        claim(store, "alive", max_rows=1)
+        assert write(store, ReleaseClaims(["dead", "unknown"])) == [2]
+        assert [row.request for row in claim(store, "next")] == [b"0", b"1"]
+
+    def test_settled_rows_go_or_come_back_as_they_were_told_to(self, store: Store) -> None:
+        fill(store, b"delivered", b"released", b"failed", b"parked")
+        ids = {row.request: row.id for row in claim(store)}
+        settle = SettleOutbox("relay", [ids[b"delivered"]], [ids[b"released"]], [ids[b"failed"]], [(ids[b"parked"], "poisoned: 400")])
+        assert write(store, settle) == [None]
+        assert [(row.request, row.failures) for row in claim(store)] == [(b"released", 0), (b"failed", 1)]
+        (parked,) = store.statistics().parked
+        assert (parked.id, parked.count, parked.reason) == (ids[b"parked"], 1, "poisoned: 400")
+        assert parked.parked_unix_ns > 0
+
+    def test_parked_rows_go_out_again_on_request_only(self, store: Store) -> None:
+        fill(store, b"bad", b"good")
+        rows = claim(store)
+        write(store, SettleOutbox("relay", parked=[(rows[0].id, "no")], released=[rows[1].id]))
+        assert outbox(store) == [b"good"]
+        assert write(store, RetryParked()) == [1]
+        assert write(store, RetryParked()) == [0]
+        assert outbox(store) == [b"good", b"bad"]
+        assert store.statistics().parked == []
+
+    def test_an_id_is_never_given_twice(self, store: Store) -> None:
+        fill(store, b"0", b"1")
+        first = claim(store)
+        write(store, SettleOutbox("relay", delivered=[row.id for row in first]))
+        fill(store, b"2")
+        assert claim(store)[0].id > max(row.id for row in first)
+
+    def test_prune_deletes_what_is_old_and_delivered_with_all_that_belongs_to_it(self, store: Store) -> None:
+        for number in range(3):
+            row = opening(f"t{number}", f"e{number}")
+            opened(store, row)
+            closed(store, closing(row, ended=10 + number))
+        self._deliver_all(store)
+        assert write(store, Prune(12, limit=1)) == [1]
+        assert write(store, Prune(12)) == [1]
+        assert write(store, Prune(12)) == [0]
+        assert [found.execution_id for found in store.executions()] == ["e2"]
+        assert store.statistics().executions == {"succeeded": 1}
+        assert opened(store, opening("new", "e0")).number == 1
+
+    def test_prune_never_takes_what_is_undelivered_parked_or_open(self, store: Store) -> None:
+        names = ("undelivered", "parked", "outer open", "running again", "children", "paused")
+        for name in names:
+            row = opening(f"t {name}", name)
+            opened(store, row)
+            if name == "outer open":
+                core = opening(f"t {name}", name, outer_token=f"t {name}", takes_over=True)
+                opened(store, core)
+            closed(store, closing(row, "paused" if name == "paused" else FAILED, ended=10))
+            if name == "parked":
+                self._park_all(store)
+            elif name != "undelivered":
+                self._deliver_all(store, but=b"failed t undelivered")
+        opened(store, opening("second", "running again"))
+        fill(store, b"late child", execution_id="children")
+        assert write(store, Prune(2**62)) == [0]
+        assert {found.execution_id for found in store.executions()} == set(names)
+        write(store, outer_closing("t outer open", "outer open"))
+        self._deliver_all(store, but=b"failed t undelivered")
+        assert write(store, Prune(2**62)) == [2]
+        assert {found.execution_id for found in store.executions()} == {"undelivered", "parked", "running again", "paused"}
+
+    def test_prune_keeps_a_process_that_has_something_open(self, store: Store) -> None:
+        write(store, Heartbeat(process("busy")), Heartbeat(process("idle")), Heartbeat(process("claims")))
+        opened(store, opening(process_id="busy"))
+        fill(store, b"0")
+        claim(store, "claims")
+        write(store, Prune(2**62))
+        assert {found.process_id for found in store.processes()} == {"busy", "claims"}
+        assert store.statistics().processes == 2
+
+    def test_held_requests_of_an_execution_are_found_until_they_are_delivered(self, store: Store) -> None:
+        row = opening()
+        opened(store, row)
+        fill(store, b"child", execution_id="e")
+        self._park_all(store)
+        closed(store, closing(row))
+        fill(store, b"somebody else's", execution_id="x")
+        assert sorted(store.held_requests(record(store))) == [b"child", b"succeeded t"]
+        self._deliver_all(store)
+        assert store.held_requests(record(store)) == [b"child"]
+
+    def _deliver_all(self, store: Store, *, but: bytes = b"") -> None:
+        rows = claim(store, "deliverer")
+        keep: Sequence[int] = [row.id for row in rows if row.request == but]
+        write(store, SettleOutbox("deliverer", delivered=[row.id for row in rows if row.id not in keep], released=keep))
+
+    def _park_all(self, store: Store) -> None:
+        rows = claim(store, "parker")
+        parked = [(row.id, "no") for row in rows if row.request != b"failed t undelivered"]
+        write(store, SettleOutbox("parker", parked=parked, released=[row.id for row in rows]))
+
+    def test_what_is_in_hand_is_kept_by_another_connection_too(self, store: Store, other_store: OpenStore) -> None:
+        fill(store, b"0", b"1")
+        other = other_store()
+        claim(store, "one", max_rows=1)
+        assert [row.request for row in claim(other, "two")] == [b"1"]
+        other.close()
