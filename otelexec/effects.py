@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from otelexec.runtime import Runtime
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Commit:
     """Commit a write; the driver sends back its result, or the StoreError that kept it out."""
 

@@ -4,6 +4,9 @@ The contract of a store: the writes it takes, the rows it gives, and the protoco
 A write is plain data. A store commits a sequence of writes in one transaction and gives one result for each, so that
 many executions share a commit. Nothing here knows which database runs it, who waits for the commit, or where a write
 goes when the database is away: those are `sqlite.py`, `group_commit.py` and `spool.py`.
+
+The rows that every execution makes are not frozen, though nobody changes them: a frozen dataclass is filled field by
+field through `object.__setattr__`, which takes three times as long.
 """
 
 from __future__ import annotations
@@ -62,7 +65,7 @@ class ProcessRow:
     ended: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class ExecutionRow:
     """What an execution is, whoever runs it: written by the first attempt or by the publish before it."""
 
@@ -74,7 +77,7 @@ class ExecutionRow:
     parent_execution_id: str | None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class SpanRow:
     """
     A span by its ids, with the fields known at its start.
@@ -90,7 +93,7 @@ class SpanRow:
     start: bytes
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class OpenAttempt:
     """
     Open an attempt, or let a core take an open one over. Gives `Opened`.
@@ -138,7 +141,7 @@ class Cancellation:
     terminate: bool | None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Opened:
     """
     What the store says of an attempt that it opened.
@@ -156,7 +159,7 @@ class Opened:
     snapshot: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Outcome:
     """
     How an attempt ended.
@@ -222,7 +225,7 @@ class AddSpans:
 NO_SPANS = AddSpans()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Frozen:
     """An outcome with the span that says the same."""
 
@@ -230,7 +233,7 @@ class Frozen:
     request: bytes
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class CloseAttempt:
     """
     Close an attempt once, with its span, in one transaction. Gives `Closed`.
@@ -256,7 +259,7 @@ class CloseAttempt:
     observed: RecordObserved | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Closed:
     """
     Who closed the attempt, and as what.

@@ -8,7 +8,7 @@ and use nothing but `execute` and the store's clock; placeholders are `?`.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 from otelexec.store.base import (
@@ -54,6 +54,8 @@ from otelexec.store.base import (
 )
 
 SCHEMA_VERSION = 1
+
+_MAX_PARAMETERS = 512  # with the others of a statement still below 999, SQLite's limit before 3.32
 
 # {key}, {serial}, {blob} and {bigint} are the store's own types; a {serial} key is never given twice, since a relay
 # may settle a row that is gone. `claim` and `parked` are tables of their own so that
@@ -518,30 +520,36 @@ def claim_outbox(tx: Transaction, write: ClaimOutbox, *, locking: str = "") -> l
             break
         claimed.append(OutboxRow(row[0], bytes(row[1]), row[2], row[3]))
     until = now + int(write.lease_seconds * 1e9)
-    for row in claimed:
+    for marks, ids in _chunks([row.id for row in claimed]):
+        tx.execute(f"DELETE FROM claim WHERE id IN ({marks})", ids)  # lapsed ones
         tx.execute(
-            """INSERT INTO claim (id, owner, until_unix_ns) VALUES (?, ?, ?)
-               ON CONFLICT (id) DO UPDATE SET owner = excluded.owner, until_unix_ns = excluded.until_unix_ns""",
-            (row.id, write.owner, until),
+            f"INSERT INTO claim (id, owner, until_unix_ns) SELECT id, ?, ? FROM outbox WHERE id IN ({marks})", (write.owner, until, *ids)
         )
     return claimed
 
 
 def settle_outbox(tx: Transaction, write: SettleOutbox) -> None:
     """Delete what was accepted, give back what was not, set aside what never will be."""
-    for row_id in write.delivered:
-        tx.execute("DELETE FROM outbox WHERE id = ?", (row_id,))
-    for row_id in write.failed:
-        tx.execute("UPDATE outbox SET failures = failures + 1 WHERE id = ?", (row_id,))
     for row_id, reason in write.parked:
         tx.execute(
             """INSERT INTO parked (id, request, count, execution_id, reason, parked_unix_ns)
                SELECT id, request, count, execution_id, ?, ? FROM outbox WHERE id = ?""",
             (reason, tx.now_unix_ns(), row_id),
         )
-        tx.execute("DELETE FROM outbox WHERE id = ?", (row_id,))
-    for row_id in (*write.delivered, *write.released, *write.failed, *(row_id for row_id, _ in write.parked)):
-        tx.execute("DELETE FROM claim WHERE id = ? AND owner = ?", (row_id, write.owner))
+    gone = (*write.delivered, *(row_id for row_id, _ in write.parked))
+    for marks, ids in _chunks(gone):
+        tx.execute(f"DELETE FROM outbox WHERE id IN ({marks})", ids)
+    for marks, ids in _chunks(write.failed):
+        tx.execute(f"UPDATE outbox SET failures = failures + 1 WHERE id IN ({marks})", ids)
+    for marks, ids in _chunks((*gone, *write.released, *write.failed)):
+        tx.execute(f"DELETE FROM claim WHERE owner = ? AND id IN ({marks})", (write.owner, *ids))
+
+
+def _chunks(ids: Sequence[int]) -> Iterator[tuple[str, Sequence[int]]]:
+    """Give ids in lists that one statement can take, each with its placeholders."""
+    for start in range(0, len(ids), _MAX_PARAMETERS):
+        chunk = ids[start : start + _MAX_PARAMETERS]
+        yield ",".join("?" * len(chunk)), chunk
 
 
 def release_claims(tx: Transaction, write: ReleaseClaims) -> int:
