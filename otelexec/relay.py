@@ -160,13 +160,21 @@ class Relay:
         ended = stop or threading.Event()
         emptied: list[bool] = []
         deadline = time.monotonic() + timeout
-        worker = threading.Thread(target=lambda: emptied.append(self._drain(deadline, ended)), name="otelexec-relay-drain")
-        worker.start()
+        # Not join(): interrupted by a signal handler's exception, Python 3.11's takes a running thread for a stopped one.
+        finished = threading.Event()
+
+        def work() -> None:
+            try:
+                emptied.append(self._drain(deadline, ended))
+            finally:
+                finished.set()
+
+        threading.Thread(target=work, name="otelexec-relay-drain").start()
         try:
-            worker.join(timeout)
+            finished.wait(timeout)
         finally:
             ended.set()
-            worker.join()
+            finished.wait()
         return any(emptied)
 
     def _drain(self, deadline: float, ended: threading.Event) -> bool:
@@ -228,6 +236,19 @@ class Relay:
             self._one_round.release()
         self._transport.close()
 
+    def send_rest(self, deadline: float) -> None:
+        """
+        Send what is left, in this thread and as long as all goes well.
+
+        Args:
+            deadline: When to begin no further request, by `time.monotonic()`.
+        """
+        over = _Deadline(deadline)
+        while not self._refusals and not over.is_set():
+            progress = self._round(over)
+            if progress.pause is not None or not progress.seen:
+                return
+
     def _serve(self) -> None:
         while not self._stop.is_set():
             self._news.clear()
@@ -236,11 +257,7 @@ class Relay:
                 self._stop.wait(progress.pause)
             elif not progress.seen:
                 self._news.wait(self._interval)
-        over = _Deadline(self._stop_by)
-        while not self._refusals and not over.is_set():
-            progress = self._round(over)
-            if progress.pause is not None or not progress.seen:
-                return
+        self.send_rest(self._stop_by)
 
     def _round(self, stop: threading.Event) -> Progress:
         try:

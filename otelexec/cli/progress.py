@@ -13,6 +13,7 @@ from otelexec.cli import console
 if TYPE_CHECKING:
     from rich.progress import ProgressColumn, TaskID
 
+NOTE_CHARS: Final = 60
 PLAIN_SECONDS: Final = 5.0
 """Between two plain lines: a log file should not fill with them."""
 
@@ -32,16 +33,14 @@ class Advance:
         self._unit = unit
         self._total = total
         self._done = 0
-        self._note = ""
         self._said = time.monotonic()
         console_ = console.err()
         self._bar: Bar | None = None
         self._task: TaskID | None = None
         if console_.is_terminal:
             columns: list[ProgressColumn] = [SpinnerColumn(), TextColumn("{task.description}", markup=False)]
-            if total is not None:
-                columns.append(BarColumn(bar_width=None))
-            columns += [MofNCompleteColumn(), TextColumn(unit), TimeElapsedColumn()]
+            counts = [TextColumn("{task.completed:,}")] if total is None else [BarColumn(bar_width=None), MofNCompleteColumn()]
+            columns += [*counts, TextColumn(unit), TimeElapsedColumn()]
             self._bar = Bar(*columns, console=console_, transient=True, expand=total is not None)
 
     def __enter__(self) -> Self:
@@ -61,7 +60,8 @@ class Advance:
         self._done += count
         if self._total is not None:
             self._total = max(self._total, self._done)
-        text = self._doing + (f" ({console.clean(note)})" if note else "")
+        note = console.clean(note)
+        text = self._doing + (f" ({note if len(note) <= NOTE_CHARS else note[: NOTE_CHARS - 1] + '…'})" if note else "")
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=self._done, total=self._total, description=text)
         elif time.monotonic() - self._said >= PLAIN_SECONDS:

@@ -14,6 +14,7 @@ import struct
 import subprocess
 import sys
 import termios
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -511,6 +512,24 @@ def test_ctrl_c_ends_a_drain_quietly_with_130_and_gives_its_rows_back(worked: Cl
     assert out == ""
     assert all(line.startswith("warning: ") for line in err.splitlines())
     assert worked.store.claim_owners() == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_never_falls_between_an_answer_and_its_deletion(worked: Cli, receiver: OtlpReceiver, number: signal.Signals) -> None:
+    """The request under way is answered a second later, and what it held is deleted then."""
+    arrived = threading.Event()
+
+    def answer_late(_: object) -> Answer:
+        arrived.set()
+        return Answer(delay_seconds=1)
+
+    receiver.answer = answer_late
+    with worked.started("relay", "--drain", "--otlp-endpoint", receiver.endpoint) as process:
+        assert arrived.wait(SECONDS)
+        process.send_signal(number)
+        process.communicate(timeout=SECONDS)
+    assert process.returncode == 128 + number
+    assert spans_in_outbox(worked) == 0
 
 
 def test_sigterm_ends_a_drain_with_143_and_gives_its_rows_back(worked: Cli, receiver: OtlpReceiver) -> None:
