@@ -121,6 +121,7 @@ def _configure() -> tuple[_runtime.Runtime, Store]:
     url = os.environ.get("OTELEXEC_STORE")
     if url == "none":
         raise otelexec.SettingsError("OTELEXEC_STORE: the demo shows records and `none` keeps none; unset it for a store of the demo's own")
+    _settings.load(store=url)  # a wrong setting should not leave an empty store behind
     # Nothing leaves before it was shown, and what a killed worker leaves open is closed before everybody's eyes.
     otelexec.configure(store=url or f"sqlite:///{fresh_store()}", service_name="demo", relay=False, reconcile=False)
     runtime = _runtime.get()

@@ -49,6 +49,7 @@ def environment(folder: Path, **more: str) -> dict[str, str]:
     closed = free_ports(1)[0]
     own = {
         "HOME": str(folder),
+        "TMPDIR": str(folder),
         "XDG_STATE_HOME": str(folder / "state"),
         "OTELEXEC_STORE": f"sqlite:///{folder / 'demo.db'}",
         "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{closed}",

@@ -96,6 +96,7 @@ def environment(folder: Path) -> dict[str, str]:
         "PATH": f"{commands}:{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
         "HOME": str(folder),
+        "TMPDIR": str(folder),
         "XDG_STATE_HOME": str(folder / "state"),
         "SHOP": str(folder / "shop"),
         "OTELEXEC_RELAY": "false",
