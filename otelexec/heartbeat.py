@@ -17,6 +17,7 @@ from otelexec.errors import OtelexecError, StoreError
 from otelexec.store.base import Heartbeat as HeartbeatWrite
 
 if TYPE_CHECKING:
+    from otelexec.relay import Relay
     from otelexec.runtime import Runtime
 
 logger = logging.getLogger("otelexec.heartbeat")
@@ -131,7 +132,9 @@ class Heartbeat:
             if not runtime.spooling:
                 runtime.commit(HeartbeatWrite(runtime.process), durable=False, timeout_seconds=1.0)
         if runtime.relay is None and runtime.settings.relay and now >= self._relay_from:
-            self._start_relay()
+            relay = self.make_relay()
+            if relay is not None:
+                relay.start()
         if runtime.settings.reconcile and now >= self._next_reconcile:
             self._next_reconcile = now + runtime.settings.reconcile_interval_seconds
             self._reconcile()
@@ -155,22 +158,21 @@ class Heartbeat:
                 if execution.id in wishes:
                     execution.cancelled_by(wishes[execution.id])
 
-    def _start_relay(self) -> None:
+    def make_relay(self) -> Relay | None:
+        """Make the relay of this process; None where it has nothing to send or can't."""
         from otelexec.reconcile import dead_relays
         from otelexec.relay import Relay
 
         runtime = self._runtime
         store = runtime.store
         if store is None:
-            return
+            return None
         try:
-            relay = Relay(runtime.commit_all, runtime.settings, runtime.process_id, dead=lambda: dead_relays(store, runtime.process_id))
+            runtime.relay = Relay(runtime.commit_all, runtime.settings, runtime.process_id, dead=lambda: dead_relays(store, runtime.process_id))
         except OtelexecError as error:
             logger.error("otelexec.relay.unusable: %s", error)  # noqa: TRY400 (the message says it all)
             self._relay_from = float("inf")
-            return
-        runtime.relay = relay
-        relay.start()
+        return runtime.relay
 
     def _reconcile(self) -> None:
         from otelexec.reconcile import Reconciler

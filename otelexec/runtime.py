@@ -113,6 +113,7 @@ class Runtime:
     def __init__(self, settings: Settings, provider: TracerProvider | None = None, *, forked: bool = False) -> None:
         self.settings = settings
         self.pid = os.getpid()
+        self._forked = forked
         self.process_id = identity.mint_process_id()
         self.id_generator = SecureIdGenerator()
         self.given_provider = provider
@@ -331,6 +332,11 @@ class Runtime:
         if not self.spooling and self._process is not None:
             with contextlib.suppress(StoreError):
                 self.commit(Heartbeat(self.process, ended=not self.executions), durable=False, timeout_seconds=0.5)
+        if self.relay is None and self.settings.relay and self._process is not None and not self._forked:
+            # A short script; a forked worker of one job leaves its spans to its parent's relay, and is sooner gone.
+            relay = self.heartbeat.make_relay()
+            if relay is not None:
+                relay.send_rest(deadline)
         if self.relay is not None:
             self.relay.stop(max(0.0, deadline - time.monotonic()))
         self.group.close()
