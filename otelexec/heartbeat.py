@@ -168,7 +168,9 @@ class Heartbeat:
         if store is None:
             return None
         try:
-            runtime.relay = Relay(runtime.commit_all, runtime.settings, runtime.process_id, dead=lambda: dead_relays(store, runtime.process_id))
+            runtime.relay = Relay(
+                runtime.commit_all, runtime.settings, runtime.process_id, dead=lambda: dead_relays(store, runtime.process_id)
+            )
         except OtelexecError as error:
             logger.error("otelexec.relay.unusable: %s", error)  # noqa: TRY400 (the message says it all)
             self._relay_from = float("inf")

@@ -57,7 +57,7 @@ class Call:
 Steps = Generator[Effect | Call, Any, None]
 
 
-def lifecycle(runtime: Runtime, options: Options) -> Steps:
+def lifecycle(runtime: Runtime, options: Options) -> Steps:  # noqa: C901 # the order of the steps is to be read in one place
     """
     Run one attempt.
 
