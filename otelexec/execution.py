@@ -285,6 +285,7 @@ class Execution:
         if self._closed("pause"):
             return
         self._paused = str(reason)
+        self._snapshot_error = None
         if snapshot is None:
             return
         try:
