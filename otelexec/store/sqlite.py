@@ -16,6 +16,7 @@ import sqlite3
 import threading
 import time
 import uuid
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -42,9 +43,13 @@ _DAMAGE = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
 _SIDES = ("-wal", "-shm")
 _LOCKED = frozenset({sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED})
 
-# Connections inherited over a fork: closing one in the child would end the parent's locks on the file
-# (https://sqlite.org/howtocorrupt.html, section 2.6), so they are kept until the child ends.
+# How long a fork waits for the commit of another thread.
+_FORK_PATIENCE_SECONDS = 2.0
+
+_stores: weakref.WeakSet[SqliteStore] = weakref.WeakSet()
+# Connections that were in use during a fork; kept, so that the child never closes them.
 _inherited: list[sqlite3.Connection] = []
+_unusable: set[Path] = set()
 
 
 class _Transaction:
@@ -71,6 +76,7 @@ class SqliteStore:
         self.announce: Callable[[], Sequence[Write]] = tuple
         self._create = create
         self._reset()
+        _stores.add(self)
 
     def _reset(self) -> None:
         self._writer: sqlite3.Connection | None = None
@@ -84,6 +90,7 @@ class SqliteStore:
         self._busy_ms = -1
         self._durable: bool | None = None
         self._announced = False
+        self._quiet = False
 
     @property
     def url(self) -> str:
@@ -196,6 +203,8 @@ class SqliteStore:
         return self._writer
 
     def _open(self, timeout_seconds: float) -> sqlite3.Connection:
+        if self.path in _unusable:
+            raise StoreUnavailable(f"{self.url}: this process was forked in the middle of a commit of its parent; it uses the spool")
         if self._create:
             self._clear_leftovers()
         if not self.path.exists():
@@ -310,6 +319,12 @@ class SqliteStore:
                     self._drop_writer()
                     self._set_aside(sqlite3.DatabaseError(str(error)))
         self._drop_writer()
+
+    def _drop_reader(self) -> None:
+        if self._reader is not None:
+            with contextlib.suppress(sqlite3.Error):
+                self._reader.close()
+        self._reader = None
 
     def _drop_writer(self) -> None:
         if self._writer is not None:
@@ -438,14 +453,39 @@ class SqliteStore:
         _inherited.extend(connection for connection in (self._writer, self._reader) if connection is not None)
         self._reset()
 
+    def _before_fork(self) -> None:
+        """
+        Close both connections and let no thread open another until the fork is done.
+
+        SQLite keeps what it knows of a file's locks in the process's memory, and the locks themselves are not
+        inherited. A child of a process with an open connection would count on locks that it does not have (and lose its
+        writes when the parent, the last one to leave as far as anybody can see, deletes the -wal under it), or wait for
+        ever for those of a transaction that goes on in the parent only (https://sqlite.org/howtocorrupt.html, 2.6).
+        """
+        deadline = time.monotonic() + _FORK_PATIENCE_SECONDS
+        self._quiet = self._write_lock.acquire(timeout=_FORK_PATIENCE_SECONDS)
+        if self._quiet and not self._read_lock.acquire(timeout=max(0.0, deadline - time.monotonic())):
+            self._write_lock.release()
+            self._quiet = False
+        if self._quiet:
+            self._drop_writer()
+            self._drop_reader()
+
+    def _after_fork(self, *, child: bool) -> None:
+        if self._quiet:
+            self._quiet = False
+            self._read_lock.release()
+            self._write_lock.release()
+        elif child and (self._writer is not None or self._reader is not None):
+            self.abandon()
+            _unusable.add(self.path)
+
     def close(self) -> None:
         """Close both connections; the next call opens new ones."""
         with self._write_lock:
             self._drop_writer()
         with self._read_lock:
-            if self._reader is not None:
-                self._reader.close()
-            self._reader = None
+            self._drop_reader()
 
 
 def _identity(path: str | Path) -> tuple[int, int] | None:
@@ -464,3 +504,29 @@ def _code(error: BaseException) -> int:
 def _is_refusal(error: BaseException) -> bool:
     # A value that Python can't bind (a lone surrogate, an integer over 64 bits) never reaches SQLite and has no code.
     return not isinstance(error, sqlite3.Error) or _code(error) in _REFUSALS or isinstance(error, sqlite3.InterfaceError)
+
+
+def _all_stores() -> list[SqliteStore]:
+    while True:
+        try:
+            return list(_stores)
+        except RuntimeError:  # another thread made one meanwhile
+            continue
+
+
+def _before_fork() -> None:
+    for store in _all_stores():
+        store._before_fork()  # noqa: SLF001 (the class's own hook)
+
+
+def _after_fork_in_parent() -> None:
+    for store in _all_stores():
+        store._after_fork(child=False)  # noqa: SLF001 (the class's own hook)
+
+
+def _after_fork_in_child() -> None:
+    for store in _all_stores():
+        store._after_fork(child=True)  # noqa: SLF001 (the class's own hook)
+
+
+os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)
