@@ -19,7 +19,7 @@ MAX_ID_CHARS: Final = 128
 MAX_ORIGINAL_CHARS: Final = 256
 """How much of an id that had to be hashed is kept beside the hash."""
 
-_WORDS: Final = Struct("=128Q")
+_WORDS: Final = Struct("=512Q")
 _random: deque[int] = deque()
 
 
