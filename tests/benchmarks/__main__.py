@@ -59,7 +59,7 @@ def _row(result: Result) -> Sequence[str]:
     spread = f"{_figure(low)} to {_figure(high)}" if len(result.values) > 1 else "one run"
     target = f"{'>=' if result.at_least else '<='} {_figure(result.target)}"
     return (
-        result.work + (f" ({result.note})" if result.note else ""),
+        result.work,
         result.against,
         f"{_figure(result.median)} {result.unit}",
         spread,
@@ -85,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         column.justify, column.no_wrap = "right", True
     with tempfile.TemporaryDirectory(prefix="otelexec-benchmarks-") as name:
         folder = Path(name)
-        for chosen in options.only or BENCHMARKS:
+        for chosen in dict.fromkeys(options.only or BENCHMARKS):
             place = folder / chosen
             place.mkdir()
             start = time.perf_counter()
@@ -94,7 +94,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 table.add_row(*_row(result))
             print(f" {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
         console.print(table)
-        console.print(("Short: fewer rounds, fewer rows. " if options.short else "") + measure.machine(folder), highlight=False)
+        console.print(
+            ("Short: few rounds, and fewer rows than the targets of relay and reconcile are meant for. " if options.short else "")
+            + measure.machine(folder),
+            highlight=False,
+        )
     return 0
 
 

@@ -35,7 +35,6 @@ class Result:
         unit: `x` for ratios.
         target: What the median should reach.
         at_least: Whether more is better; else less is.
-        note: What else a reader must know; empty for nothing.
     """
 
     work: str
@@ -44,7 +43,6 @@ class Result:
     unit: str
     target: float
     at_least: bool = False
-    note: str = ""
 
     @property
     def median(self) -> float:

@@ -1,8 +1,8 @@
 """
 Reconcile a store of 1,000,000 attempts of which 1 % belong to processes whose lease has lapsed.
 
-The other 99 % are looked at twice: once all ended, as in a store that has run for long, and once all still running in
-processes that live.
+The other 99 % are looked at twice: once ended and older, as in a store that has run for long before its workers died,
+and once still running in processes that live, with the lapsed ones scattered among them, each in a page of its own.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from otelexec import identity, otlp
 from otelexec.reconcile import Reconciler
-from otelexec.store.base import Heartbeat
+from otelexec.store.base import RUNNING, SUCCEEDED, Heartbeat
 from otelexec.store.spool import Spool
 from otelexec.store.sqlite import SqliteStore
 from tests.benchmarks.measure import Result
@@ -33,19 +33,19 @@ LIVING = 20
 _EXECUTIONS = """
 WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < :rows)
 INSERT INTO execution (execution_id, name, state, request_id, source, correlation, started_unix_ns, ended_unix_ns, attempts, latest)
-SELECT printf('0193%032x', i), 'invoice.run', CASE WHEN i % 100 THEN :state ELSE 'running' END, printf('0194%032x', i), 'direct', '{}',
-    1700000000000000000 + i, CASE WHEN i % 100 AND :state <> 'running' THEN 1700000001000000000 + i END, 1, 1 FROM n"""
+SELECT printf('0193%032x', i), 'invoice.run', CASE WHEN {lapsed} THEN 'running' ELSE :state END, printf('0194%032x', i), 'direct', '{{}}',
+    1700000000000000000 + i, CASE WHEN NOT ({lapsed}) AND :state <> 'running' THEN 1700000001000000000 + i END, 1, 1 FROM n"""
 
-# One in a hundred belongs to one of the dead, the others to one of the living; they lie scattered, as in real life.
+# {lapsed} tells which belong to one of the dead; the others belong to one of the living.
 _ATTEMPTS = """
 WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < :rows)
 INSERT INTO attempt (execution_id, attempt, token, process_id, state, duplicate, trace_id, span_id, span_start,
     started_unix_ns, ended_unix_ns)
 SELECT printf('0193%032x', i), 1, printf('%032x', i),
-    CASE WHEN i % 100 THEN 'living-' || (i % :living) ELSE 'dead-' || (i / 100 % :dead) END,
-    CASE WHEN i % 100 THEN :state ELSE 'running' END, 0, printf('%032x', i), printf('%016x', i),
-    CASE WHEN i % 100 = 0 OR :state = 'running' THEN :start END,
-    1700000000000000000 + i, CASE WHEN i % 100 AND :state <> 'running' THEN 1700000001000000000 + i END FROM n"""
+    CASE WHEN {lapsed} THEN 'dead-' || (i / 100 % :dead) ELSE 'living-' || (i % :living) END,
+    CASE WHEN {lapsed} THEN 'running' ELSE :state END, 0, printf('%032x', i), printf('%016x', i),
+    CASE WHEN {lapsed} OR :state = 'running' THEN :start END,
+    1700000000000000000 + i, CASE WHEN NOT ({lapsed}) AND :state <> 'running' THEN 1700000001000000000 + i END FROM n"""
 
 
 def _fill(path: Path, rows: int, state: str) -> SqliteStore:
@@ -61,8 +61,9 @@ def _fill(path: Path, rows: int, state: str) -> SqliteStore:
     with closing(sqlite3.connect(path, isolation_level=None)) as connection:
         values = {"rows": rows, "state": state, "living": LIVING, "dead": DEAD, "start": otlp.encode_start(span)}
         connection.execute("BEGIN")
-        connection.execute(_EXECUTIONS, values)
-        connection.execute(_ATTEMPTS, values)
+        lapsed = "i % 100 = 0" if state == RUNNING else "i > :rows - :rows / 100"
+        connection.execute(_EXECUTIONS.format(lapsed=lapsed), values)
+        connection.execute(_ATTEMPTS.format(lapsed=lapsed), values)
         connection.execute("UPDATE process SET heartbeat_unix_ns = CASE WHEN process_id LIKE 'dead-%' THEN 1 ELSE ? END", (2**62,))
         connection.execute("COMMIT")
         connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
@@ -102,19 +103,18 @@ def run(folder: Path, *, short: bool = False) -> list[Result]:
         short: A tenth of the rows.
     """
     rows = 100_000 if short else 1_000_000
-    note = "fewer rows than the target names" if short else ""
     logger = logging.getLogger("otelexec.reconcile")
     handler = logging.FileHandler(folder / "reconcile.log")  # a line for each lost attempt is part of the work
     logger.addHandler(handler)
     logger.propagate = False
     results = []
     try:
-        for state, rest in (("succeeded", "ended"), ("running", "running")):
+        for state, rest in ((SUCCEEDED, "ended"), (RUNNING, "running")):
             find, close = _round(folder, rows, state)
             work = f"reconcile {rows:,} rows, 1 % lapsed, the rest {rest}"
             results += [
-                Result(f"{work}: find", "-", [find], "ms", TARGET_FIND_MS, note=note),
-                Result(f"{work}: close {rows // 100:,}", "-", [close], "s", TARGET_CLOSE_SECONDS, note=note),
+                Result(f"{work}: find", "-", [find], "ms", TARGET_FIND_MS),
+                Result(f"{work}: close {rows // 100:,}", "-", [close], "s", TARGET_CLOSE_SECONDS),
             ]
     finally:
         logger.removeHandler(handler)
