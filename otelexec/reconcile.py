@@ -153,8 +153,10 @@ class Reconciler:
         totals = {"attempt": 0, "outer": 0, "span": 0}
         for process, classification, death in dead:
             self._close(process, classification, death, totals, advanced)
-        if dead:
-            self._commit([ReleaseClaims([process.process_id for process, _, _ in dead])])
+        # A relay whose lease has lapsed elsewhere may yet be sending: its claims lapse by themselves.
+        gone = [process.process_id for process, _, _ in dead if identity.is_here(process)]
+        if gone:
+            self._commit([ReleaseClaims(gone)])
         return Reconciled(totals["attempt"], totals["outer"], totals["span"], ingested, len(dead))
 
     def _find(self, deaths: Mapping[int, Death] | None) -> tuple[int, list[tuple[ProcessRow, str, Death | None]]]:
