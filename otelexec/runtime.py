@@ -131,6 +131,7 @@ class Runtime:
         self.spooling = False
         self._backlog: deque[Write] = deque()
         self._backlog_lock = threading.Lock()
+        self._recovery_lock = threading.Lock()
         self._executor: concurrent.futures.ThreadPoolExecutor | None = None
         self.relay: Relay | None = None
         if self.store is not None:
@@ -284,17 +285,25 @@ class Runtime:
         store = self.store
         if store is None:
             return True
-        try:
-            self.spool.ingest(self.take_in, store.ingested)
-            while self._backlog:
-                self.take_in([self._backlog[0]])
-                self._backlog.popleft()
-        except (StoreError, OSError) as error:
-            logger.debug("otelexec.store.unavailable: %s", error)
-            return False
-        if self.spooling:
-            self.spooling = False
-            logger.warning("otelexec.store.recovered: %s is back and has what the spool held", store.url)
+        with self._recovery_lock:  # the background thread's, and the one that shuts down
+            try:
+                # Whether the store is back, before anything else is touched.
+                self.take_in([Heartbeat(self.process)])
+                try:
+                    self.spool.ingest(self.take_in, store.ingested)
+                except OSError as error:
+                    if self.spool.filled:
+                        raise
+                    logger.debug("otelexec.spool.unavailable: %s", error)
+                while self._backlog:
+                    self.take_in([self._backlog[0]])
+                    self._backlog.popleft()
+            except (StoreError, OSError) as error:
+                logger.debug("otelexec.store.unavailable: %s", error)
+                return False
+            if self.spooling:
+                self.spooling = False
+                logger.warning("otelexec.store.recovered: %s is back and has what it could not take before", store.url)
         return True
 
     def take_in(self, writes: Sequence[Write]) -> None:
