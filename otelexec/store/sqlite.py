@@ -9,6 +9,7 @@ may be deleted, replaced or damaged under a running process, and the connection 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import logging
 import os
@@ -217,6 +218,10 @@ class SqliteStore:
                         self._move_away(suffix)
                     # Made with these rights, not changed to them afterwards; SQLite gives -wal and -shm the same.
                     os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+        if not os.access(self.path, os.W_OK):
+            # SQLite would open it all the same and make a -wal and a -shm with the file's rights, in which nobody could
+            # write once the file itself is writable again.
+            raise PermissionError(errno.EACCES, "not writable", str(self.path))
         try:
             connection = self._connect(timeout_seconds)
         except sqlite3.DatabaseError as error:
