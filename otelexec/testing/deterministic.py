@@ -6,7 +6,6 @@ import contextlib
 import itertools
 import threading
 import time
-from types import SimpleNamespace
 from typing import Self
 from unittest import mock
 
@@ -47,16 +46,13 @@ class IncrementalIdGenerator(IdGenerator):
         """Say that these ids are not random."""
         return False
 
-    def _urandom(self, size: int) -> bytes:
-        return next(self._others).to_bytes(size, "big")
-
     def __enter__(self) -> Self:
         """Put these ids in the place of otelexec's own."""
         with contextlib.ExitStack() as stack:
             for name in ("generate_span_id", "generate_trace_id"):
                 given = getattr(self, name)
                 stack.enter_context(mock.patch.object(spans.SecureIdGenerator, name, lambda _, given=given: given()))
-            stack.enter_context(mock.patch.object(ids, "os", SimpleNamespace(urandom=self._urandom)))
+            stack.enter_context(mock.patch.object(ids, "random_word", lambda: next(self._others)))
             self._stack = stack.pop_all()
         return self
 
