@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 from opentelemetry import context as otel_context
 
+from otelexec import loop_commit
 from otelexec.context import detach
 from otelexec.effects import Block, Commit, Effect, perform
 from otelexec.lifecycle import Call, Steps
-from otelexec.store.group_commit import Entry
 
 if TYPE_CHECKING:
     from otelexec.execution import Execution
@@ -174,9 +174,8 @@ class AsyncDriver:
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Any]
         if isinstance(effect, Commit):
-            future = loop.create_future()
-            self._runtime.submit(effect.write, _resolver(loop, future), effect.durable, effect.timeout_seconds)
-        elif isinstance(effect, Block):
+            return await loop_commit.of(loop).commit(self._runtime, effect, self._hold)
+        if isinstance(effect, Block):
             future = self._runtime.in_thread(loop, effect.function)
         else:
             future = loop.create_task(asyncio.sleep(effect.seconds))
@@ -184,21 +183,12 @@ class AsyncDriver:
             try:
                 await asyncio.shield(future)
             except asyncio.CancelledError as error:
-                # Also a second one and a third: the commit is under way, and its answer is wanted.
-                self._held = error
+                self._hold(error)
         return future.result()
 
-
-def _resolver(loop: asyncio.AbstractEventLoop, future: asyncio.Future[Any]) -> Callable[[Entry], None]:
-    def resolve(answer: Any) -> None:
-        if not future.done():
-            future.set_result(answer)
-
-    def notify(entry: Entry) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile; the commit is through
-            loop.call_soon_threadsafe(resolve, entry.error or entry.result)
-
-    return notify
+    def _hold(self, error: asyncio.CancelledError) -> None:
+        # Also a second one and a third: the effect is under way, and its answer is wanted.
+        self._held = error
 
 
 async def call_async(runtime: Runtime, steps: Steps, function: Callable[[], Awaitable[Any]], timeout_seconds: float | None) -> Any:

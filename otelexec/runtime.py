@@ -175,10 +175,6 @@ class Runtime:
         """Commit writes of the relay one after the other; each goes in with whatever else waits."""
         return [self.group.commit(write, durable=False, timeout_seconds=5.0) for write in writes]
 
-    def submit(self, write: Write, notify: Callable[[Entry], None], durable: bool, timeout_seconds: float) -> None:  # noqa: FBT001 (internal, always positional)
-        """Commit a write on the committer thread."""
-        self.group.submit(write, notify, durable=durable, timeout_seconds=timeout_seconds)
-
     def leave(self, write: Write, *, durable: bool) -> None:
         """Commit a write without waiting for anything, or leave it for the next commit."""
 

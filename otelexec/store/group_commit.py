@@ -201,7 +201,7 @@ class GroupCommit:
             if time.monotonic() > entry.deadline + 2 * SLICE_SECONDS and not entry.done and self._withdraw(entry):
                 entry.settle(None, StoreBusy("The store is busy with other executions; this one did not get its turn."))
 
-    def submit(self, write: Write, notify: Callable[[Entry], None], *, durable: bool, timeout_seconds: float) -> None:
+    def submit(self, write: Write, notify: Callable[[Entry], None], *, durable: bool, timeout_seconds: float, wake: bool = True) -> None:
         """
         Commit one write on the committer thread.
 
@@ -210,13 +210,20 @@ class GroupCommit:
             notify: Called on that thread with the settled entry; must not block.
             durable: Whether it must survive power loss.
             timeout_seconds: How long to wait for other processes.
+            wake: Whether to wake that thread at once; else `wake()` has to follow.
         """
         self._pending.append(Entry(write, durable=durable, timeout_seconds=timeout_seconds, notify=notify))
         if self._committer is None:
             self._start_committer()
         if self._committer is None or self._closed:  # the process is ending
             self.flush()
-        self._signal.put(None)
+        elif wake:
+            self.wake()
+
+    def wake(self) -> None:
+        """Have the committer thread look for writes."""
+        if self._pending:
+            self._signal.put(None)
 
     def leave(self, write: Write, notify: Callable[[Entry], None], *, durable: bool, timeout_seconds: float) -> None:
         """

@@ -52,7 +52,7 @@ class IncrementalIdGenerator(IdGenerator):
             for name in ("generate_span_id", "generate_trace_id"):
                 given = getattr(self, name)
                 stack.enter_context(mock.patch.object(spans.SecureIdGenerator, name, lambda _, given=given: given()))
-            stack.enter_context(mock.patch.object(ids, "random_word", lambda: next(self._others)))
+            stack.enter_context(mock.patch.object(ids, "random_word", self._others.__next__))
             self._stack = stack.pop_all()
         return self
 
