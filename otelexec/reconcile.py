@@ -42,6 +42,9 @@ logger = logging.getLogger("otelexec.reconcile")
 BATCH = 500
 """Attempts closed in one transaction: finalizers of other processes wait no longer than that takes."""
 
+MAX_LINES = 20
+"""Lost attempts that are named in the log one by one, for each batch."""
+
 KILLED = "killed"
 OOM = "oom"
 WORKER_LOST = "worker_lost"
@@ -203,7 +206,7 @@ class Reconciler:
         # Outer executors show up once their core is closed, so: until there is nothing more.
         while work := self._store.open_work([process.process_id], limit=BATCH):
             writes = [_write(item, process, classification, death, self._store.now_unix_ns()) for item in work]
-            done = refused = 0
+            done = refused = lost = 0
             for item, result in zip(work, self._commit(writes), strict=True):
                 if isinstance(result, StoreError):
                     logger.error("otelexec.reconcile.refused: %s %s of process %d: %s", item.kind, item.execution_id, process.pid, result)
@@ -212,14 +215,13 @@ class Reconciler:
                     totals[item.kind] += 1
                     done += 1
                 if item.kind == "attempt" and result is True:
-                    logger.warning(
-                        "otelexec.reconcile.lost: execution %s attempt %d of process %d on %s is lost (%s)",
-                        item.execution_id,
-                        item.number,
-                        process.pid,
-                        process.host,
-                        classification,
-                    )
+                    lost += 1
+                    if lost <= MAX_LINES:
+                        text = "otelexec.reconcile.lost: execution %s attempt %d of process %d on %s is lost (%s)"
+                        logger.warning(text, item.execution_id, item.number, process.pid, process.host, classification)
+            if lost > MAX_LINES:
+                text = "otelexec.reconcile.lost: and %d more attempts of process %d on %s; `otelexec list --state lost` has them all"
+                logger.warning(text, lost - MAX_LINES, process.pid, process.host)
             advanced(done)
             if refused == len(work):  # it would be found again for ever; the next round tries once more
                 return
