@@ -54,6 +54,7 @@ def attempts(store: SqliteStore) -> int:
     with closing_now(sqlite3.connect(store.path)) as connection:
         return int(connection.execute("SELECT COUNT(*) FROM attempt").fetchone()[0])
 
+
 # A signal of these tests may also hit a weak reference's callback, where Python swallows what a handler raises.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 

@@ -31,7 +31,7 @@ from otelexec.store.sqlite import SqliteStore
 from otelexec.testing.rows import process
 from tests.records import Records, until
 
-OPEN, FINALIZE = 0.3, 0.8
+OPEN, FINALIZE = 0.5, 1.0
 SLACK = 0.6
 """How much longer than its timeout a step may take on a busy machine; far below the waits that would show a fault."""
 
