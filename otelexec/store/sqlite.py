@@ -9,19 +9,16 @@ may be deleted, replaced or damaged under a running process, and the connection 
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import logging
 import os
 import sqlite3
 import threading
 import time
-import uuid
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from otelexec.errors import StoreBusy, StoreNotFound, StoreRejected, StoreUnavailable, StoreVersionError
+from otelexec.errors import StoreBusy, StoreRejected, StoreUnavailable
 from otelexec.store import sql
 from otelexec.store.base import (
     Cancellation,
@@ -32,6 +29,7 @@ from otelexec.store.base import (
     Statistics,
     Write,
 )
+from otelexec.store.sqlite_file import DAMAGE, SqliteFile, code, identity, unusable
 
 logger = logging.getLogger("otelexec.store")
 
@@ -40,8 +38,6 @@ _IN_LIST = 500  # SQLite's oldest limit on parameters of one statement is 999
 
 # Result codes that are the write's own fault; with any other the store could not do its work at this time.
 _REFUSALS = frozenset({sqlite3.SQLITE_TOOBIG, sqlite3.SQLITE_CONSTRAINT, sqlite3.SQLITE_MISMATCH, sqlite3.SQLITE_RANGE})
-_DAMAGE = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
-_SIDES = ("-wal", "-shm")
 _LOCKED = frozenset({sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED})
 
 # How long a fork waits for the commit of another thread.
@@ -50,7 +46,6 @@ _FORK_PATIENCE_SECONDS = 2.0
 _stores: weakref.WeakSet[SqliteStore] = weakref.WeakSet()
 # Connections that were in use during a fork; kept, so that the child never closes them.
 _inherited: list[sqlite3.Connection] = []
-_unusable: set[Path] = set()
 
 
 class _Transaction:
@@ -76,6 +71,7 @@ class SqliteStore:
         self.path = path
         self.announce: Callable[[], Sequence[Write]] = tuple
         self._create = create
+        self._database = SqliteFile(path, create=create)
         self._reset()
         _stores.add(self)
 
@@ -86,8 +82,6 @@ class SqliteStore:
         self._read_lock = threading.Lock()
         self._file: tuple[int, int] | None = None
         self._read_file: tuple[int, int] | None = None
-        self._opened: tuple[int, int] | None = None
-        self._sides: dict[str, tuple[int, int] | None] = {}
         self._busy_ms = -1
         self._durable: bool | None = None
         self._announced = False
@@ -142,7 +136,7 @@ class SqliteStore:
             if receipt.committed or isinstance(error, TimeoutError):  # a signal handler's
                 raise
             self._after(error)
-            unavailable = StoreBusy if _code(error) in _LOCKED else StoreUnavailable
+            unavailable = StoreBusy if code(error) in _LOCKED else StoreUnavailable
             raise unavailable(f"{self.url}: {error}") from error
 
     def _transact(
@@ -185,7 +179,7 @@ class SqliteStore:
         return result
 
     def _writable(self, timeout_seconds: float) -> sqlite3.Connection:
-        if self._writer is not None and _identity(self.path) != self._file:
+        if self._writer is not None and identity(self.path) != self._file:
             # Deleted or replaced under us: what is committed from here on goes to the file that is there now.
             logger.warning("otelexec.store.replaced: %s is another file than before, or gone", self.path)
             self._drop_writer()
@@ -194,8 +188,8 @@ class SqliteStore:
             self._durable = None
             self._announced = False
             self._file = None
-            self._writer = self._open(timeout_seconds)
-            self._file = _identity(self.path)
+            self._writer = self._database.open(timeout_seconds)
+            self._file = identity(self.path)
         busy_ms = max(0, int(timeout_seconds * 1000))
         if busy_ms != self._busy_ms:
             self._busy_ms = -1
@@ -203,126 +197,16 @@ class SqliteStore:
             self._busy_ms = busy_ms
         return self._writer
 
-    def _open(self, timeout_seconds: float) -> sqlite3.Connection:
-        if self.path in _unusable:
-            raise StoreUnavailable(f"{self.url}: this process was forked in the middle of a commit of its parent; it uses the spool")
-        if self._create:
-            self._clear_leftovers()
-        if not self.path.exists():
-            if not self._create:
-                raise StoreNotFound(f"No store at {self.path}. Run an execution first, or set OTELEXEC_STORE to where it is.")
-            self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            with self._locked():
-                if not self.path.exists():
-                    for suffix in _SIDES:
-                        self._move_away(suffix)
-                    # Made with these rights, not changed to them afterwards; SQLite gives -wal and -shm the same.
-                    os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
-        if not os.access(self.path, os.W_OK):
-            # SQLite would open it all the same and make a -wal and a -shm with the file's rights, in which nobody could
-            # write once the file itself is writable again.
-            raise PermissionError(errno.EACCES, "not writable", str(self.path))
-        try:
-            connection = self._connect(timeout_seconds)
-        except sqlite3.DatabaseError as error:
-            if _code(error) not in _DAMAGE or not self._create:
-                raise
-            self._set_aside(error)
-            return self._open(timeout_seconds)
-        self._opened = _identity(self.path)
-        self._sides = {suffix: _identity(f"{self.path}{suffix}") for suffix in _SIDES}
-        return connection
-
-    def _clear_leftovers(self) -> None:
-        """
-        Move away the side files of a store that was deleted or replaced without them.
-
-        SQLite would take an old -wal for the new file's, and truncate an old -shm under the connections that have it
-        mapped, which kills their process.
-        """
-        sides, self._sides = self._sides, {}
-        if self._opened in (None, _identity(self.path)) or not self.path.parent.exists():
-            return
-        with self._locked():
-            for suffix, identity in sides.items():
-                if identity is not None and _identity(f"{self.path}{suffix}") == identity:
-                    self._move_away(suffix)
-
-    def _move_away(self, suffix: str) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            Path(f"{self.path}{suffix}").rename(f"{self.path}.left-{time.strftime('%Y%m%dT%H%M%S')}-{uuid.uuid4().hex[:8]}{suffix}")
-
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
-        """Hold the lock under which processes make the file or set it aside."""
-        descriptor = os.open(f"{self.path}.lock", os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(descriptor)
-
-    def _connect(self, timeout_seconds: float) -> sqlite3.Connection:
-        connection = sqlite3.connect(
-            f"{self.path.as_uri()}?mode=rw", uri=True, timeout=timeout_seconds, isolation_level=None, check_same_thread=False
-        )
-        try:
-            if connection.execute("PRAGMA user_version").fetchone()[0] != sql.SCHEMA_VERSION:
-                self._migrate(connection)
-            connection.execute("SELECT 1 FROM execution LIMIT 1").fetchone()
-        except BaseException:
-            connection.close()
-            raise
-        return connection
-
-    def _migrate(self, connection: sqlite3.Connection) -> None:
-        found = connection.execute("PRAGMA user_version").fetchone()[0]
-        if found == 0 and not self._create:
-            raise StoreNotFound(f"{self.path} is no store yet. Run an execution first, or set OTELEXEC_STORE to where it is.")
-        if found == 0:
-            connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute("BEGIN IMMEDIATE")
-        try:
-            version = connection.execute("PRAGMA user_version").fetchone()[0]
-            if version > sql.SCHEMA_VERSION:
-                raise StoreVersionError(
-                    f"{self.url} has schema {version}, this otelexec knows {sql.SCHEMA_VERSION}. "
-                    "Upgrade this one: `pip install -U otelexec`."
-                )
-            if version == 0:
-                for statement in sql.SCHEMA:
-                    connection.execute(
-                        statement.format(
-                            key="INTEGER PRIMARY KEY", serial="INTEGER PRIMARY KEY AUTOINCREMENT", blob="BLOB", bigint="INTEGER"
-                        )
-                    )
-                connection.execute(f"PRAGMA user_version = {sql.SCHEMA_VERSION}")
-            connection.execute("COMMIT")
-        except BaseException:
-            connection.execute("ROLLBACK")
-            raise
-
-    def _set_aside(self, error: sqlite3.DatabaseError) -> None:
-        damaged = _identity(self.path)
-        with self._locked():
-            if _identity(self.path) != damaged:  # another process was first, and the file is already a new one
-                return
-            aside = self.path.with_name(f"{self.path.name}.corrupt-{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}")
-            for suffix in (*_SIDES, ""):
-                with contextlib.suppress(FileNotFoundError):
-                    Path(f"{self.path}{suffix}").rename(f"{aside}{suffix}")
-        logger.error("otelexec.store.corrupt: %s was set aside as %s: %s", self.path, aside, error)
-
     def _after(self, error: Exception) -> None:
         """Drop the connection after anything but a lock, so that the next commit looks at the file anew."""
-        if _code(error) in _LOCKED:
+        if code(error) in _LOCKED:
             return
         connection = self._writer
-        if connection is not None and _code(error) in _DAMAGE and self._create:
+        if connection is not None and code(error) in DAMAGE and self._create:
             with contextlib.suppress(sqlite3.Error, OSError):
                 if connection.execute("PRAGMA quick_check(1)").fetchone()[0] != "ok":
                     self._drop_writer()
-                    self._set_aside(sqlite3.DatabaseError(str(error)))
+                    self._database.set_aside(sqlite3.DatabaseError(str(error)))
         self._drop_writer()
 
     def _drop_reader(self) -> None:
@@ -347,12 +231,12 @@ class SqliteStore:
     def _reading(self) -> Iterator[_Transaction]:
         with self._read_lock:
             try:
-                if self._reader is not None and _identity(self.path) != self._read_file:
+                if self._reader is not None and identity(self.path) != self._read_file:
                     self._reader.close()
                     self._reader = None
                 if self._reader is None:
-                    self._reader = self._open(timeout_seconds=5)
-                    self._read_file = _identity(self.path)
+                    self._reader = self._database.open(timeout_seconds=5)
+                    self._read_file = identity(self.path)
                 yield _Transaction(self._reader)
             except (sqlite3.Error, OSError) as error:
                 if self._reader is not None:
@@ -483,7 +367,7 @@ class SqliteStore:
             self._write_lock.release()
         elif child and (self._writer is not None or self._reader is not None):
             self.abandon()
-            _unusable.add(self.path)
+            unusable.add(self.path)
 
     def close(self) -> None:
         """Close both connections; the next call opens new ones."""
@@ -493,22 +377,9 @@ class SqliteStore:
             self._drop_reader()
 
 
-def _identity(path: str | Path) -> tuple[int, int] | None:
-    try:
-        status = os.stat(path)  # noqa: PTH116 (also for names that are no Path)
-    except OSError:
-        return None
-    return status.st_dev, status.st_ino
-
-
-def _code(error: BaseException) -> int:
-    """Give the primary SQLite result code; 0 for an error that Python raised itself."""
-    return (getattr(error, "sqlite_errorcode", 0) or 0) & 0xFF
-
-
 def _is_refusal(error: BaseException) -> bool:
     # A value that Python can't bind (a lone surrogate, an integer over 64 bits) never reaches SQLite and has no code.
-    return not isinstance(error, sqlite3.Error) or _code(error) in _REFUSALS or isinstance(error, sqlite3.InterfaceError)
+    return not isinstance(error, sqlite3.Error) or code(error) in _REFUSALS or isinstance(error, sqlite3.InterfaceError)
 
 
 def _all_stores() -> list[SqliteStore]:
