@@ -1,0 +1,182 @@
+"""
+`otelexec reconcile --once` and `otelexec relay --drain`, each killed at its n-th line or SQL statement, and run again.
+
+`python -m tests.acceptance.repairing` makes one store that killed processes of every kind left behind, spool included,
+and lets the command start from a copy of it for each kill.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import random
+import shutil
+import signal
+import sqlite3
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any, Final
+
+from otelexec import cli
+from otelexec.decoded import decode
+from otelexec.store import group_commit
+from tests.acceptance.agreement import disagreements, settle
+from tests.acceptance.collector import Collected, collecting
+from tests.acceptance.killing import Point, Points, Sweep, answer_of, forked, numbered, sample, within
+from tests.acceptance.scenarios import SCENARIOS, Ledger
+
+COMMANDS: Final = {"reconcile": ["reconcile", "--once"], "relay": ["relay", "--drain", "--timeout", "20"]}
+REAL_EVERY: Final = 6
+"""After every so many kills the real commands finish the work; in between the functions behind them do, which is faster."""
+
+LEFT_BY: Final = ("nested", "children", "messages", "tasks")
+"""Scenarios of which one process ended well and one was killed: more rows would only repeat the same lines."""
+
+
+class Repair:
+    """
+    Kill one command at many points.
+
+    Args:
+        command: Its name in `COMMANDS`.
+        folder: For its stores; its own.
+        collected: The endpoint.
+    """
+
+    def __init__(self, command: str, folder: Path, collected: Collected) -> None:
+        self.command = command
+        self.collected = collected
+        self.killed = self.missed = self.spans = self.attempts = self.repeated = 0
+        self.failures: list[str] = []
+        self._template = folder / "template"
+        self._copy = folder / "copy"
+        self._answers = folder / "answer.json"
+
+    def leave_behind(self) -> None:
+        """Let processes of every kind be killed in the middle of their work, and others end well."""
+        self._template.mkdir()
+        chooser = random.Random(1)
+        for name in LEFT_BY:
+            sweep = Sweep(name, self._template)
+            store, ledger = self._template / "store.db", self._template / "ledger"
+            os.environ["OTELEXEC_STORE"] = f"sqlite:///{store}"
+            passed = answer_of(lambda: sweep.run(ledger, f"{name}-", None), self._answers)  # noqa: B023 (called at once)
+            point = chooser.choice(numbered(passed)[len(passed) // 3 :])
+            forked(lambda: sweep.run(ledger, f"{name}-killed-", point))  # noqa: B023 (called at once)
+        forked(self._spool_and_die)
+
+    def _spool_and_die(self) -> None:
+        """End an execution in the spool and begin another one there, while somebody else has the store locked."""
+        group_commit.SLICE_SECONDS = 0.02
+        os.environ.update(OTELEXEC_OPEN_TIMEOUT_SECONDS="0.02", OTELEXEC_FINALIZE_TIMEOUT_SECONDS="0.02")
+        other = sqlite3.connect(self._template / "store.db", isolation_level=None)
+        other.execute("BEGIN IMMEDIATE")
+        ledger = Ledger.at(self._template / "ledger", "homeless-")
+        SCENARIOS["nested"](ledger)
+        SCENARIOS["children"](ledger.part("c-"))
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def _run(self, command: str, kill: Point | None = None, *, traced: bool = False) -> list[str]:
+        os.environ["OTELEXEC_STORE"] = f"sqlite:///{self._copy / 'store.db'}"
+        os.environ["OTEL_EXPORTER_OTLP_ENDPOINT"] = self.collected.endpoint
+        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 (until the process ends)
+        points = Points(kill)
+        if traced:
+            points.install()
+        code = cli.main(COMMANDS[command])
+        points.remove()
+        if code:
+            msg = f"{command} ended with {code}"
+            raise RuntimeError(msg)
+        return points.passed
+
+    def _start_anew(self) -> None:
+        shutil.rmtree(self._copy, ignore_errors=True)
+        shutil.copytree(self._template, self._copy)
+        self.collected.news()
+
+    def dry_run(self) -> list[Point]:
+        """Give every point that the command passes."""
+        self._start_anew()
+        if self.command == "relay":
+            forked(lambda: self._run("reconcile"))
+        points = numbered(answer_of(lambda: self._run(self.command, traced=True), self._answers))
+        self._finish_and_verify("dry run", set())
+        return points
+
+    def sweep(self, points: Sequence[Point]) -> None:
+        """Kill at each point, run both commands again in either order, and verify."""
+        for number, point in enumerate(points):
+            self._start_anew()
+            if self.command == "relay" and number % 2:
+                forked(lambda: self._run("reconcile"))
+            status = forked(lambda: self._run(self.command, point, traced=True))  # noqa: B023 (called at once)
+            if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
+                self.killed += 1
+            elif status == 0:
+                self.missed += 1
+            else:
+                self.failures.append(f"{self.command} at {point}: it ended with status {status}")
+            claimed = set(answer_of(self._claimed, self._answers))
+            self._finish_and_verify(str(point), claimed, number=number)
+
+    def _claimed(self) -> list[str]:
+        with closing(sqlite3.connect(self._copy / "store.db")) as connection:
+            rows = connection.execute("SELECT request FROM outbox JOIN claim USING (id)").fetchall()
+        return [span.span_id for (request,) in rows for span in decode(request)]
+
+    def _finish_and_verify(self, where: str, claimed: set[str], *, number: int = 0) -> None:
+        real = number % REAL_EVERY == 0
+        if real:
+            for command in ("reconcile", "relay") if number % 2 else ("relay", "reconcile", "relay"):
+                if forked(lambda: self._run(command)):  # noqa: B023 (called at once)
+                    self.failures.append(f"{where}: {command} failed afterwards")
+        accepted = self.collected.news()
+        store = self._copy / "store.db"
+
+        def check() -> dict[str, Any]:
+            delivered = accepted if real else accepted + settle(store, drain_first=bool(number % 2))
+            found = disagreements(store, delivered, self._copy / "ledger", repeats=claimed)
+            again = len(delivered) - len({span.span_id for span in delivered})
+            return {"failures": found.failures, "attempts": found.attempts, "spans": len(delivered), "repeated": again}
+
+        answer = answer_of(check, self._answers)
+        self.failures += [f"{self.command} at {where}: {failure}" for failure in answer["failures"]]
+        self.attempts += answer["attempts"]
+        self.spans += answer["spans"]
+        self.repeated += answer["repeated"]
+
+
+def main() -> int:
+    """Sweep a command's points and print what was seen as JSON."""
+    parser = argparse.ArgumentParser(prog="python -m tests.acceptance.repairing")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("command", choices=sorted(COMMANDS))
+    parser.add_argument("--extra", type=int, default=0, help="points beside one for each distinct line and statement")
+    parser.add_argument("--statements", action="store_true", help="every passage of every statement as well")
+    parser.add_argument("--within", default="", help="only lines of these files, for example reconcile,store/sql")
+    chosen = parser.parse_args()
+    gc.freeze()
+    started = time.monotonic()
+    with collecting(chosen.folder / "collected") as collected:
+        repair = Repair(chosen.command, chosen.folder, collected)
+        repair.leave_behind()
+        points = within(repair.dry_run(), chosen.within)
+        wanted = set(sample({"": points}, chosen.extra)[""])
+        if chosen.statements:
+            wanted.update(point for point in points if ".py:" not in point[0])
+        repair.sweep([point for point in points if point in wanted])
+    counts = ("killed", "missed", "attempts", "spans", "repeated", "failures")
+    report = {"points": len(points), "statements": sum(".py:" not in key for key, _ in points)}
+    report |= {count: getattr(repair, count) for count in counts}
+    sys.stdout.write(json.dumps(report | {"seconds": round(time.monotonic() - started, 1)}) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,74 @@
+"""SIGKILL at every line and every SQL statement of the lifecycle, the spool, the reconciler and the relay."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.acceptance.repairing import COMMANDS
+from tests.acceptance.scenarios import SCENARIOS
+from tests.acceptance.sweeping import report, reports, together
+
+SHARES = 2
+MISSED = 0.03
+"""Share of the points that a run may pass less often than the dry run did: threads take turns as they like."""
+
+
+def sweep(folder: Path, extra: int, *scenarios: str, seconds: float) -> dict[str, int]:
+    runs = [(folder / str(share), (*scenarios, f"--extra={extra}", f"--share={share}/{SHARES}")) for share in range(SHARES)]
+    answers = reports("killing", runs, seconds=seconds)
+    counts = together(answers, "killed", "missed", "attempts", "spans")
+    assert counts["missed"] <= MISSED * counts["killed"]
+    return counts | {"lines": answers[0]["lines"], "statements": answers[0]["statements"]}
+
+
+@pytest.mark.timeout(300)
+def test_a_kill_at_any_line_or_statement_leaves_every_attempt_one_state_and_one_span(tmp_path: Path) -> None:
+    """Each distinct line and statement once, over all scenarios."""
+    counts = sweep(tmp_path, 0, *SCENARIOS, seconds=280)
+    assert counts["killed"] >= 0.9 * (counts["lines"] + counts["statements"])
+    assert counts["lines"] > 1000
+    assert counts["statements"] >= 25
+    assert counts["attempts"] > counts["killed"]
+
+
+@pytest.mark.timeout(300)
+def test_a_kill_while_the_store_is_made_leaves_a_store_that_works(tmp_path: Path) -> None:
+    answer = report("killing", tmp_path / "fresh", "block", "--fresh", "--within=store/sqlite", seconds=280)
+    counts = together([answer], "killed", "statements")
+    assert counts["statements"] >= 25  # those of the schema among them
+    assert counts["killed"] > 50
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_a_kill_at_hundreds_of_further_points_of_each_scenario(tmp_path: Path, scenario: str) -> None:
+    """Every distinct line and statement of each scenario by itself, and as many more passages of them."""
+    counts = sweep(tmp_path, 100 if scenario == "spooled" else 400, scenario, seconds=880)
+    assert counts["killed"] >= 0.9 * (counts["lines"] + counts["statements"])
+
+
+def commands(folder: Path, *arguments: str) -> list[dict[str, Any]]:
+    answers = reports("repairing", [(folder / command, (command, *arguments)) for command in COMMANDS], seconds=880)
+    for answer, repeats in zip(answers, (False, True), strict=True):
+        counts = together([answer], "killed", "missed", "repeated")
+        assert counts["missed"] <= MISSED * counts["killed"]
+        # Only a relay that is killed between answer and deletion sends again; if none did, no kill fell in there.
+        assert bool(counts["repeated"]) is repeats
+    return answers
+
+
+@pytest.mark.timeout(300)
+def test_reconcile_and_relay_killed_anywhere_are_finished_by_the_next_ones_in_either_order(tmp_path: Path) -> None:
+    answers = commands(tmp_path, "--within=reconcile,relay,delivery,store/spool,cli/relaying,cli/reconciling")
+    assert min(answer["killed"] for answer in answers) > 80
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_reconcile_and_relay_killed_at_every_statement_are_finished_by_the_next_ones(tmp_path: Path) -> None:
+    for answer in commands(tmp_path, "--statements"):
+        assert answer["killed"] >= answer["statements"]
