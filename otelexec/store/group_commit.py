@@ -15,12 +15,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from itertools import repeat
 from queue import Empty, SimpleQueue
+from types import FrameType
 
 from otelexec.errors import StoreBusy, StoreError, StoreUnavailable
 from otelexec.store.base import Receipt, Store, Write
@@ -147,6 +149,7 @@ class GroupCommit:
         self._signal: SimpleQueue[None] = SimpleQueue()
         self._committer: threading.Thread | None = None
         self._committer_lock = threading.Lock()
+        self._rescue_lock = threading.Lock()
         self._closed = False
 
     def commit(self, write: Write, *, durable: bool = False, timeout_seconds: float = 1.0) -> object:
@@ -167,7 +170,7 @@ class GroupCommit:
         Raises:
             StoreError: It was not written.
         """
-        entry = Entry(write, durable=durable, timeout_seconds=timeout_seconds)
+        entry = leader = Entry(write, durable=durable, timeout_seconds=timeout_seconds)
         held: BaseException | None = None
         self._pending.append(entry)
         try:
@@ -179,8 +182,8 @@ class GroupCommit:
                 except BaseException as error:
                     held = error if held is None else held
         finally:
-            if self._lead.get(_LEAD) is entry:
-                self._let_go(entry)
+            if self._lead.get(_LEAD) is leader:
+                self._let_go(leader)
         if held is not None and not isinstance(entry.error, _Fault):
             raise held
         return entry.answer()
@@ -198,6 +201,8 @@ class GroupCommit:
             entry.prepare()
         else:
             entry.wait(_RESCUE_SECONDS)
+            if not entry.done:
+                self._rescue_lead()
             if time.monotonic() > entry.deadline + 2 * SLICE_SECONDS and not entry.done and self._withdraw(entry):
                 entry.settle(None, StoreBusy("The store is busy with other executions; this one did not get its turn."))
 
@@ -246,14 +251,14 @@ class GroupCommit:
         Args:
             wait: Whether to wait for other processes and threads; if not, what can't be written now stays.
         """
-        me = object()
+        leader = object()
         try:
-            while (self._pending or self._group.entries) and self._lead.setdefault(_LEAD, me) is me:
+            while (self._pending or self._group.entries) and self._lead.setdefault(_LEAD, leader) is leader:
                 self._commit_group(wait=wait)
                 if not wait:
                     return
         finally:
-            self._let_go(me)
+            self._let_go(leader)
 
     def close(self) -> None:
         """Commit what is left and end the committer thread."""
@@ -337,6 +342,28 @@ class GroupCommit:
                 del self._lead[_LEAD]
         if self._pending or self._group.entries:
             self._hand_on()
+
+    def _rescue_lead(self) -> None:
+        """Take the lead from a call that signal handlers threw out before it could let go, one upon another."""
+        holder = self._lead.get(_LEAD)
+        if holder is None or holder is self or self._is_running(holder) or not self._rescue_lock.acquire(blocking=False):
+            return
+        try:
+            # Nobody but a rescuer takes it from a call that has ended, so this is still the one that was looked at.
+            if self._lead.get(_LEAD) is holder:
+                del self._lead[_LEAD]
+        finally:
+            self._rescue_lock.release()
+
+    def _is_running(self, holder: object) -> bool:
+        codes = (GroupCommit.commit.__code__, GroupCommit.flush.__code__)
+        for top in sys._current_frames().values():  # noqa: SLF001 (the only way to see what other threads do)
+            frame: FrameType | None = top
+            while frame is not None:
+                if frame.f_code in codes and frame.f_locals.get("leader") is holder:
+                    return True
+                frame = frame.f_back
+        return False
 
     def _hand_on(self) -> None:
         if self._committer is not None:
