@@ -166,7 +166,7 @@ class Spool:
                     yield descriptor
                     return
             finally:
-                os.close(descriptor)
+                _let_go(descriptor)
 
     @property
     def filled(self) -> bool:
@@ -193,7 +193,7 @@ class Spool:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             yield
         finally:
-            os.close(descriptor)
+            _let_go(descriptor)
 
     def ingest(
         self, commit: Callable[[Sequence[Write]], object], ingested: Callable[[str], int], segments: Sequence[Path] | None = None
@@ -229,7 +229,7 @@ class Spool:
             count = self._commit(path, data, done, commit)
             path.unlink()
         finally:
-            os.close(descriptor)
+            _let_go(descriptor)
         return count
 
     def _commit(self, path: Path, data: bytes, done: int, commit: Callable[[Sequence[Write]], object]) -> int:
@@ -266,6 +266,14 @@ def _lock_now(descriptor: int) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+def _let_go(descriptor: int) -> None:
+    # Closing alone is not enough: a child that another thread forked meanwhile has the same lock until it ends.
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
+    finally:
+        os.close(descriptor)
 
 
 def _is_at(descriptor: int, path: Path) -> bool:

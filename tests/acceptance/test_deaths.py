@@ -103,6 +103,25 @@ with otelexec.execution("after"):
     assert len(list(SqliteStore(path).executions())) == 1 + 5 + 6
 
 
+def test_a_child_that_is_forked_while_the_spool_is_locked_does_not_keep_its_lock(tmp_path: Path) -> None:
+    with start(f"""
+import fcntl
+from pathlib import Path
+from otelexec.store.spool import Spool
+spool = Spool(Path({str(tmp_path)!r}), lambda: None)
+with spool.locked():
+    pid = os.fork()  # as another thread might
+    if pid == 0:
+        time.sleep(60)
+try:
+    fcntl.flock(os.open(spool.folder / ".lock", os.O_RDWR), fcntl.LOCK_EX | fcntl.LOCK_NB)
+finally:
+    os.kill(pid, signal.SIGKILL)
+""") as process:
+        process.communicate(timeout=60)
+        assert process.returncode == 0
+
+
 def test_what_a_process_spooled_just_before_its_death_counts_although_the_spool_was_read_before(tmp_path: Path) -> None:
     """It ends its execution in the spool, tells its caller, and is killed, all after the reconciler has read the spool."""
     path = tmp_path / "store.db"
