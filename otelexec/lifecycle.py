@@ -220,7 +220,7 @@ def _start_span(execution: Execution, runtime: Runtime, scope: Scope | None, bas
     attributes = execution.correlation.members()
     if options.attributes:
         attributes = {**attributes, **options.attributes}
-    return runtime.tracer.start_span(
+    span = runtime.tracer.start_span(
         options.name,
         base,
         options.kind,
@@ -230,3 +230,6 @@ def _start_span(execution: Execution, runtime: Runtime, scope: Scope | None, bas
         record_exception=False,
         set_status_on_exception=False,
     )
+    if runtime.theirs is not None:
+        span.set_attributes(attributes)  # a sampler of the user's may have left them out
+    return span

@@ -115,6 +115,8 @@ class publish(Block[Message]):  # noqa: N801 (read as a verb: `with publish(...)
             self._links,
             started,
         )
+        if runtime.theirs is not None:
+            span.set_attributes(correlation.members())  # a sampler of the user's may have left them out
         patience = runtime.settings.open_timeout_seconds
         row = row_of(span) if runtime.records else None
         if runtime.records:

@@ -147,7 +147,18 @@ class Runtime:
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
         self.provider.add_span_processor(BatchSpanProcessor(_stock_exporter(self.settings)))
-        atexit.register(self.provider.shutdown)
+
+    def _shut_plain_provider(self, deadline: float) -> None:
+        """Send what is left as long as an exit may take; the SDK alone would retry for much longer."""
+        if isinstance(self.theirs, TracerProvider):
+            return
+        thread = threading.Thread(target=self.provider.shutdown, name="otelexec-exit", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:  # the interpreter is shutting down and takes no new threads
+            self.provider.shutdown()
+            return
+        thread.join(max(0.0, deadline - time.monotonic()))
 
     @property
     def process(self) -> ProcessRow:
@@ -332,6 +343,7 @@ class Runtime:
         deadline = time.monotonic() + self.settings.exit_timeout_seconds
         self.heartbeat.stop(self.settings.exit_timeout_seconds)
         if self.store is None:
+            self._shut_plain_provider(deadline)
             return
         self.flush()
         if not self.spooling and self._process is not None:

@@ -101,10 +101,12 @@ async def test_terminate_cancels_a_coroutine_once(records: Records) -> None:
 
 
 async def test_terminate_from_another_process_cancels_a_coroutine(records: Records) -> None:
+    others = []
     with pytest.raises(asyncio.CancelledError):
         async with otelexec.execution("job") as run:
-            other = cancel_elsewhere(run.id, terminate=True)
+            others.append(cancel_elsewhere(run.id, terminate=True))
             await asyncio.sleep(60)
+    (other,) = others
     task = asyncio.current_task()
     assert task is not None
     task.uncancel()
@@ -122,7 +124,7 @@ async def test_a_termination_that_comes_between_items_stops_the_next_step(record
         yield None
 
     made = stream()
-    otelexec.request_cancel(await made.__anext__(), terminate=True)
+    otelexec.request_cancel(str(await made.__anext__()), terminate=True)
     with pytest.raises(asyncio.CancelledError):
         await made.__anext__()
     task = asyncio.current_task()

@@ -1,6 +1,6 @@
 """Cores: the executor that is the job takes over the attempt of the execution around it, and its success is final."""
 
-# ruff: noqa: PT012 (blocks are ended by what is tested)
+# ruff: noqa: PT012, SIM117 (blocks are ended by what is tested)
 
 from __future__ import annotations
 
@@ -73,6 +73,7 @@ def test_an_outer_that_swallows_a_failed_core_changes_nothing(records: Records) 
 
 
 def test_an_outer_retry_after_a_failed_core_makes_it_retrying(records: Records) -> None:
+    payload: dict[str, object] = {}
     with pytest.raises(ValueError, match="core"), otelexec.correlate(source="x", execution_id="e"), otelexec.execution("task"):
         try:
             core(ValueError("core"))

@@ -1,6 +1,6 @@
 """Pause and resume: one execution over many attempts, with what each leaves for the next."""
 
-# ruff: noqa: PT012 (blocks are ended by what is tested)
+# ruff: noqa: PT012, SIM117 (blocks are ended by what is tested)
 
 from __future__ import annotations
 

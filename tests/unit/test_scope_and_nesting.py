@@ -60,13 +60,14 @@ def test_sent_inside_an_execution_is_always_a_new_child(records: Records) -> Non
 
 def test_inject_retry_keeps_the_running_id_and_makes_a_failure_retrying(records: Records) -> None:
     """Behaviour 45: a retry is the same execution, one attempt further."""
-    with pytest.raises(ValueError, match="x"), otelexec.correlate(source="x"), otelexec.execution("job") as run:
+    payload: dict[str, object] = {}
+    with otelexec.correlate(source="x", execution_id="e"), pytest.raises(ValueError, match="x"), otelexec.execution("job"):
         payload = otelexec.inject({}, retry=True)
         raise ValueError("x")
     assert (records.one().state, records.one().ended_unix_ns) == ("retrying", None)
     with otelexec.extract(payload):
         again = job()
-    assert (again.id, again.attempt) == (run.id, 2)
+    assert (again.id, again.attempt) == ("e", 2)
     assert (records.one().state, [attempt.state for attempt in records.one().attempts]) == ("succeeded", ["failed", "succeeded"])
 
 

@@ -1,0 +1,258 @@
+"""Forks, processes and threads: an execution belongs to the pid that opened it, and no context leaks."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import faulthandler
+import multiprocessing
+import os
+import random
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from opentelemetry import context as otel_context
+from opentelemetry import trace
+
+import otelexec
+from otelexec import runtime
+from tests.records import Records
+
+pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+
+
+def in_child(work: Callable[[], None]) -> int:
+    """Fork, run `work` in the child, and give its exit code; it ends by `os._exit`, as RQ's work horse does."""
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        faulthandler.dump_traceback_later(20, exit=True, file=2)  # a child that hangs says where
+        try:
+            work()
+            code = 0
+        except BaseException:
+            traceback.print_exc(file=sys.__stderr__)
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def test_in_a_forked_child_the_parent_s_handle_does_nothing_and_says_so_once(records: Records, tmp_path: Path) -> None:
+    import logging
+
+    said = tmp_path / "said"
+
+    def child() -> None:
+        handler = logging.FileHandler(said)
+        logging.getLogger("otelexec").addHandler(handler)
+        for _ in range(3):
+            run.progress("child's")
+            run.pause("child's")
+            run.set_output("child's")
+        assert not run.is_open
+
+    with otelexec.execution("job") as run:
+        run.progress("parent's")
+        assert in_child(child) == 0
+    attempt = records.attempt()
+    assert (attempt.state, attempt.output) == ("succeeded", None)
+    assert "parent's" in str(attempt.progress)
+    lines = said.read_text().splitlines()
+    assert sorted(line.split("otelexec.execution.inherited: ")[1].split("(")[0] for line in lines) == ["pause", "progress", "set_output"]
+
+
+def test_a_child_that_runs_out_of_the_block_closes_nothing(records: Records, tmp_path: Path) -> None:
+    """The child of a fork in the body returns through the same `with`: the parent's attempt stays the parent's."""
+    pids = tmp_path / "pids"
+
+    @otelexec.execution("job")
+    def run() -> int:
+        return os.fork()
+
+    parent = os.getpid()
+    pid = run()
+    if os.getpid() != parent:
+        os._exit(0 if pid == 0 else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert not pids.exists()
+    assert records.attempt().state == "succeeded"
+    assert [span.name for span in records.spans()] == ["job"]
+
+
+def test_a_child_s_own_executions_are_children_of_the_one_it_was_forked_in(records: Records) -> None:
+    def child() -> None:
+        with otelexec.execution("in the child", core=True), trace.get_tracer("app").start_as_current_span("query"):
+            pass
+
+    with otelexec.execution("job") as run:
+        assert in_child(child) == 0
+        assert run.is_open
+    found = records.named("in the child")
+    assert (found.parent_execution_id, found.state) == (run.id, "succeeded")
+    assert found.execution_id != run.id
+    (attempt,) = found.attempts
+    assert attempt.pid not in (os.getpid(), None)
+    assert records.span(attempt.span_id).parent_span_id == records.named("job").attempts[0].span_id
+    assert records.span_named("query").parent_span_id == attempt.span_id
+
+
+def test_a_child_s_spans_and_ids_never_repeat_the_parent_s(records: Records) -> None:
+    """Must-hold row 7: forks and `random.seed(0)` make no id twice."""
+
+    def work() -> None:
+        random.seed(0)
+        for _ in range(20):
+            with otelexec.execution("job"):
+                random.seed(0)
+                with trace.get_tracer("app").start_as_current_span("child"):
+                    pass
+
+    work()
+    for _ in range(3):
+        assert in_child(work) == 0
+    spans = records.spans()
+    assert len(spans) == 160
+    assert len({span.span_id for span in spans}) == 160
+    assert len({record.execution_id for record in records.all()}) == 80
+    assert len({span.trace_id for span in spans}) == 80
+
+
+def test_a_scope_s_id_is_not_handed_out_twice_over_a_fork(records: Records) -> None:
+    with otelexec.correlate(source="x", execution_id="e"):
+        assert in_child(otelexec.execution("job")(lambda: None)) == 0
+        otelexec.execution("job")(lambda: None)()
+    first, second = records.all()
+    assert (first.execution_id == "e", second.execution_id == "e") == (False, True)
+    assert first.request_id == second.request_id
+
+
+def test_the_work_of_a_child_that_ends_by_os_exit_is_recorded(records: Records) -> None:
+    """What the stock SDK loses: everything, when RQ's work horse ends."""
+
+    def child() -> None:
+        for _ in range(5):
+            otelexec.execution("job")(lambda: None)()
+
+    otelexec.execution("before")(lambda: None)()
+    assert in_child(child) == 0
+    assert [record.state for record in records.all()] == ["succeeded"] * 6
+    assert len(records.spans()) == 6
+
+
+def test_forking_while_other_threads_commit_hangs_nobody(records: Records) -> None:
+    """The child starts with new locks, whoever held the old ones."""
+    stop = threading.Event()
+
+    def busy() -> None:
+        while not stop.is_set():
+            otelexec.execution("busy")(lambda: None)()
+
+    threads = [threading.Thread(target=busy) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(10):
+            assert in_child(otelexec.execution("child")(lambda: None)) == 0
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join(20)
+    runtime.get().recover()  # a child that did not get its turn in time has its record in the spool
+    children = [record for record in records.all() if record.name == "child"]
+    assert [record.state for record in children] == ["succeeded"] * 10
+
+
+def square(number: int) -> tuple[int, str | None]:
+    with otelexec.execution("square") as run:
+        return number * number, run.id
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_multiprocessing_workers_record_for_themselves(records: Records, method: str) -> None:
+    otelexec.execution("parent")(lambda: None)()
+    with multiprocessing.get_context(method).Pool(2) as pool:
+        results = pool.map(square, range(10))
+        pool.close()
+        pool.join()
+    assert [value for value, _ in results] == [number * number for number in range(10)]
+    squares = [record for record in records.all() if record.name == "square"]
+    assert {record.execution_id for record in squares} == {own for _, own in results}
+    assert len(squares) == 10
+    assert {record.state for record in squares} == {"succeeded"}
+
+
+async def test_a_thousand_tasks_leak_no_context_into_the_next_job(records: Records) -> None:
+    """Must-hold row 7."""
+
+    @otelexec.execution("job")
+    async def run(number: int) -> str | None:
+        own = otelexec.current_execution().id
+        await asyncio.sleep(random.random() / 100)
+        if number % 10 == 0:
+            raise ValueError(number)
+        assert otelexec.current_execution().id == own
+        return own
+
+    async def job(number: int) -> None:
+        with otelexec.extract({"executionId": f"e{number}", "requestId": f"r{number}"}):
+            try:
+                assert await run(number) == f"e{number}"
+            except ValueError:
+                assert number % 10 == 0
+        assert not otelexec.current_execution()
+
+    await asyncio.gather(*(job(number) for number in range(1000)))
+    assert otel_context.get_current() == {}
+    found = {record.execution_id: record for record in records.all()}
+    assert set(found) == {f"e{number}" for number in range(1000)}
+    assert all(record.request_id == "r" + record.execution_id[1:] for record in found.values())
+    assert sum(record.state == "failed" for record in found.values()) == 100
+    assert runtime.get().executions == {}
+
+
+def test_32_threads_leak_no_context_into_the_next_job(records: Records) -> None:
+    """Must-hold row 7: each thread does many jobs, one after the other, as a pool's threads do."""
+
+    @otelexec.execution("job")
+    def run(number: int) -> str | None:
+        with trace.get_tracer("app").start_as_current_span(f"s{number}"):
+            return otelexec.current_execution().id
+
+    def job(number: int) -> None:
+        assert not otelexec.current_execution()
+        assert otel_context.get_current() == {}
+        with otelexec.extract({"executionId": f"e{number}"}):
+            assert run(number) == f"e{number}"
+
+    with ThreadPoolExecutor(32) as pool:
+        list(pool.map(job, range(640)))
+    assert {record.execution_id for record in records.all()} == {f"e{number}" for number in range(640)}
+    spans = {span.name: span for span in records.spans() if span.name != "job"}
+    assert all(span.parent_span_id is not None for span in spans.values())
+    assert len(spans) == 640
+
+
+def test_a_thread_that_is_given_the_context_works_for_the_execution(records: Records) -> None:
+    seen: list[str | None] = []
+
+    def work() -> None:
+        current = otelexec.current_execution()
+        seen.append(current.id)
+        current.progress("from the thread")
+
+    with otelexec.execution("job") as run:
+        for target in (work, lambda: contextvars.copy_context().run(work)):
+            thread = threading.Thread(target=target)
+            thread.start()
+            thread.join(10)
+        context = contextvars.copy_context()
+        thread = threading.Thread(target=context.run, args=(work,))
+        thread.start()
+        thread.join(10)
+    assert seen == [None, None, run.id]
+    assert "from the thread" in str(records.attempt().progress)
