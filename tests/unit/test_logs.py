@@ -51,7 +51,7 @@ def test_a_plain_format_string_shows_the_execution_inside_and_empty_strings_outs
 
 
 def test_the_attempt_s_number_and_the_innermost_span_are_shown(records: Records, log: logging.Logger, lines: io.StringIO) -> None:
-    span = trace.INVALID_SPAN
+    span: trace.Span = trace.INVALID_SPAN
     for _ in range(2):
         with otelexec.correlate(source="x", execution_id="e", request_id="r"), otelexec.execution("job"):
             with trace.get_tracer("app").start_as_current_span("query") as span:
