@@ -2,9 +2,10 @@
 
 from otelexec.correlation import Correlation, correlate
 from otelexec.decorators import execution, wrap_executor
+from otelexec.endings import Ending, was_finalized
 from otelexec.envelope import extract, inject
 from otelexec.errors import ExecutionCancelled, OtelexecError, SettingsError, StoreError
-from otelexec.execution import Ending, Execution, current_execution, was_finalized
+from otelexec.execution import Execution, current_execution
 from otelexec.logs import structlog_processor
 from otelexec.propagation import extract_env, extract_headers, inject_env, inject_headers
 from otelexec.publishing import publish, reject, request_cancel

@@ -12,19 +12,17 @@ import contextlib
 import json
 import logging
 import os
-import signal
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
-from types import CodeType, FrameType
 from typing import TYPE_CHECKING, Any, Literal
 
 from opentelemetry import trace
 
 from otelexec import context
+from otelexec.endings import RETURNED, Classifier, Ending, describe, raised_by_signal_handler
 from otelexec.errors import ExecutionCancelled
 from otelexec.store.base import (
     CANCELLED,
@@ -55,37 +53,6 @@ _NOTHING: Mapping[str, Any] = {}
 _INTERRUPTIONS = (asyncio.CancelledError, KeyboardInterrupt, GeneratorExit, ExecutionCancelled)
 
 _warned: set[str] = set()
-
-
-@dataclass(frozen=True, slots=True)
-class Ending:
-    """
-    How the code of an attempt ended, before the store had its say.
-
-    Attributes:
-        state: A terminal attempt state.
-        classification: What kind of it, where that says more; None otherwise.
-        error_type: Fully qualified class of the exception, or a reason; None when there was no error.
-        error_message: Its text.
-        exception: What was raised, for the span's event; None when nothing was.
-        depends_on_cancellation: Whether a cancellation in the store makes another ending of it.
-        retrying: Whether another attempt is already on its way.
-    """
-
-    state: str
-    classification: str | None = None
-    error_type: str | None = None
-    error_message: str | None = None
-    exception: BaseException | None = None
-    depends_on_cancellation: bool = False
-    retrying: bool = False
-
-
-_SUCCEEDED = Ending(SUCCEEDED)
-
-Classifier = Callable[[BaseException], "Ending | None"]
-"""Takes what the code raised and gives its ending, or None to leave it to the default. An adapter's way to know the
-backend's own exceptions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -430,7 +397,7 @@ class Execution:
             return Ending(REJECTED, None, self._rejected, self._rejected)
         if self.options.cancel_wins:
             return Ending(CANCELLED) if self.cancel_requested else Ending(SUCCEEDED, depends_on_cancellation=True)
-        return _SUCCEEDED
+        return RETURNED
 
     def _raised(self, exception: BaseException) -> Ending:
         known = self._known(exception)
@@ -495,76 +462,6 @@ def current_execution() -> Execution | NoExecution:
     """Give the execution that this code runs in; outside any, a handle that is false and does nothing."""
     found = context.current_execution()
     return found if isinstance(found, Execution) else _NO_EXECUTION
-
-
-def describe(exception: BaseException, max_chars: int) -> tuple[str, str]:
-    """
-    Give the fully qualified class of an exception and its text, whatever its `__str__` does.
-
-    Args:
-        exception: The exception.
-        max_chars: Longest text in characters.
-    """
-    cls = type(exception)
-    name = cls.__qualname__ if cls.__module__ == "builtins" else f"{cls.__module__}.{cls.__qualname__}"
-    try:
-        text = str(exception)
-    except Exception as error:  # the user's __str__ may raise anything
-        text = f"<its text could not be made: {type(error).__name__}>"
-    if len(text) > max_chars:
-        text = text[: max_chars - 1] + "\u2026"
-    return name, text.encode("utf-8", "backslashreplace").decode("utf-8")
-
-
-_MARK = "__otelexec_finalized__"
-
-
-def mark_finalized(exception: BaseException, execution_id: str) -> None:
-    """Note on an exception that the execution that it ended is durably recorded."""
-    # Not by setattr: classes may forbid it (frozen dataclasses do), but every exception has a __dict__.
-    BaseException.__setattr__(exception, _MARK, execution_id)
-
-
-def was_finalized(exception: BaseException) -> bool:
-    """
-    Tell outer code whether the execution that raised this has its durable record already.
-
-    Args:
-        exception: What came out of the executor.
-
-    Returns:
-        False also when the record could not be kept anywhere but in a log line.
-    """
-    return _MARK in BaseException.__getattribute__(exception, "__dict__")
-
-
-def raised_by_signal_handler(exception: BaseException) -> bool:
-    """Tell whether an exception came out of a signal handler, and so has nothing to do with the code that it hit."""
-    handlers = {_code_of(signal.getsignal(number)) for number in signal.valid_signals()}
-    handlers.discard(None)
-    traceback = exception.__traceback__
-    while traceback is not None:
-        frame = traceback.tb_frame
-        if frame.f_code in handlers or _is_called_with(frame, frame.f_back):
-            return True
-        traceback = traceback.tb_next
-    return False
-
-
-def _is_called_with(frame: FrameType, caller: FrameType | None) -> bool:
-    """Tell whether a function got its own caller's frame: nothing but a signal handler does, also one that has uninstalled itself."""
-    code = frame.f_code
-    return caller is not None and any(frame.f_locals.get(name) is caller for name in code.co_varnames[: code.co_argcount])
-
-
-def _code_of(handler: Any) -> CodeType | None:
-    while isinstance(handler, partial):
-        handler = handler.func
-    function = getattr(handler, "__func__", handler)
-    code = getattr(function, "__code__", None)
-    if code is None and callable(handler):
-        code = getattr(type(handler).__call__, "__code__", None)
-    return code if isinstance(code, CodeType) else None
 
 
 def _json(value: Any) -> str:

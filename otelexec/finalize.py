@@ -11,51 +11,33 @@ from __future__ import annotations
 import logging
 import random
 import time
-import traceback
 from collections.abc import Generator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from opentelemetry import trace
-from opentelemetry.sdk.trace import ReadableSpan
-
-from otelexec import otlp, semconv
 from otelexec.effects import Block, Commit, Effect, Sleep
 from otelexec.errors import StoreError, StoreRejected
-from otelexec.execution import describe, raised_by_signal_handler
+from otelexec.freeze import end_span, freeze, minimal, observed
 from otelexec.store.base import (
     CANCELLED,
-    FAILED,
     LOST,
-    PAUSED,
-    REJECTED,
-    TIMED_OUT,
     CloseAttempt,
     Closed,
     CloseOuter,
-    Frozen,
     OpenAttempt,
-    Outcome,
-    RecordObserved,
     Write,
 )
 
 if TYPE_CHECKING:
-    from otelexec.execution import Ending, Execution
+    from otelexec.endings import Ending
+    from otelexec.execution import Execution
     from otelexec.runtime import Runtime
 
 logger = logging.getLogger("otelexec.finalize")
 
-ERROR_STATES = frozenset({FAILED, TIMED_OUT, LOST, REJECTED})
-"""States whose span has the status ERROR."""
-
 FIRST_BACKOFF_SECONDS = 0.01
 LAST_BACKOFF_SECONDS = 0.5
-
-MAX_STACKTRACE_CHARS = 32_768
-
-_UNSET, _ERROR = 0, 2  # opentelemetry.proto.trace.v1.Status.StatusCode
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +110,7 @@ def finalize(runtime: Runtime, execution: Execution, ending: Ending, ended_ns: i
     answer = yield from persist(runtime, write, durable=durable, patience_seconds=patience)
     if isinstance(answer, StoreRejected) and isinstance(write, CloseAttempt):
         logger.error("otelexec.finalize.fallback: %s", answer)
-        write = _minimal(runtime, execution, write, str(answer))
+        write = minimal(runtime, execution, write, str(answer))
         answer = yield from persist(runtime, write, durable=True, patience_seconds=patience)
     if isinstance(answer, StoreRejected):
         runtime.cry(write, answer)
@@ -153,57 +135,8 @@ def _lost(runtime: Runtime, execution: Execution, write: Any, closed: Closed) ->
         extra={"otelexec_state": closed.state, "otelexec_finalized_by": closed.finalized_by},
     )
     if closed.state == LOST:
-        observed = _observed(runtime, execution, write.frozen)
-        yield from persist(runtime, observed, durable=True, patience_seconds=runtime.settings.finalize_timeout_seconds)
-
-
-def end_span(execution: Execution, ending: Ending, ended_ns: int) -> None:
-    """End the span, once; whatever the user's objects do, it ends."""
-    span = execution.span
-    if execution.span_ended:
-        return
-    try:
-        if ending.exception is not None:
-            span.add_event(semconv.EXCEPTION_EVENT, _exception_attributes(execution, ending.exception))
-        if not execution.records:
-            span.set_attributes(outcome_attributes(ending.state, ending.classification, ending.error_type))
-            if ending.state in ERROR_STATES:
-                span.set_status(trace.StatusCode.ERROR, ending.error_message)
-    except Exception as error:  # the user's objects may raise anything
-        if raised_by_signal_handler(error):
-            raise
-        logger.exception("otelexec.finalize.span")
-    span.end(end_time=ended_ns)
-    # Not before: a signal handler that raises in here makes the lifecycle repeat it.
-    execution.span_ended = True
-
-
-def _exception_attributes(execution: Execution, exception: BaseException) -> dict[str, str]:
-    """Give what `record_exception` would, for any exception and in a bounded size: receivers refuse large messages."""
-    error_type, message = describe(exception, execution.max_error_chars)
-    try:
-        stacktrace = "".join(traceback.format_exception(exception))
-    except Exception as error:  # the exception's own attributes may raise anything
-        stacktrace = f"<the traceback could not be made: {type(error).__name__}>"
-    if len(stacktrace) > MAX_STACKTRACE_CHARS:
-        half = MAX_STACKTRACE_CHARS // 2
-        stacktrace = f"{stacktrace[:half]}\n\u2026\n{stacktrace[-half:]}"
-    return {semconv.EXCEPTION_TYPE: error_type, semconv.EXCEPTION_MESSAGE: message, semconv.EXCEPTION_STACKTRACE: stacktrace}
-
-
-def outcome_attributes(state: str, classification: str | None, error_type: str | None) -> dict[str, Any]:
-    """Give the attributes that tell an outcome."""
-    attributes: dict[str, Any] = {semconv.OUTCOME: state}
-    if classification is not None:
-        attributes[semconv.CLASSIFICATION] = classification
-    if error_type is not None:
-        attributes[semconv.ERROR_TYPE] = error_type
-    return attributes
-
-
-def status_of(state: str, error_message: str | None) -> tuple[int, str]:
-    """Give the OTLP status of a state."""
-    return (_ERROR, error_message or "") if state in ERROR_STATES else (_UNSET, "")
+        found = observed(runtime, execution, write.frozen)
+        yield from persist(runtime, found, durable=True, patience_seconds=runtime.settings.finalize_timeout_seconds)
 
 
 def _closing(runtime: Runtime, execution: Execution, ending: Ending, ended_ns: int) -> CloseAttempt | CloseOuter:
@@ -227,124 +160,3 @@ def _closing(runtime: Runtime, execution: Execution, ending: Ending, ended_ns: i
         nonce=f"{runtime.process_id}:{execution.token}",
         spans=children,
     )
-
-
-def freeze(execution: Execution, ending: Ending, ended_ns: int, *, outer: bool = False, sticky: bool = False) -> Frozen:
-    """
-    Make the record's and the span's side of one outcome.
-
-    Args:
-        execution: What ended.
-        ending: How.
-        ended_ns: When; on both sides.
-        outer: Whether it is the executor around a core: its span does not carry `otelexec.outcome`.
-        sticky: Whether somebody asked for the cancellation; else it is what the handle knows.
-    """
-    outcome = Outcome(
-        state=ending.state,
-        ended_unix_ns=ended_ns,
-        finalized_by=execution.options.finalized_by,
-        classification=ending.classification,
-        error_type=ending.error_type,
-        error_message=ending.error_message,
-        progress=execution.progress_marker,
-        output=execution.output,
-        snapshot=execution.pause_snapshot if ending.state == PAUSED else None,
-        retrying=ending.retrying,
-        sticky=ending.state == CANCELLED and (sticky or execution.cancel_requested),
-    )
-    span = execution.span
-    if not isinstance(span, ReadableSpan):
-        return Frozen(outcome, b"")
-    attributes = outcome_attributes(ending.state, ending.classification, ending.error_type)
-    if outer:
-        attributes[semconv.OUTER_OUTCOME] = attributes.pop(semconv.OUTCOME)
-    elif execution.number is not None:
-        attributes[semconv.ATTEMPT] = execution.number
-        if execution.duplicate:
-            attributes[semconv.DUPLICATE] = True
-    status = status_of(ending.state, ending.error_message)
-    return Frozen(outcome, _request(span, _encode(execution, span, ended_ns, status, attributes)))
-
-
-def _encode(execution: Execution, span: ReadableSpan, ended_ns: int, status: tuple[int, str], attributes: dict[str, Any]) -> bytes:
-    """Encode the ended span; what was encoded when it started is used again unless the user's code changed it."""
-    row, started_with = execution.attempt_row.span, execution.start_attributes
-    if (
-        row is not None
-        and started_with == otlp.attributes_of(span)
-        and started_with.keys().isdisjoint(attributes)
-        and len(span.links) == execution.start_links
-        and span.name == execution.name
-        and not span.dropped_events
-    ):
-        return otlp.complete_start(
-            row.start, end_unix_ns=ended_ns, attributes=attributes, status_code=status[0], status_message=status[1], events=span.events
-        )
-    return otlp.encode_span(span, end_unix_ns=ended_ns, status=status, extra_attributes=attributes)
-
-
-def _request(span: ReadableSpan, encoded: bytes) -> bytes:
-    return otlp.wrap(otlp.encode_resource(span.resource), {otlp.encode_scope(span.instrumentation_scope): [encoded]})
-
-
-def _minimal(runtime: Runtime, execution: Execution, write: CloseAttempt, reason: str) -> CloseAttempt:
-    """Make a record that leaves out all that the store may have choked on, and a span that says the same."""
-    full, row = write.frozen.outcome, write.attempt
-    outcome = Outcome(
-        state=full.state,
-        ended_unix_ns=full.ended_unix_ns,
-        finalized_by="fallback",
-        classification=full.classification,
-        error_type=full.error_type,
-        error_message=(full.error_message or f"record reduced: {reason}")[: runtime.settings.max_error_chars],
-        output=full.output if len(full.output or "") <= runtime.settings.max_output_bytes else None,
-        retrying=full.retrying,
-        sticky=full.sticky,
-    )
-    request = b""
-    span = execution.span
-    if row.span is not None and isinstance(span, ReadableSpan):
-        code, message = status_of(outcome.state, outcome.error_message)
-        encoded = otlp.complete_start(
-            row.span.start,
-            end_unix_ns=outcome.ended_unix_ns,
-            attributes=outcome_attributes(outcome.state, outcome.classification, outcome.error_type),
-            status_code=code,
-            status_message=message,
-        )
-        request = _request(span, encoded)
-    return replace(write, frozen=Frozen(outcome, request), if_cancelled=None)
-
-
-def _observed(runtime: Runtime, execution: Execution, frozen: Frozen) -> RecordObserved:
-    """Make what a lost attempt observed itself: its span under a new id, linked to the one that was written for it."""
-    span, row = execution.span, execution.attempt_row
-    if not isinstance(span, ReadableSpan):
-        return RecordObserved(row, Frozen(frozen.outcome, b""), None)
-    new_id = runtime.id_generator.generate_span_id()
-    outcome = frozen.outcome
-    attributes = outcome_attributes(outcome.state, outcome.classification, outcome.error_type)
-    attributes[semconv.OBSERVED_OF] = f"{span.get_span_context().span_id:016x}"
-    encoded = otlp.encode_span(
-        span,
-        span_id=new_id,
-        end_unix_ns=outcome.ended_unix_ns,
-        status=status_of(outcome.state, outcome.error_message),
-        extra_attributes=attributes,
-        extra_links=(trace.Link(span.get_span_context()),),
-    )
-    return RecordObserved(row, Frozen(outcome, _request(span, encoded)), f"{new_id:016x}")
-
-
-def for_spool(runtime: Runtime, execution: Execution | None, write: Write) -> Write:
-    """Complete a write for the spool: whoever takes it in has no execution to ask, and an open may have got through."""
-    if isinstance(write, OpenAttempt):
-        return replace(write, repeated=True)
-    if isinstance(write, CloseAttempt):
-        attempt = replace(write.attempt, repeated=True)
-        outcome = replace(write.frozen.outcome, finalized_by="spool")
-        observed = None if execution is None else _observed(runtime, execution, write.frozen)
-        # What the process knew when it wrote this decides: a cancellation asked for later came too late.
-        return replace(write, attempt=attempt, frozen=Frozen(outcome, write.frozen.request), if_cancelled=None, observed=observed)
-    return write

@@ -24,8 +24,9 @@ from otelexec import context, otlp
 from otelexec.context import EXECUTION_KEY
 from otelexec.correlation import Correlation, Scope, with_ambient
 from otelexec.effects import Effect, perform_without_waiting, run
+from otelexec.endings import mark_finalized
 from otelexec.errors import ExecutionCancelled
-from otelexec.execution import Execution, Options, mark_finalized
+from otelexec.execution import Execution, Options
 from otelexec.finalize import finalize, persist
 from otelexec.ids import random_word
 from otelexec.spans import row_of

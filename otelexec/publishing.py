@@ -17,7 +17,8 @@ from otelexec.blocks import Block
 from otelexec.context import EXECUTION_KEY, SCOPE_KEY
 from otelexec.correlation import Correlation, Scope, with_ambient
 from otelexec.effects import run
-from otelexec.execution import Execution, Options, current_execution, describe
+from otelexec.endings import describe
+from otelexec.execution import Execution, Options, current_execution
 from otelexec.finalize import finalize, persist
 from otelexec.lifecycle import Call, Steps, begin, execution_row
 from otelexec.propagation import outgoing

@@ -21,7 +21,7 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span as SpanMessage
 
 from otelexec import identity, otlp, semconv
 from otelexec.errors import StoreError
-from otelexec.finalize import status_of
+from otelexec.freeze import status_of
 from otelexec.store.base import (
     LOST,
     AddSpans,

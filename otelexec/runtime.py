@@ -30,7 +30,8 @@ from otelexec.context import current_execution
 from otelexec.effects import run
 from otelexec.errors import SettingsError, StoreError, StoreRejected
 from otelexec.execution import Execution
-from otelexec.finalize import Kept, for_spool, persist
+from otelexec.finalize import Kept, persist
+from otelexec.freeze import for_spool
 from otelexec.heartbeat import Heartbeat as HeartbeatThread
 from otelexec.settings import Settings
 from otelexec.spans import Collector, SecureIdGenerator

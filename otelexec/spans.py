@@ -26,7 +26,8 @@ from opentelemetry.sdk.trace.id_generator import IdGenerator
 
 from otelexec import otlp, semconv
 from otelexec.context import EXECUTION_KEY
-from otelexec.execution import Execution, raised_by_signal_handler
+from otelexec.endings import raised_by_signal_handler
+from otelexec.execution import Execution
 from otelexec.ids import random_word
 from otelexec.store.base import NO_SPANS, AddSpans, SpanRow
 

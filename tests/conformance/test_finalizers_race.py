@@ -19,8 +19,9 @@ import pytest
 
 import otelexec
 from otelexec import runtime
-from otelexec.execution import Ending, Execution
-from otelexec.finalize import freeze
+from otelexec.endings import Ending
+from otelexec.execution import Execution
+from otelexec.freeze import freeze
 from otelexec.store import spool
 from otelexec.store.base import CloseAttempt, Closed
 from tests.records import Records, until
