@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import importlib
 import inspect
+import pickle
 import sys
 import threading
 from collections.abc import Callable, Mapping
@@ -22,6 +25,48 @@ from otelexec.lifecycle import Steps, lifecycle
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+
+class _BoundExecutor(wrapt.BoundFunctionWrapper):  # type: ignore[type-arg] # which is none while it runs
+    """A decorated executor that was got from an object or a class. It is copied and pickled as a method is."""
+
+    def __copy__(self) -> Any:
+        return self
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        owner = getattr(self, "__self__", None)
+        return self if owner is None else getattr(copy.deepcopy(owner, memo), self.__wrapped__.__name__)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        method = self.__wrapped__
+        owner = getattr(method, "__self__", None)
+        return (_named, (method.__module__, method.__qualname__)) if owner is None else (getattr, (owner, method.__name__))
+
+
+class _Executor(wrapt.FunctionWrapper):  # type: ignore[type-arg]
+    """
+    A decorated executor. It is copied and pickled as the function in it is, by its name.
+
+    wrapt refuses both, and process pools send the function that they are to call.
+    """
+
+    __bound_function_wrapper__: Any = _BoundExecutor
+
+    def __copy__(self) -> Any:
+        return self
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        return self
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        name = getattr(self.__wrapped__, "__qualname__", None)
+        if name is None:
+            raise pickle.PicklingError(f"can't pickle the execution of {self.__wrapped__!r}: it has no name to be found by")
+        return name
+
+
+def _named(module: str, path: str) -> Any:
+    return functools.reduce(getattr, path.split("."), importlib.import_module(module))
 
 
 class ExecutionDecorator(Block[Execution]):
@@ -46,7 +91,7 @@ class ExecutionDecorator(Block[Execution]):
             named = inspect.unwrap(target)
             named = named if hasattr(named, "__qualname__") else type(named)
             options = replace(options, name=f"{named.__module__}.{named.__qualname__}")
-        return wrapt.FunctionWrapper(function, _wrapper_for(target, options))
+        return _Executor(function, _wrapper_for(target, options))
 
     def _lifecycle(self, runtime: _runtime.Runtime) -> Steps:
         if not self._options.name:

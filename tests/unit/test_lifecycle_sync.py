@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import functools
 import inspect
 import logging
+import pickle
 import signal
 import time
 import traceback
@@ -199,6 +202,64 @@ def test_a_partial_and_a_callable_object_can_be_executors(records: Records) -> N
     names = [record.name for record in records.all()]
     assert names[0].endswith("add")
     assert names[1].endswith("Job")
+
+
+@otelexec.execution("pickled")
+def by_name(value: int) -> int:
+    return value + 1
+
+
+@dataclasses.dataclass
+class Press:
+    """Has executors of every kind that can be got from a class or an object."""
+
+    value: int = 1
+
+    @otelexec.execution("press.run")
+    def run(self) -> int:
+        return self.value
+
+    @otelexec.execution("press.make")
+    @classmethod
+    def make(cls) -> type:
+        return cls
+
+    @otelexec.execution("press.count")
+    @staticmethod
+    def count() -> int:
+        return 3
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_a_decorated_function_or_method_can_be_pickled_as_it_could_before(records: Records, protocol: int) -> None:
+    def again(executor: Any) -> Any:
+        return pickle.loads(pickle.dumps(executor, protocol))
+
+    assert again(by_name) is by_name
+    assert again(Press(5).run)() == 5
+    assert again(Press.run)(Press(6)) == 6
+    assert again(Press.make)() is Press
+    assert again(Press().count)() == 3
+    assert [record.name for record in records.all()].count("press.run") == 2, "what comes out is still decorated"
+
+
+def test_what_could_not_be_pickled_before_says_so(records: Records) -> None:
+    def local() -> None: ...
+
+    for executor in (otelexec.execution(local), otelexec.execution("partial")(functools.partial(by_name, 1))):
+        with pytest.raises((pickle.PicklingError, AttributeError), match=r"can't pickle|Can't (pickle|get) local"):
+            pickle.dumps(executor)
+
+
+def test_a_decorated_function_is_copied_as_a_function_is(records: Records) -> None:
+    assert copy.copy(by_name) is by_name
+    assert copy.deepcopy({"call": by_name})["call"] is by_name
+    assert copy.deepcopy(Press.count)() == 3
+    press = Press(5)
+    run = copy.deepcopy(press.run)
+    press.value = 6
+    assert (run(), copy.copy(press.run)()) == (5, 6)
+    assert sorted(record.name for record in records.all()) == ["press.count", "press.run", "press.run"]
 
 
 def test_two_calls_without_a_scope_are_two_executions(records: Records) -> None:
