@@ -19,8 +19,9 @@ from opentelemetry.trace import Link, SpanKind
 from otelexec import runtime as _runtime
 from otelexec.blocks import Block
 from otelexec.drivers import call_async, call_either, call_sync, iterate_async, iterate_sync
+from otelexec.endings import Classifier
 from otelexec.errors import SettingsError
-from otelexec.execution import Classifier, Execution, Options
+from otelexec.execution import Execution, Options
 from otelexec.lifecycle import Steps, lifecycle
 
 P = ParamSpec("P")

@@ -19,8 +19,8 @@ from opentelemetry import trace
 
 import otelexec
 from otelexec import runtime
+from otelexec.endings import describe
 from otelexec.errors import ExecutionError, SettingsError
-from otelexec.execution import describe
 from tests.records import Records
 
 
