@@ -20,7 +20,7 @@ from otelexec import identity
 from otelexec.cli import console, options
 from otelexec.errors import StoreError, StoreNotFound, StoreVersionError
 from otelexec.runtime import open_store
-from otelexec.store.sql import SCHEMA_VERSION
+from otelexec.store.schema import SCHEMA_VERSION
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

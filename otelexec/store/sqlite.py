@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from otelexec.errors import StoreBusy, StoreRejected, StoreUnavailable
-from otelexec.store import sql
+from otelexec.store import reading, sql
 from otelexec.store.base import (
     Cancellation,
     ExecutionRecord,
@@ -258,11 +258,11 @@ class SqliteStore:
             page = _PAGE if left is None else min(_PAGE, left)
             with self._reading() as tx:
                 rows = tx.execute(
-                    f"""SELECT {sql.EXECUTION_COLUMNS} FROM execution
+                    f"""SELECT {reading.EXECUTION_COLUMNS} FROM execution
                         WHERE seq < ? AND (? IS NULL OR state = ?) ORDER BY seq DESC LIMIT ?""",
                     (2**62 if before is None else before, state, state, page),
                 ).fetchall()
-                records = sql.read_executions(tx, rows)
+                records = reading.read_executions(tx, rows)
             yield from records
             if len(records) < page:
                 return
@@ -272,8 +272,8 @@ class SqliteStore:
     def execution(self, execution_id: str) -> ExecutionRecord | None:
         """Give one execution; None when it is not there."""
         with self._reading() as tx:
-            rows = tx.execute(f"SELECT {sql.EXECUTION_COLUMNS} FROM execution WHERE execution_id = ?", (execution_id,)).fetchall()
-            return next(iter(sql.read_executions(tx, rows)), None)
+            rows = tx.execute(f"SELECT {reading.EXECUTION_COLUMNS} FROM execution WHERE execution_id = ?", (execution_id,)).fetchall()
+            return next(iter(reading.read_executions(tx, rows)), None)
 
     def ids_with_prefix(self, prefix: str, *, limit: int) -> list[str]:
         """Give the ids of executions that begin like this, in order."""
@@ -293,12 +293,12 @@ class SqliteStore:
     def processes(self) -> list[ProcessRow]:
         """Give the processes that have something open or hold a claim."""
         with self._reading() as tx:
-            return sql.read_processes(tx)
+            return reading.read_processes(tx)
 
     def open_work(self, process_ids: Sequence[str], *, limit: int) -> list[OpenWork]:
         """Give what these processes have open, attempts first."""
         with self._reading() as tx:
-            return sql.read_open_work(tx, process_ids, limit)
+            return reading.read_open_work(tx, process_ids, limit)
 
     def claim_owners(self) -> list[str]:
         """Give the process ids that hold claims on outbox rows."""
@@ -316,7 +316,7 @@ class SqliteStore:
         found: dict[str, Cancellation] = {}
         with self._reading() as tx:
             for start in range(0, len(execution_ids), _IN_LIST):
-                found.update(sql.read_cancellations(tx, execution_ids[start : start + _IN_LIST]))
+                found.update(reading.read_cancellations(tx, execution_ids[start : start + _IN_LIST]))
         return found
 
     def held_requests(self, execution: ExecutionRecord) -> list[bytes]:
@@ -333,7 +333,7 @@ class SqliteStore:
         """Give what `doctor` shows."""
         size = sum(path.stat().st_size for path in self.path.parent.glob(self.path.name + "*") if path.is_file())
         with self._reading() as tx:
-            return sql.read_statistics(tx, size)
+            return reading.read_statistics(tx, size)
 
     # Connections
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from otelexec.errors import StoreNotFound, StoreUnavailable, StoreVersionError
-from otelexec.store import sql
+from otelexec.store import schema
 
 logger = logging.getLogger("otelexec.store")
 
@@ -118,7 +118,7 @@ class SqliteFile:
             f"{self.path.as_uri()}?mode=rw", uri=True, timeout=timeout_seconds, isolation_level=None, check_same_thread=False
         )
         try:
-            if connection.execute("PRAGMA user_version").fetchone()[0] != sql.SCHEMA_VERSION:
+            if connection.execute("PRAGMA user_version").fetchone()[0] != schema.SCHEMA_VERSION:
                 self._migrate(connection)
             connection.execute("SELECT 1 FROM execution LIMIT 1").fetchone()
         except BaseException:
@@ -135,19 +135,19 @@ class SqliteFile:
         connection.execute("BEGIN IMMEDIATE")
         try:
             version = connection.execute("PRAGMA user_version").fetchone()[0]
-            if version > sql.SCHEMA_VERSION:
+            if version > schema.SCHEMA_VERSION:
                 raise StoreVersionError(
-                    f"{self.url} has schema {version}, this otelexec knows {sql.SCHEMA_VERSION}. "
+                    f"{self.url} has schema {version}, this otelexec knows {schema.SCHEMA_VERSION}. "
                     "Upgrade this one: `pip install -U otelexec`."
                 )
             if version == 0:
-                for statement in sql.SCHEMA:
+                for statement in schema.SCHEMA:
                     connection.execute(
                         statement.format(
                             key="INTEGER PRIMARY KEY", serial="INTEGER PRIMARY KEY AUTOINCREMENT", blob="BLOB", bigint="INTEGER"
                         )
                     )
-                connection.execute(f"PRAGMA user_version = {sql.SCHEMA_VERSION}")
+                connection.execute(f"PRAGMA user_version = {schema.SCHEMA_VERSION}")
             connection.execute("COMMIT")
         except BaseException:
             connection.execute("ROLLBACK")

@@ -23,8 +23,8 @@ import pytest
 import otelexec
 from otelexec import runtime
 from otelexec.decoded import decode
+from otelexec.store import schema
 from otelexec.store import spool as spool_module
-from otelexec.store import sql
 from otelexec.store.base import AddSpans, CloseAttempt, Write
 from otelexec.store.spool import Spool
 from otelexec.store.sqlite import SqliteStore
@@ -303,12 +303,12 @@ def test_a_newer_schema_is_left_alone_and_said_clearly(work: Work, path: Path, c
     work.run("before")
     runtime.get().store.close()  # type: ignore[union-attr]
     with closing(sqlite3.connect(path)) as connection:
-        connection.execute(f"PRAGMA user_version = {sql.SCHEMA_VERSION + 1}")
+        connection.execute(f"PRAGMA user_version = {schema.SCHEMA_VERSION + 1}")
     run_in_trouble(work)
-    assert f"has schema {sql.SCHEMA_VERSION + 1}, this otelexec knows {sql.SCHEMA_VERSION}" in caplog.text
+    assert f"has schema {schema.SCHEMA_VERSION + 1}, this otelexec knows {schema.SCHEMA_VERSION}" in caplog.text
     assert "pip install -U otelexec" in caplog.text
     with closing(sqlite3.connect(path)) as connection:
-        connection.execute(f"PRAGMA user_version = {sql.SCHEMA_VERSION}")
+        connection.execute(f"PRAGMA user_version = {schema.SCHEMA_VERSION}")
     check_all_in(path, work.names, {"waits no more 7"})
 
 
