@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing as closing_now
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Self
@@ -173,13 +174,13 @@ def test_a_signal_at_any_moment_of_a_commit_loses_and_doubles_nothing(store: Sql
             for number in range(1500):
                 row = opening(f"t{number}", f"e{number}")
                 close = closing(row, nonce=f"n{number}")
-                if alarm.within(1e-6 * random.uniform(1, 300), lambda row=row: group.commit(row)):  # type: ignore[misc]
+                if alarm.within(1e-6 * random.uniform(1, 300), lambda row=row: group.commit(row, timeout_seconds=30)):  # type: ignore[misc]
                     interrupted += 1
                     row = OpenAttempt(row.token, row.execution, row.process_id, row.started_unix_ns, span=row.span, repeated=True)
-                    assert isinstance(group.commit(row), Opened)
-                if alarm.within(1e-6 * random.uniform(1, 300), lambda close=close: group.commit(close)):  # type: ignore[misc]
+                    assert isinstance(group.commit(row, timeout_seconds=30), Opened)
+                if alarm.within(1e-6 * random.uniform(1, 300), lambda close=close: group.commit(close, timeout_seconds=30)):  # type: ignore[misc]
                     interrupted += 1
-                    answer = group.commit(close)
+                    answer = group.commit(close, timeout_seconds=30)
                     assert isinstance(answer, Closed)
                     assert answer.won
     finally:
@@ -217,7 +218,8 @@ def test_a_signal_in_the_leader_leaves_the_writes_of_others_whole(store: SqliteS
         with Alarm() as alarm:
             for number in range(1500):
                 request = b"main %d" % number
-                if not alarm.within(1e-6 * random.uniform(1, 400), lambda request=request: group.commit(AddSpans(request, 1))):  # type: ignore[misc]
+                commit = partial(group.commit, AddSpans(request, 1), timeout_seconds=30)
+                if not alarm.within(1e-6 * random.uniform(1, 400), commit):
                     uninterrupted.add(request)
     finally:
         stop.set()
@@ -241,7 +243,7 @@ def test_signals_one_upon_another_stop_nobody(store: SqliteStore, group: GroupCo
                 try:
                     try:
                         signal.setitimer(signal.ITIMER_REAL, 1e-5, 3e-5)
-                        group.commit(write)
+                        group.commit(write, timeout_seconds=30)
                     finally:
                         signal.setitimer(signal.ITIMER_REAL, 0)
                 except Interrupt:
