@@ -712,9 +712,11 @@ class Store(Protocol):
 
     def ids_with_prefix(self, prefix: str, *, limit: int) -> list[str]:
         """Give the ids of executions that begin like this, in order."""
+        ...
 
     def outbox_rows(self) -> int:
         """Give how many rows wait for a relay or are in the hands of one; parked ones don't count."""
+        ...
 
     def processes(self) -> list[ProcessRow]:
         """Give the processes that have something open or hold a claim."""

@@ -99,7 +99,10 @@ async def test_a_body_that_ends_in_spite_of_its_timeout_has_succeeded(records: R
 
 
 async def test_nested_timeouts_end_the_one_whose_time_is_over(records: Records) -> None:
-    inner = otelexec.execution("inner", timeout=30)(asyncio.sleep)
+    @otelexec.execution("inner", timeout=30)
+    async def inner(seconds: float) -> None:
+        await asyncio.sleep(seconds)
+
     with pytest.raises(TimeoutError):
         await otelexec.execution("outer", timeout=0.05)(inner)(60)
     assert records.named("outer").state == "timed_out"
