@@ -201,7 +201,6 @@ def execution(
     """
     if callable(name):
         return ExecutionDecorator(Options(""))(name)
-    _check_timeout(timeout)
     options = Options(
         name=name or "",
         core=core,
@@ -214,11 +213,6 @@ def execution(
         cancel_wins=cancel_wins,
     )
     return ExecutionDecorator(options)
-
-
-def _check_timeout(timeout: float | None) -> None:
-    if timeout is not None and not timeout > 0:
-        raise SettingsError(f"timeout must be more than 0 seconds, not {timeout}. Leave it out for no limit.")
 
 
 class WrappedExecutor:
@@ -295,5 +289,4 @@ def wrap_executor(target: str, *, name: str | None = None, **options: Any) -> Wr
     Raises:
         SettingsError: The target is malformed, or its module is there and has no such name.
     """
-    _check_timeout(options.get("timeout"))
     return WrappedExecutor(target, Options(name or "", **options))

@@ -9,7 +9,10 @@ from functools import partial
 from types import CodeType, FrameType
 from typing import Any
 
-from otelexec.store.base import SUCCEEDED
+from otelexec.store.base import ENDED_STATES, PAUSED, SUCCEEDED
+from otelexec.w3c import clean
+
+_ENDS = ENDED_STATES | {PAUSED}
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +28,9 @@ class Ending:
         exception: What was raised, for the span's event; None when nothing was.
         depends_on_cancellation: Whether a cancellation in the store makes another ending of it.
         retrying: Whether another attempt is already on its way.
+
+    Raises:
+        ValueError: The state is none that an attempt can end in.
     """
 
     state: str
@@ -34,6 +40,15 @@ class Ending:
     exception: BaseException | None = None
     depends_on_cancellation: bool = False
     retrying: bool = False
+
+    def __post_init__(self) -> None:
+        """Make text of what isn't, and text that can be written as UTF-8: reasons and classifiers are the user's."""
+        if self.state not in _ENDS:
+            raise ValueError(f"{self.state!r} is no state that an attempt can end in: {', '.join(sorted(_ENDS))}")
+        for name in ("classification", "error_type", "error_message"):
+            value = getattr(self, name)
+            if value is not None and not (type(value) is str and value.isascii()):
+                object.__setattr__(self, name, clean(str(value)))
 
 
 RETURNED = Ending(SUCCEEDED)
@@ -60,7 +75,7 @@ def describe(exception: BaseException, max_chars: int) -> tuple[str, str]:
         text = f"<its text could not be made: {type(error).__name__}>"
     if len(text) > max_chars:
         text = text[: max_chars - 1] + "\u2026"
-    return name, text.encode("utf-8", "backslashreplace").decode("utf-8")
+    return clean(name), text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 _MARK = "__otelexec_finalized__"

@@ -23,7 +23,7 @@ from opentelemetry import trace
 
 from otelexec import context
 from otelexec.endings import RETURNED, Classifier, Ending, describe, raised_by_signal_handler
-from otelexec.errors import ExecutionCancelled
+from otelexec.errors import ExecutionCancelled, SettingsError
 from otelexec.store.base import (
     CANCELLED,
     FAILED,
@@ -37,6 +37,7 @@ from otelexec.store.base import (
     OpenAttempt,
     Opened,
 )
+from otelexec.w3c import clean
 
 if TYPE_CHECKING:
     from opentelemetry.trace import Link, Span
@@ -71,6 +72,9 @@ class Options:
         classify: Knows exceptions that are not failures; None means the default for all.
         cancel_wins: Whether a cancellation that was asked for makes the attempt `cancelled` although the code returned.
         finalized_by: Which path is named on the record.
+
+    Raises:
+        SettingsError: The timeout is no number of seconds above 0.
     """
 
     name: str
@@ -83,6 +87,13 @@ class Options:
     classify: Classifier | None = None
     cancel_wins: bool = False
     finalized_by: str = "executor"
+
+    def __post_init__(self) -> None:
+        """Refuse a timeout that is none; a name that UTF-8 can't hold is written as near as it can be."""
+        timeout: Any = self.timeout
+        if timeout is not None and not (isinstance(timeout, int | float) and timeout > 0):
+            raise SettingsError(f"timeout must be more than 0 seconds, not {timeout!r}. Leave it out for no limit.")
+        object.__setattr__(self, "name", clean(str(self.name)))
 
 
 class Execution:
@@ -420,12 +431,16 @@ class Execution:
         if self.options.classify is None:
             return None
         try:
-            return self.options.classify(exception)
+            ending = self.options.classify(exception)
         except Exception as error:
             if raised_by_signal_handler(error):
                 raise
             logger.exception("otelexec.execution.classify: %s", self.name)
             return None
+        if ending is None or isinstance(ending, Ending):
+            return ending
+        logger.error("otelexec.execution.classify: %s: a classifier gives an Ending or None, not %r", self.name, ending)
+        return None
 
 
 class NoExecution:

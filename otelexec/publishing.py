@@ -24,6 +24,7 @@ from otelexec.lifecycle import Call, Steps, begin, execution_row
 from otelexec.propagation import outgoing
 from otelexec.spans import request_of, row_of
 from otelexec.store.base import REJECTED, AddSpans, Cancellation, Outcome, RecordQueued, RefuseQueued, RequestCancel
+from otelexec.w3c import clean
 
 if TYPE_CHECKING:
     from otelexec.runtime import Runtime
@@ -89,7 +90,7 @@ class publish(Block[Message]):  # noqa: N801 (read as a verb: `with publish(...)
         retry: bool = False,
     ) -> None:
         super().__init__()
-        self._name = name
+        self._name = clean(str(name))
         self._span_name = operation if destination is None else f"{operation} {destination}"
         self._links = links
         self._retry = retry

@@ -291,10 +291,45 @@ def test_a_block_without_a_name_is_refused_before_anything_is_recorded(records: 
     assert records.all() == []
 
 
-@pytest.mark.parametrize("timeout", [0, -1, float("nan")])
+@pytest.mark.parametrize("timeout", [0, -1, float("nan"), "3"])
 def test_a_timeout_that_is_none_is_refused(timeout: float) -> None:
     with pytest.raises(SettingsError, match="timeout"):
         otelexec.execution("x", timeout=timeout)
+    with pytest.raises(SettingsError, match="timeout"):
+        otelexec.wrap_executor("a.module:that_never_is", timeout=timeout)
+
+
+_LONE = "lone \ud800"  # as in a file name that is no UTF-8
+_WRITTEN = "lone \N{REPLACEMENT CHARACTER}"
+
+
+def test_names_and_reasons_that_utf_8_can_not_hold_are_recorded_all_the_same(records: Records) -> None:
+    class Odd(Exception): ...
+
+    Odd.__qualname__ = _LONE
+    with otelexec.execution(_LONE):
+        pass
+    with otelexec.execution("paused") as run:
+        run.pause(_LONE)
+    with otelexec.execution("refused"):
+        otelexec.reject(_LONE)
+    otelexec.reject(_LONE, name="outside")
+    with otelexec.publish("sent " + _LONE):
+        pass
+    with pytest.raises(Odd), otelexec.execution("odd"):
+        raise Odd
+    assert {record.name: record.state for record in records.all()} == {
+        _WRITTEN: "succeeded",
+        "paused": "paused",
+        "refused": "rejected",
+        "outside": "rejected",
+        "sent " + _WRITTEN: "queued",
+        "odd": "failed",
+    }
+    assert records.named("paused").attempts[0].classification == _WRITTEN
+    assert records.named("refused").attempts[0].error_type == _WRITTEN
+    assert _WRITTEN in str(records.named("odd").attempts[0].error_type)
+    assert records.span_named(_WRITTEN).attributes["otelexec.outcome"] == "succeeded"
 
 
 def test_a_function_has_a_deadline_to_look_at_and_is_not_stopped(records: Records) -> None:
@@ -402,15 +437,19 @@ def test_a_classifier_knows_endings_of_its_own_and_may_fail(records: Records, ca
             return otelexec.Ending("timed_out", "soft_limit", "SoftLimit", "30 s")
         if isinstance(error, IndexError):
             raise OSError("the classifier's own")
+        if isinstance(error, TypeError):
+            return otelexec.Ending("success")
+        if isinstance(error, ArithmeticError):
+            return True  # type: ignore[return-value] # what a careless one gives
         return None
 
-    for error in (KeyError("a"), IndexError("b"), OSError("c")):
+    for error in (KeyError("a"), IndexError("b"), OSError("c"), TypeError("d"), ArithmeticError("e")):
         with pytest.raises(type(error)) as caught, otelexec.execution(type(error).__name__, classify=classify):
             raise error
         assert caught.value is error
     attempts = {record.name: record.attempts[0] for record in records.all()}
     assert (attempts["KeyError"].state, attempts["KeyError"].classification) == ("timed_out", "soft_limit")
-    assert [attempts[name].state for name in ("IndexError", "OSError")] == ["failed", "failed"]
+    assert {attempts[name].state for name in ("IndexError", "OSError", "TypeError", "ArithmeticError")} == {"failed"}
     assert "otelexec.execution.classify" in caplog.text
 
 
