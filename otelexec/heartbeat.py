@@ -153,8 +153,10 @@ class Heartbeat:
                 if children:
                     runtime.write(children)
         if runtime.store is not None and not runtime.spooling:
-            wishes = runtime.store.cancellations([execution.id for execution in executions])
-            for execution in executions:
+            # A duplicate runs for the second time what has succeeded: wishes from before do not concern it.
+            asked = [execution for execution in executions if not execution.duplicate]
+            wishes = runtime.store.cancellations([execution.id for execution in asked])
+            for execution in asked:
                 if execution.id in wishes:
                     execution.cancelled_by(wishes[execution.id])
 

@@ -134,7 +134,8 @@ class Collector:
         execution = found if isinstance(found, Execution) and found.is_open else None
         self._open[span.get_span_context().span_id] = _OpenSpan(span, execution)
         if len(self._open) > MAX_OPEN_SPANS:
-            self._open.pop(next(iter(self._open)), None)
+            with contextlib.suppress(RuntimeError, StopIteration):  # another thread changed it: it is at this, too
+                self._open.pop(next(iter(self._open)), None)
 
     def ended(self, span: ReadableSpan) -> None:
         """Keep an ended span for the next commit of its execution, or of the process."""

@@ -1,5 +1,5 @@
 """
-The schema and the statements, written once for every SQL store.
+The statements that write, once for every SQL store.
 
 Each write of `base.py` has one function here. The functions run inside the transaction of the store that calls them
 and use nothing but `execute` and the store's clock; placeholders are `?`.
@@ -148,7 +148,8 @@ def open_attempt(tx: Transaction, write: OpenAttempt) -> Opened:
         ),
     )
     _record_open(tx, write.opened, write.process_id, execution.parent_execution_id)
-    wish = None if requested is None else Cancellation(requested, None if terminate is None else bool(terminate))
+    # A wish was for what has succeeded since; a redelivery runs as it would without.
+    wish = None if requested is None or duplicate else Cancellation(requested, None if terminate is None else bool(terminate))
     return Opened(number, duplicate, wish, snapshot)
 
 
@@ -405,7 +406,14 @@ def heartbeat(tx: Transaction, write: Heartbeat) -> None:
 
 
 def request_cancel(tx: Transaction, write: RequestCancel) -> str | None:
-    """Record the wish to cancel; a later `terminate` makes an earlier wish stronger, never weaker."""
+    """
+    Record the wish to cancel; a later `terminate` makes an earlier wish stronger, never weaker.
+
+    One that comes after the success changes nothing: a redelivery then runs as a duplicate, as it would without.
+    """
+    row = tx.execute("SELECT state FROM execution WHERE execution_id = ?", (write.execution_id,)).fetchone()
+    if row is not None and row[0] == SUCCEEDED:
+        return SUCCEEDED
     wish = write.cancellation
     tx.execute(
         """INSERT INTO cancellation (execution_id, requested_unix_ns, terminate) VALUES (?, ?, ?)
@@ -413,7 +421,6 @@ def request_cancel(tx: Transaction, write: RequestCancel) -> str | None:
                CASE WHEN excluded.terminate = 1 THEN 1 ELSE COALESCE(cancellation.terminate, excluded.terminate) END""",
         (write.execution_id, wish.requested_unix_ns, None if wish.terminate is None else int(wish.terminate)),
     )
-    row = tx.execute("SELECT state FROM execution WHERE execution_id = ?", (write.execution_id,)).fetchone()
     return None if row is None else str(row[0])
 
 

@@ -215,3 +215,25 @@ def test_a_thread_is_told(records: Records) -> None:
     otelexec.request_cancel(until(lambda: started)[0])
     thread.join(10)
     assert seen.is_set()
+
+
+@pytest.mark.parametrize("asked_before", [True, False])
+def test_a_redelivery_after_success_runs_whenever_the_cancellation_was_asked_for(records: Records, *, asked_before: bool) -> None:
+    called: list[str] = []
+
+    @otelexec.execution("job")
+    def job() -> None:
+        called.append("called")
+        if asked_before and len(called) == 1:
+            otelexec.request_cancel("e")
+
+    with otelexec.correlate(source="x", execution_id="e"):
+        job()
+    if not asked_before:
+        assert otelexec.request_cancel("e") == "succeeded"
+    with otelexec.correlate(source="x", execution_id="e"):
+        job()
+    assert called == ["called", "called"]
+    record = records.one()
+    assert record.state == "succeeded"
+    assert [(attempt.state, attempt.duplicate) for attempt in record.attempts] == [("succeeded", False), ("succeeded", True)]
