@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from otelexec.errors import StoreError
-from otelexec.store.base import Write
+from otelexec.store.writes import Write
 
 if TYPE_CHECKING:
     from otelexec.runtime import Runtime

@@ -24,7 +24,7 @@ from opentelemetry import trace
 from otelexec import context
 from otelexec.endings import RETURNED, Classifier, Ending, describe, raised_by_signal_handler
 from otelexec.errors import ExecutionCancelled, SettingsError
-from otelexec.store.base import (
+from otelexec.store.writes import (
     CANCELLED,
     FAILED,
     PAUSED,

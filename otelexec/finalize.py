@@ -19,15 +19,7 @@ from typing import TYPE_CHECKING, Any
 from otelexec.effects import Block, Commit, Effect, Sleep
 from otelexec.errors import StoreError, StoreRejected
 from otelexec.freeze import end_span, freeze, minimal, observed
-from otelexec.store.base import (
-    CANCELLED,
-    LOST,
-    CloseAttempt,
-    Closed,
-    CloseOuter,
-    OpenAttempt,
-    Write,
-)
+from otelexec.store.writes import CANCELLED, LOST, CloseAttempt, Closed, CloseOuter, OpenAttempt, Write
 
 if TYPE_CHECKING:
     from otelexec.endings import Ending

@@ -17,7 +17,7 @@ from opentelemetry.sdk.trace import ReadableSpan
 
 from otelexec import otlp, semconv
 from otelexec.endings import describe, raised_by_signal_handler
-from otelexec.store.base import (
+from otelexec.store.writes import (
     CANCELLED,
     FAILED,
     LOST,

@@ -14,7 +14,7 @@ import time
 from typing import TYPE_CHECKING
 
 from otelexec.errors import OtelexecError, StoreError
-from otelexec.store.base import Heartbeat as HeartbeatWrite
+from otelexec.store.writes import Heartbeat as HeartbeatWrite
 
 if TYPE_CHECKING:
     from otelexec.relay import Relay

@@ -30,7 +30,7 @@ from otelexec.execution import Execution, Options
 from otelexec.finalize import finalize, persist
 from otelexec.ids import random_word
 from otelexec.spans import row_of
-from otelexec.store.base import ExecutionRow, OpenAttempt, Opened
+from otelexec.store.writes import ExecutionRow, OpenAttempt, Opened
 
 if TYPE_CHECKING:
     from opentelemetry.trace import Span

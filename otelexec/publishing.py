@@ -23,7 +23,7 @@ from otelexec.finalize import finalize, persist
 from otelexec.lifecycle import Call, Steps, begin, execution_row
 from otelexec.propagation import outgoing
 from otelexec.spans import request_of, row_of
-from otelexec.store.base import REJECTED, AddSpans, Cancellation, Outcome, RecordQueued, RefuseQueued, RequestCancel
+from otelexec.store.writes import REJECTED, AddSpans, Cancellation, Outcome, RecordQueued, RefuseQueued, RequestCancel
 from otelexec.w3c import clean
 
 if TYPE_CHECKING:

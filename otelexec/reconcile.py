@@ -22,20 +22,10 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span as SpanMessage
 from otelexec import identity, otlp, semconv
 from otelexec.errors import StoreError
 from otelexec.freeze import status_of
-from otelexec.store.base import (
-    LOST,
-    AddSpans,
-    CloseLost,
-    CloseOuter,
-    Frozen,
-    OpenWork,
-    Outcome,
-    ProcessRow,
-    ReleaseClaims,
-    Store,
-    Write,
-)
+from otelexec.store.base import Store
+from otelexec.store.records import OpenWork
 from otelexec.store.spool import Spool, encode
+from otelexec.store.writes import LOST, AddSpans, CloseLost, CloseOuter, Frozen, Outcome, ProcessRow, ReleaseClaims, Write
 
 logger = logging.getLogger("otelexec.reconcile")
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Final
 from otelexec import endpoint as endpoints
 from otelexec.delivery import Delivery
 from otelexec.errors import StoreError, StoreRejected
-from otelexec.store.base import ClaimOutbox, ReleaseClaims, SettleOutbox
+from otelexec.store.writes import ClaimOutbox, ReleaseClaims, SettleOutbox
 from otelexec.transport import Verdict, connect
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from otelexec.delivery import Tally
     from otelexec.settings import Settings
-    from otelexec.store.base import Write
+    from otelexec.store.writes import Write
 
 logger = logging.getLogger("otelexec.relay")
 

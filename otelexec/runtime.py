@@ -36,17 +36,10 @@ from otelexec.heartbeat import Heartbeat as HeartbeatThread
 from otelexec.settings import Settings
 from otelexec.spans import Collector, SecureIdGenerator
 from otelexec.store import spool as _spool
-from otelexec.store.base import (
-    AddSpans,
-    CloseAttempt,
-    Heartbeat,
-    ProcessRow,
-    RecordProgress,
-    Store,
-    Write,
-)
+from otelexec.store.base import Store
 from otelexec.store.group_commit import Entry, GroupCommit
 from otelexec.store.spool import Spool
+from otelexec.store.writes import AddSpans, CloseAttempt, Heartbeat, ProcessRow, RecordProgress, Write
 
 if TYPE_CHECKING:
     from opentelemetry.context import Context

@@ -29,7 +29,7 @@ from otelexec.context import EXECUTION_KEY
 from otelexec.endings import raised_by_signal_handler
 from otelexec.execution import Execution
 from otelexec.ids import random_word
-from otelexec.store.base import NO_SPANS, AddSpans, SpanRow
+from otelexec.store.writes import NO_SPANS, AddSpans, SpanRow
 
 if TYPE_CHECKING:
     from opentelemetry.context import Context

@@ -13,7 +13,7 @@ from typing import TypeVar
 from otelexec import runtime
 from otelexec.decoded import DecodedSpan, decode
 from otelexec.errors import StoreNotFound
-from otelexec.store.base import AttemptRecord, ExecutionRecord
+from otelexec.store.records import AttemptRecord, ExecutionRecord
 from otelexec.store.sqlite import SqliteStore
 
 T = TypeVar("T")

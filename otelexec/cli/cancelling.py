@@ -9,11 +9,11 @@ import typer
 
 from otelexec.cli import console, options
 from otelexec.errors import StoreError
-from otelexec.store.base import CANCELLED, ENDED_STATES, RUNNING, Cancellation, RequestCancel
+from otelexec.store.writes import CANCELLED, ENDED_STATES, RUNNING, Cancellation, RequestCancel
 
 if TYPE_CHECKING:
     from otelexec.settings import Settings
-    from otelexec.store.base import ExecutionRecord
+    from otelexec.store.records import ExecutionRecord
 
 
 def cancel(

@@ -33,7 +33,9 @@ from otelexec.cli import demo_jobs, demo_result
 from otelexec.cli.console import STYLES, lines, plural
 from otelexec.cli.demo_crew import Crew, CrewError
 from otelexec.reconcile import Death, Reconciler
-from otelexec.store.base import ENDED_STATES, PAUSED, RUNNING, AttemptRecord, ExecutionRecord, Store
+from otelexec.store.base import Store
+from otelexec.store.records import AttemptRecord, ExecutionRecord
+from otelexec.store.writes import ENDED_STATES, PAUSED, RUNNING
 
 WORKERS = 3
 PATIENCE_SECONDS = 25.0

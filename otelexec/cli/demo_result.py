@@ -18,7 +18,9 @@ from otelexec.decoded import DecodedSpan, decode
 from otelexec.errors import SettingsError
 from otelexec.relay import Relay
 from otelexec.runtime import Runtime
-from otelexec.store.base import ClaimOutbox, ExecutionRecord, SettleOutbox, Store
+from otelexec.store.base import Store
+from otelexec.store.records import ExecutionRecord
+from otelexec.store.writes import ClaimOutbox, SettleOutbox
 
 SHOWN_TRACE = "order.import"
 KILLED = "video.encode"

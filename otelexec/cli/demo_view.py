@@ -13,7 +13,8 @@ from otelexec import semconv
 from otelexec.cli.console import clean
 from otelexec.cli.table import WIDE, error_text, state_text, took
 from otelexec.decoded import DecodedSpan
-from otelexec.store.base import ENDED_STATES, AttemptRecord, ExecutionRecord
+from otelexec.store.records import AttemptRecord, ExecutionRecord
+from otelexec.store.writes import ENDED_STATES
 
 
 def table(records: Sequence[ExecutionRecord], found: Mapping[tuple[str, str], DecodedSpan], *, width: int) -> Table:

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from otelexec.settings import Settings
-    from otelexec.store.base import Statistics, Store
+    from otelexec.store.base import Store
+    from otelexec.store.records import Statistics
 
 CONNECT_SECONDS: Final = 3.0
 WRITE_SECONDS: Final = 2.0

@@ -13,14 +13,16 @@ from otelexec import identity
 from otelexec import settings as _settings
 from otelexec.errors import SettingsError, StoreNotFound
 from otelexec.runtime import open_store, spool_folder
-from otelexec.store.base import Heartbeat
 from otelexec.store.spool import Spool
+from otelexec.store.writes import Heartbeat
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from otelexec.settings import Settings
-    from otelexec.store.base import ExecutionRecord, ProcessRow, Store, Write
+    from otelexec.store.base import Store
+    from otelexec.store.records import ExecutionRecord
+    from otelexec.store.writes import ProcessRow, Write
 
 StoreOption = Annotated[
     str | None,

@@ -11,7 +11,7 @@ import typer
 from otelexec.cli import console, options
 from otelexec.cli.progress import Advance
 from otelexec.errors import StoreError
-from otelexec.store.base import Prune
+from otelexec.store.writes import Prune
 
 BATCH: Final = 500
 """Executions deleted in one transaction: workers wait no longer than that takes."""

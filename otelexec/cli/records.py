@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from otelexec.store.base import ENDED_STATES
+from otelexec.store.writes import ENDED_STATES
 
 if TYPE_CHECKING:
     from otelexec.decoded import DecodedSpan
-    from otelexec.store.base import AttemptRecord, ExecutionRecord
+    from otelexec.store.records import AttemptRecord, ExecutionRecord
 
 
 def execution_json(record: ExecutionRecord) -> dict[str, Any]:

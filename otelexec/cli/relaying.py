@@ -14,7 +14,7 @@ from otelexec.cli.progress import Advance
 from otelexec.errors import StoreError
 from otelexec.reconcile import dead_relays, take_in
 from otelexec.relay import Relay
-from otelexec.store.base import Heartbeat, RetryParked
+from otelexec.store.writes import Heartbeat, RetryParked
 
 if TYPE_CHECKING:
     from otelexec.cli.options import Opened

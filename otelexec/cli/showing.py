@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from otelexec.decoded import DecodedSpan
-    from otelexec.store.base import AttemptRecord, ExecutionRecord, Store
+    from otelexec.store.base import Store
+    from otelexec.store.records import AttemptRecord, ExecutionRecord
 
 
 def show(

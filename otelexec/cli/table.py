@@ -14,7 +14,7 @@ from otelexec.ids import MAX_ID_CHARS
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from otelexec.store.base import AttemptRecord, ExecutionRecord
+    from otelexec.store.records import AttemptRecord, ExecutionRecord
 
 WIDE: Final = 130
 """From so many columns on there is room for whole ids, the source and the error."""

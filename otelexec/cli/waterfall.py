@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
     from otelexec.decoded import DecodedSpan
-    from otelexec.store.base import AttemptRecord, ExecutionRecord
+    from otelexec.store.records import AttemptRecord, ExecutionRecord
 
 MAX_BARS: Final = 200
 """A screen is no place for more; Jaeger is."""

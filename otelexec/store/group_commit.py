@@ -25,7 +25,8 @@ from queue import Empty, SimpleQueue
 from types import FrameType
 
 from otelexec.errors import StoreBusy, StoreError, StoreUnavailable
-from otelexec.store.base import Receipt, Store, Write
+from otelexec.store.base import Receipt, Store
+from otelexec.store.writes import Write
 
 logger = logging.getLogger("otelexec.store")
 

@@ -5,17 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from otelexec.store.base import (
-    AttemptRecord,
-    Cancellation,
-    ExecutionRecord,
-    OpenWork,
-    ParkedRow,
-    ProcessRow,
-    SpanRow,
-    Statistics,
-)
+from otelexec.store.records import AttemptRecord, ExecutionRecord, OpenWork, ParkedRow, Statistics
 from otelexec.store.schema import Transaction
+from otelexec.store.writes import Cancellation, ProcessRow, SpanRow
 
 EXECUTION_COLUMNS = """seq, execution_id, name, state, request_id, source, correlation, parent_execution_id,
     queued_unix_ns, started_unix_ns, ended_unix_ns, error_type, error_message, producer_trace_id, producer_span_id, snapshot"""

@@ -23,8 +23,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from otelexec.store import base
-from otelexec.store.base import Ingested, ProcessRow, Write
+from otelexec.store import writes
+from otelexec.store.writes import Ingested, ProcessRow, Write
 
 logger = logging.getLogger("otelexec.spool")
 
@@ -35,22 +35,22 @@ _MAX_SEGMENT_BYTES = 8 * 1024 * 1024  # whoever takes a segment in has it in mem
 _ROWS = {
     cls.__name__: cls
     for cls in (
-        base.AddSpans,
-        base.CloseAttempt,
-        base.CloseOuter,
-        base.ExecutionRow,
-        base.Frozen,
-        base.Heartbeat,
-        base.OpenAttempt,
-        base.Outcome,
-        base.ProcessRow,
-        base.RecordObserved,
-        base.RecordProgress,
-        base.RecordQueued,
-        base.RefuseQueued,
-        base.RequestCancel,
-        base.Cancellation,
-        base.SpanRow,
+        writes.AddSpans,
+        writes.CloseAttempt,
+        writes.CloseOuter,
+        writes.ExecutionRow,
+        writes.Frozen,
+        writes.Heartbeat,
+        writes.OpenAttempt,
+        writes.Outcome,
+        writes.ProcessRow,
+        writes.RecordObserved,
+        writes.RecordProgress,
+        writes.RecordQueued,
+        writes.RefuseQueued,
+        writes.RequestCancel,
+        writes.Cancellation,
+        writes.SpanRow,
     )
 }
 
@@ -134,7 +134,7 @@ class Spool:
         # thread; the segment's lock then sends it to a new one.
         with self._lock, self._segment() as descriptor:
             start = os.fstat(descriptor).st_size
-            data = line if start else _frame(encode(base.Heartbeat(self._process()))) + line
+            data = line if start else _frame(encode(writes.Heartbeat(self._process()))) + line
             try:
                 _write_all(descriptor, data)
                 if durable:
@@ -233,7 +233,7 @@ class Spool:
         return count
 
     def _commit(self, path: Path, data: bytes, done: int, commit: Callable[[Sequence[Write]], object]) -> int:
-        writes: list[tuple[int, Write]] = []
+        found: list[tuple[int, Write]] = []
         damaged: list[bytes] = []
         offset = 0
         for line in data.splitlines(keepends=True):
@@ -244,7 +244,7 @@ class Spool:
                 damaged.append(line)
             else:
                 if offset > done:
-                    writes.append((offset, write))
+                    found.append((offset, write))
         if damaged:
             # The last line of a killed process may be torn: nobody was told that it was kept. Keep it for people.
             # All of them anew, and before anything is committed: this ingestion may be killed and repeated.
@@ -254,10 +254,10 @@ class Spool:
             finally:
                 os.close(descriptor)
             logger.error("otelexec.spool.damaged: %d lines of %s could not be read and were set aside", len(damaged), path)
-        for start in range(0, len(writes), _GROUP):
-            group = writes[start : start + _GROUP]
+        for start in range(0, len(found), _GROUP):
+            group = found[start : start + _GROUP]
             commit([*(write for _, write in group), Ingested(path.name, group[-1][0])])
-        return len(writes)
+        return len(found)
 
 
 def _lock_now(descriptor: int) -> bool:

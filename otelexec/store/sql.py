@@ -1,7 +1,7 @@
 """
 The statements that write, once for every SQL store.
 
-Each write of `base.py` has one function here. The functions run inside the transaction of the store that calls them
+Each write of `writes.py` has one function here. The functions run inside the transaction of the store that calls them
 and use nothing but `execute` and the store's clock; placeholders are `?`.
 """
 
@@ -11,7 +11,8 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from otelexec.store.base import (
+from otelexec.store.schema import Transaction
+from otelexec.store.writes import (
     ENDED_STATES,
     LOST,
     NO_SPANS,
@@ -46,7 +47,6 @@ from otelexec.store.base import (
     SpanRow,
     Write,
 )
-from otelexec.store.schema import Transaction
 
 _MAX_PARAMETERS = 512  # with the others of a statement still below 999, SQLite's limit before 3.32
 

@@ -20,16 +20,10 @@ from pathlib import Path
 
 from otelexec.errors import StoreBusy, StoreRejected, StoreUnavailable
 from otelexec.store import reading, sql
-from otelexec.store.base import (
-    Cancellation,
-    ExecutionRecord,
-    OpenWork,
-    ProcessRow,
-    Receipt,
-    Statistics,
-    Write,
-)
+from otelexec.store.base import Receipt
+from otelexec.store.records import ExecutionRecord, OpenWork, Statistics
 from otelexec.store.sqlite_file import DAMAGE, SqliteFile, code, identity, unusable
+from otelexec.store.writes import Cancellation, ProcessRow, Write
 
 logger = logging.getLogger("otelexec.store")
 

@@ -6,7 +6,8 @@ from dataclasses import replace
 from typing import Any
 
 from otelexec.errors import StoreError, StoreRejected
-from otelexec.store.base import (
+from otelexec.store.base import Store
+from otelexec.store.writes import (
     CANCELLED,
     FAILED,
     LOST,
@@ -28,7 +29,6 @@ from otelexec.store.base import (
     RecordQueued,
     RefuseQueued,
     RequestCancel,
-    Store,
 )
 from otelexec.testing.rows import (
     closed,

@@ -7,7 +7,7 @@ import uuid
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
-from otelexec.store.base import (
+from otelexec.store.writes import (
     CANCELLED,
     ENDED_STATES,
     FAILED,

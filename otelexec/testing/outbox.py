@@ -4,17 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from otelexec.store.base import (
-    FAILED,
-    AddSpans,
-    ClaimOutbox,
-    Heartbeat,
-    Prune,
-    ReleaseClaims,
-    RetryParked,
-    SettleOutbox,
-    Store,
-)
+from otelexec.store.base import Store
+from otelexec.store.writes import FAILED, AddSpans, ClaimOutbox, Heartbeat, Prune, ReleaseClaims, RetryParked, SettleOutbox
 from otelexec.testing.rows import (
     OpenStore,
     claim,

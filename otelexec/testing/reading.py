@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 
-from otelexec.store.base import (
+from otelexec.store.base import Store
+from otelexec.store.writes import (
     FAILED,
     QUEUED,
     RUNNING,
@@ -16,7 +17,6 @@ from otelexec.store.base import (
     Ingested,
     RecordQueued,
     RequestCancel,
-    Store,
 )
 from otelexec.testing.rows import (
     OpenStore,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from otelexec.store.base import (
+from otelexec.store.base import Store
+from otelexec.store.records import ExecutionRecord
+from otelexec.store.writes import (
     CANCELLED,
     LOST,
     NO_SPANS,
@@ -15,7 +17,6 @@ from otelexec.store.base import (
     Closed,
     CloseLost,
     CloseOuter,
-    ExecutionRecord,
     ExecutionRow,
     Frozen,
     Heartbeat,
@@ -27,7 +28,6 @@ from otelexec.store.base import (
     RecordObserved,
     ReleaseClaims,
     SpanRow,
-    Store,
     Write,
 )
 

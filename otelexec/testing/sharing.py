@@ -9,7 +9,8 @@ from collections import Counter
 from collections.abc import Callable
 from functools import partial
 
-from otelexec.store.base import FAILED, LOST, RUNNING, SUCCEEDED, AddSpans, ClaimOutbox, Closed, Receipt, SettleOutbox, Store
+from otelexec.store.base import Receipt, Store
+from otelexec.store.writes import FAILED, LOST, RUNNING, SUCCEEDED, AddSpans, ClaimOutbox, Closed, SettleOutbox
 from otelexec.testing.rows import OpenStore, claim, closed, closing, losing, opened, opening, outbox, record, span, states, write
 
 _WORKER = """

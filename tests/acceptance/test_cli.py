@@ -28,9 +28,9 @@ import pytest
 import otelexec
 from otelexec import identity
 from otelexec.receiver import Answer, OtlpReceiver
-from otelexec.store.base import Cancellation, ClaimOutbox, ExecutionRow, Heartbeat, RecordQueued, RequestCancel, SettleOutbox
 from otelexec.store.spool import Spool
 from otelexec.store.sqlite import SqliteStore
+from otelexec.store.writes import Cancellation, ClaimOutbox, ExecutionRow, Heartbeat, RecordQueued, RequestCancel, SettleOutbox
 from tests.records import until
 from tests.servers import ROOT
 
@@ -75,7 +75,7 @@ CLAIM = """
 import os, signal, sys
 from pathlib import Path
 from otelexec import identity
-from otelexec.store.base import ClaimOutbox, Heartbeat
+from otelexec.store.writes import ClaimOutbox, Heartbeat
 from otelexec.store.sqlite import SqliteStore
 
 store = SqliteStore(Path(sys.argv[1]))

@@ -11,7 +11,7 @@ from typing import IO
 import pytest
 
 from otelexec.reconcile import Reconciler
-from otelexec.store.base import ExecutionRecord
+from otelexec.store.records import ExecutionRecord
 from otelexec.store.spool import Spool
 from otelexec.store.sqlite import SqliteStore
 from tests.acceptance.agreement import disagreements, drained, settle

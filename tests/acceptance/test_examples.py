@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from otelexec.decoded import DecodedSpan, decode
-from otelexec.store.base import ExecutionRecord
+from otelexec.store.records import ExecutionRecord
 from otelexec.store.sqlite import SqliteStore
 from tests.records import until
 from tests.servers import free_ports, missing

@@ -13,7 +13,7 @@ from opentelemetry.sdk.trace import TracerProvider
 
 import otelexec
 from otelexec import runtime
-from otelexec.store.base import ClaimOutbox, Prune, SettleOutbox
+from otelexec.store.writes import ClaimOutbox, Prune, SettleOutbox
 
 MAX_GROWTH_BYTES = 8 * 1024 * 1024
 

@@ -18,8 +18,8 @@ import psutil
 
 from otelexec import otlp, settings
 from otelexec.relay import Progress, Relay
-from otelexec.store.base import AddSpans
 from otelexec.store.sqlite import SqliteStore
+from otelexec.store.writes import AddSpans
 from tests.benchmarks.measure import Result
 from tests.benchmarks.sample import ended_span
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from multiprocessing.connection import Connection
 
-    from otelexec.store.base import Write
+    from otelexec.store.writes import Write
 
 TARGET_RATE = 100_000
 TARGET_GROWTH = 8.0

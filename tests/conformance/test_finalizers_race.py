@@ -23,7 +23,7 @@ from otelexec.endings import Ending
 from otelexec.execution import Execution
 from otelexec.freeze import freeze
 from otelexec.store import spool
-from otelexec.store.base import CloseAttempt, Closed
+from otelexec.store.writes import CloseAttempt, Closed
 from tests.records import Records, until
 
 _DELUDED = """

@@ -21,9 +21,10 @@ import pytest
 
 from otelexec.errors import StoreBusy, StoreUnavailable
 from otelexec.store import group_commit
-from otelexec.store.base import AddSpans, Closed, OpenAttempt, Opened, Receipt, Write
+from otelexec.store.base import Receipt
 from otelexec.store.group_commit import Entry, GroupCommit
 from otelexec.store.sqlite import SqliteStore
+from otelexec.store.writes import AddSpans, Closed, OpenAttempt, Opened, Write
 from otelexec.testing.rows import closing, opening
 from tests.records import until
 

@@ -25,9 +25,9 @@ from otelexec import runtime
 from otelexec.decoded import decode
 from otelexec.store import schema
 from otelexec.store import spool as spool_module
-from otelexec.store.base import AddSpans, CloseAttempt, Write
 from otelexec.store.spool import Spool
 from otelexec.store.sqlite import SqliteStore
+from otelexec.store.writes import AddSpans, CloseAttempt, Write
 from otelexec.testing.rows import process
 from tests.records import Records, until
 

@@ -153,7 +153,7 @@ def test_a_wish_that_only_the_store_knows_decides_in_the_closing_transaction(rec
     with pytest.raises(KeyboardInterrupt), otelexec.execution("job") as run:
         store = runtime.get().store
         assert store is not None
-        from otelexec.store.base import Cancellation, RequestCancel
+        from otelexec.store.writes import Cancellation, RequestCancel
 
         store.commit([RequestCancel(run.id, Cancellation(time.time_ns(), None))], durable=True, timeout_seconds=5)
         assert not run.cancel_requested

@@ -16,7 +16,8 @@ from otelexec.cli.options import Failure
 from otelexec.cli.pruning import parse_duration
 from otelexec.cli.table import executions_table
 from otelexec.decoded import DecodedSpan
-from otelexec.store.base import AttemptRecord, Cancellation, ExecutionRecord
+from otelexec.store.records import AttemptRecord, ExecutionRecord
+from otelexec.store.writes import Cancellation
 
 SECOND = 1_000_000_000
 START = 1_700_000_000 * SECOND

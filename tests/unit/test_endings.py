@@ -21,7 +21,7 @@ from opentelemetry import context as otel_context
 
 import otelexec
 from otelexec import runtime
-from otelexec.store.base import CloseAttempt, OpenAttempt, Write
+from otelexec.store.writes import CloseAttempt, OpenAttempt, Write
 from tests.records import Records
 
 

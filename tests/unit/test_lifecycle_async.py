@@ -15,7 +15,7 @@ from opentelemetry import trace
 
 import otelexec
 from otelexec import runtime
-from otelexec.store.base import CloseAttempt
+from otelexec.store.writes import CloseAttempt
 from tests.records import Records
 
 VAR: contextvars.ContextVar[str] = contextvars.ContextVar("VAR", default="unset")

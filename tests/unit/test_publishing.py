@@ -11,7 +11,7 @@ import pytest
 from opentelemetry import trace
 
 import otelexec
-from otelexec.store.base import ExecutionRecord
+from otelexec.store.records import ExecutionRecord
 from tests.records import Records
 
 

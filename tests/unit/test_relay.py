@@ -22,15 +22,15 @@ from otelexec.errors import SettingsError, StoreRejected, StoreUnavailable
 from otelexec.receiver import Answer, OtlpReceiver
 from otelexec.relay import Relay
 from otelexec.settings import Settings
-from otelexec.store.base import AddSpans, ClaimOutbox, OutboxRow, ReleaseClaims, RetryParked, SettleOutbox
 from otelexec.store.sqlite import SqliteStore
+from otelexec.store.writes import AddSpans, ClaimOutbox, OutboxRow, ReleaseClaims, RetryParked, SettleOutbox
 from otelexec.transport import Reply, Verdict
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
-    from otelexec.store.base import Write
+    from otelexec.store.writes import Write
 
 RESOURCE = otlp.encode_resource(Resource({"service.name": "tests"}))
 PROTOCOLS = ["http", "grpc"]

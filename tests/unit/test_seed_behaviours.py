@@ -22,7 +22,7 @@ import otelexec
 from otelexec import runtime
 from otelexec.errors import StoreUnavailable
 from otelexec.store import sql
-from otelexec.store.base import Cancellation, CloseAttempt, CloseLost, Frozen, OpenAttempt, Outcome, RequestCancel
+from otelexec.store.writes import Cancellation, CloseAttempt, CloseLost, Frozen, OpenAttempt, Outcome, RequestCancel
 from tests.records import Records
 
 

@@ -1,0 +1,509 @@
+"""
+What is written to a store: plain data, with one result for each.
+
+A write can be committed together with others, kept in the spool, put into a log line, and repeated. The rows that every
+execution makes are not frozen, though nobody changes them: a frozen dataclass is filled field by field through
+`object.__setattr__`, which takes three times as long.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+# Attempt states (design section 4).
+RUNNING = "running"
+SUCCEEDED = "succeeded"
+FAILED = "failed"
+TIMED_OUT = "timed_out"
+CANCELLED = "cancelled"
+PAUSED = "paused"
+REJECTED = "rejected"
+LOST = "lost"
+# States that only an execution has.
+QUEUED = "queued"
+RETRYING = "retrying"
+
+ENDED_STATES = frozenset({SUCCEEDED, FAILED, TIMED_OUT, CANCELLED, REJECTED, LOST})
+"""Execution states with an end time; `paused` and `retrying` go on."""
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessRow:
+    """
+    One process that writes to the store.
+
+    Attributes:
+        process_id: Minted once per process, and anew in a forked child.
+        host: Host name, for people.
+        boot_id: Kernel boot id; empty where the system has none.
+        pid_namespace: Pid namespace; with the boot id it tells whether `pid` means anything here.
+        pid: Process id.
+        pid_start: Start time of the pid in clock ticks since boot, so that a reused pid is not taken for it.
+        lease_seconds: How long after its last heartbeat it may count as alive where it can't be looked at.
+        resource: Encoded OTLP resource, for the spans that others must end.
+        scope: Encoded OTLP instrumentation scope, likewise.
+        heartbeat_unix_ns: Last sign of life on the store's clock; 0 when it is being written.
+        ended: Whether it said goodbye.
+    """
+
+    process_id: str
+    host: str
+    boot_id: str
+    pid_namespace: str
+    pid: int
+    pid_start: int
+    lease_seconds: float
+    resource: bytes
+    scope: bytes
+    heartbeat_unix_ns: int = 0
+    ended: bool = False
+
+
+@dataclass(slots=True)
+class ExecutionRow:
+    """What an execution is, whoever runs it: written by the first attempt or by the publish before it."""
+
+    execution_id: str
+    name: str
+    request_id: str
+    source: str
+    correlation: str
+    parent_execution_id: str | None
+
+
+@dataclass(slots=True)
+class SpanRow:
+    """
+    A span by its ids, with the fields known at its start.
+
+    Attributes:
+        trace_id: Lowercase hex.
+        span_id: Lowercase hex.
+        start: Encoded fields of an OTLP Span that are known at start (`otlp.encode_start`).
+    """
+
+    trace_id: str
+    span_id: str
+    start: bytes
+
+
+@dataclass(slots=True)
+class OpenAttempt:
+    """
+    Open an attempt, or let a core take an open one over. Gives `Opened`.
+
+    Attributes:
+        token: The attempt's fencing token.
+        execution: Its execution.
+        process_id: The process that runs it.
+        started_unix_ns: When.
+        deadline_unix_ns: Until when it should be done; None means without a limit.
+        span: Its span; None when the trace is not sampled.
+        outer_token: Names the outer executor around a core, the same for every core in it; None without one.
+        outer: The outer executor's span; None without one, or when unsampled.
+        outer_started_unix_ns: When the outer executor started.
+        takes_over: Whether the row under this token exists and now becomes the core's.
+        repeated: Whether an earlier try may have got through; then the store looks before it writes.
+        opened: Spans still open between it and the execution around it: their ids leave with this one.
+    """
+
+    token: str
+    execution: ExecutionRow
+    process_id: str
+    started_unix_ns: int
+    deadline_unix_ns: int | None = None
+    span: SpanRow | None = None
+    outer_token: str | None = None
+    outer: SpanRow | None = None
+    outer_started_unix_ns: int | None = None
+    takes_over: bool = False
+    repeated: bool = False
+    opened: tuple[SpanRow, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Cancellation:
+    """
+    Somebody's wish to cancel an execution.
+
+    Attributes:
+        requested_unix_ns: When.
+        terminate: True: stop it if it can be stopped; False: tell it only; None: the backend's habit.
+    """
+
+    requested_unix_ns: int
+    terminate: bool | None
+
+
+@dataclass(slots=True)
+class Opened:
+    """
+    What the store says of an attempt that it opened.
+
+    Attributes:
+        number: The attempt's number, from 1; None while only the spool knows it.
+        duplicate: Whether the execution had already succeeded.
+        cancellation: The wish to cancel it, if there is one.
+        snapshot: JSON text that the paused attempt before it left; None without one.
+    """
+
+    number: int | None
+    duplicate: bool = False
+    cancellation: Cancellation | None = None
+    snapshot: str | None = None
+
+
+@dataclass(slots=True)
+class Outcome:
+    """
+    How an attempt ended.
+
+    Attributes:
+        state: One of the terminal attempt states.
+        ended_unix_ns: When; the span carries the same number.
+        finalized_by: Which path closed it: executor, spool, fallback, reconciler, parent.
+        classification: What kind of `state` it is, where that says more; None otherwise.
+        error_type: Fully qualified class of the exception, or the reason of a rejection.
+        error_message: Its text.
+        progress: JSON text of the last progress marker.
+        output: JSON text of what `set_output` was given.
+        snapshot: JSON text of a paused attempt.
+        retrying: Whether another attempt is already on its way.
+        sticky: Whether a `cancelled` was asked for and so is final.
+        reconciled_unix_ns: When somebody else closed it; None when its own process did.
+    """
+
+    state: str
+    ended_unix_ns: int
+    finalized_by: str = "executor"
+    classification: str | None = None
+    error_type: str | None = None
+    error_message: str | None = None
+    progress: str | None = None
+    output: str | None = None
+    snapshot: str | None = None
+    retrying: bool = False
+    sticky: bool = False
+    reconciled_unix_ns: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AddSpans:
+    """
+    Put ended spans into the outbox. Gives None.
+
+    Attributes:
+        request: Encoded OTLP request with spans whose ids the store never saw; may be empty.
+        count: How many spans that is.
+        recorded: Ended spans that stand in the store as open: (row, encoded request). Each is written only if
+            nobody closed it in the meantime.
+        opened: Spans still open whose ids have left the process.
+        process_id: Who has them open.
+        execution_id: Whose spans they are; None when no execution's.
+        last_end_unix_ns: When the last of them ended: a sign of life of its attempt.
+    """
+
+    request: bytes = b""
+    count: int = 0
+    recorded: tuple[tuple[SpanRow, bytes], ...] = ()
+    opened: tuple[SpanRow, ...] = ()
+    process_id: str = ""
+    execution_id: str | None = None
+    last_end_unix_ns: int = 0
+
+    def __bool__(self) -> bool:
+        """Tell whether there is anything to write."""
+        return bool(self.count or self.recorded or self.opened)
+
+
+NO_SPANS = AddSpans()
+
+
+@dataclass(slots=True)
+class Frozen:
+    """An outcome with the span that says the same."""
+
+    outcome: Outcome
+    request: bytes
+
+
+@dataclass(slots=True)
+class CloseAttempt:
+    """
+    Close an attempt once, with its span, in one transaction. Gives `Closed`.
+
+    The write carries the whole row: if the store lost the open, it inserts the attempt closed.
+
+    Attributes:
+        attempt: The open row.
+        number: What `Opened` said; None when it never got an answer.
+        frozen: Outcome and span as they are if nobody asked to cancel, or if it makes no difference.
+        if_cancelled: The same if a cancellation stands in the store, where that changes the outcome; else None.
+        nonce: Names this very close, so that a repeated commit is not taken for another's.
+        spans: Child spans that go with it, whoever wins.
+        observed: What to record if the attempt has been called lost; None when the caller sees to it.
+    """
+
+    attempt: OpenAttempt
+    number: int | None
+    frozen: Frozen
+    nonce: str
+    if_cancelled: Frozen | None = None
+    spans: AddSpans = NO_SPANS
+    observed: RecordObserved | None = None
+
+
+@dataclass(slots=True)
+class Closed:
+    """
+    Who closed the attempt, and as what.
+
+    Attributes:
+        won: Whether this write did.
+        state: The state that stands.
+        finalized_by: The path that wrote it.
+        number: The attempt's number.
+        duplicate: Whether it is a duplicate.
+        span_id: Id of the span that was written for it, lowercase hex; None when unsampled.
+    """
+
+    won: bool
+    state: str
+    finalized_by: str
+    number: int
+    duplicate: bool
+    span_id: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class RecordObserved:
+    """
+    Record beside an inferred `lost` what the attempt itself observed. Gives None.
+
+    Attributes:
+        attempt: The attempt.
+        frozen: What it observed, and its span under a new span id.
+        span_id: That id, lowercase hex; None when unsampled.
+    """
+
+    attempt: OpenAttempt
+    frozen: Frozen
+    span_id: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class CloseLost:
+    """
+    Close a running attempt of a dead process with the span it could not end. Gives whether this write did it.
+
+    Attributes:
+        execution_id: The execution.
+        token: The attempt's fencing token.
+        frozen: The outcome (`lost`) and the synthesised span.
+    """
+
+    execution_id: str
+    token: str
+    frozen: Frozen
+
+
+@dataclass(frozen=True, slots=True)
+class CloseOuter:
+    """
+    Record how the outer executor around one or more cores ended. Gives whether this write did it.
+
+    Attributes:
+        execution_id: The execution.
+        outer_token: Names the outer executor.
+        frozen: Outcome and span; the states are those of attempts.
+        spans: Child spans that go with it.
+        retrying: Whether the outer code asked for another attempt.
+    """
+
+    execution_id: str
+    outer_token: str
+    frozen: Frozen
+    spans: AddSpans = NO_SPANS
+    retrying: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class RecordQueued:
+    """
+    Record that a message for this execution is about to leave. Gives None.
+
+    Attributes:
+        execution: The execution; one that is further along stays as it is.
+        span: The PRODUCER span; None when unsampled.
+        process_id: The process that sends it.
+        queued_unix_ns: When.
+        opened: Spans still open between it and the execution around it.
+    """
+
+    execution: ExecutionRow
+    span: SpanRow | None
+    process_id: str
+    queued_unix_ns: int
+    opened: tuple[SpanRow, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class RefuseQueued:
+    """
+    Close a queued execution whose message was refused. Gives None.
+
+    Attributes:
+        execution_id: The execution.
+        frozen: The outcome (`rejected`); the PRODUCER span travels in `spans`.
+        spans: The PRODUCER span.
+    """
+
+    execution_id: str
+    outcome: Outcome
+    spans: AddSpans = NO_SPANS
+
+
+@dataclass(frozen=True, slots=True)
+class RecordProgress:
+    """Write the progress marker (JSON text) of a running attempt. Gives None."""
+
+    execution_id: str
+    token: str
+    progress: str
+
+
+@dataclass(frozen=True, slots=True)
+class Heartbeat:
+    """Insert or refresh a process row on the store's clock; `ended` says goodbye. Gives None."""
+
+    process: ProcessRow
+    ended: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class RequestCancel:
+    """Record the wish to cancel an execution. Gives the execution's state, None when it is not known yet."""
+
+    execution_id: str
+    cancellation: Cancellation
+
+
+@dataclass(frozen=True, slots=True)
+class Ingested:
+    """
+    Note how far a spool segment has been taken in, in the transaction that took it in. Gives None.
+
+    Attributes:
+        segment: Name of the segment, unique for ever.
+        offset: Everything before this byte is in the store.
+    """
+
+    segment: str
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class ClaimOutbox:
+    """
+    Claim the oldest unclaimed outbox rows. Gives a list of `OutboxRow`.
+
+    Attributes:
+        owner: Process id of the relay.
+        lease_seconds: How long the claim holds, on the store's clock.
+        max_rows: At most so many rows.
+        max_bytes: At most so many bytes, but always one row.
+        not_after: Only rows with an id up to this one; None means all.
+    """
+
+    owner: str
+    lease_seconds: float
+    max_rows: int = 512
+    max_bytes: int = 4 * 1024 * 1024
+    not_after: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class OutboxRow:
+    """
+    Encoded spans waiting for the relay.
+
+    Attributes:
+        id: Rises with time.
+        request: Encoded OTLP request; requests concatenate into one valid request.
+        count: How many spans it holds.
+        failures: How often a request with it was answered with a failure.
+    """
+
+    id: int
+    request: bytes
+    count: int
+    failures: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class SettleOutbox:
+    """
+    Say what became of claimed rows. Gives None.
+
+    Attributes:
+        owner: The relay that holds the claim.
+        delivered: Ids to delete.
+        released: Ids that go back, unchanged.
+        failed: Ids that go back with one more failure counted.
+        parked: (id, reason) of rows that are kept, but not sent again by themselves.
+    """
+
+    owner: str
+    delivered: Sequence[int] = ()
+    released: Sequence[int] = ()
+    failed: Sequence[int] = ()
+    parked: Sequence[tuple[int, str]] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ReleaseClaims:
+    """Release every claim of relays that are dead. Gives how many rows that freed."""
+
+    owners: Sequence[str]
+
+
+@dataclass(frozen=True, slots=True)
+class RetryParked:
+    """Let parked rows go out again. Gives how many there were."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prune:
+    """
+    Delete ended executions with everything delivered, in one bounded batch. Gives how many were deleted.
+
+    Attributes:
+        ended_before_unix_ns: Only executions that ended before this.
+        limit: At most so many.
+    """
+
+    ended_before_unix_ns: int
+    limit: int = 500
+
+
+Write: TypeAlias = (
+    OpenAttempt
+    | CloseAttempt
+    | RecordObserved
+    | CloseLost
+    | CloseOuter
+    | RecordQueued
+    | RefuseQueued
+    | AddSpans
+    | RecordProgress
+    | Heartbeat
+    | RequestCancel
+    | Ingested
+    | ClaimOutbox
+    | SettleOutbox
+    | ReleaseClaims
+    | RetryParked
+    | Prune
+)
