@@ -42,7 +42,7 @@ WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < :rows)
 INSERT INTO attempt (execution_id, attempt, token, process_id, state, duplicate, trace_id, span_id, span_start,
     started_unix_ns, ended_unix_ns)
 SELECT printf('0193%032x', i), 1, printf('%032x', i),
-    CASE WHEN {lapsed} THEN 'dead-' || (i / 100 % :dead) ELSE 'living-' || (i % :living) END,
+    CASE WHEN {lapsed} THEN 'dead-' || ((i / 100 + i) % :dead) ELSE 'living-' || (i % :living) END,
     CASE WHEN {lapsed} THEN 'running' ELSE :state END, 0, printf('%032x', i), printf('%016x', i),
     CASE WHEN {lapsed} OR :state = 'running' THEN :start END,
     1700000000000000000 + i, CASE WHEN NOT ({lapsed}) AND :state <> 'running' THEN 1700000001000000000 + i END FROM n"""
