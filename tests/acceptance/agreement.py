@@ -5,20 +5,22 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections import Counter
-from collections.abc import Container, Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from otelexec import identity, semconv
 from otelexec.decoded import DecodedSpan, decode
 from otelexec.reconcile import Reconciler
+from otelexec.store.base import ClaimOutbox, Heartbeat, ReleaseClaims, SettleOutbox
 from otelexec.store.spool import Spool
 from otelexec.store.sqlite import SqliteStore
-from otelexec.store.writes import ClaimOutbox, Heartbeat, ReleaseClaims, SettleOutbox
 from tests.acceptance.scenarios import OUTSIDE
 
 ENDED = frozenset({"succeeded", "failed", "timed_out", "cancelled", "paused", "rejected", "lost"})
+
+NONE: Final[Mapping[str, int]] = {}
 
 
 def reconciler(store: SqliteStore) -> Reconciler:
@@ -66,7 +68,7 @@ class Found:
     attempts: int = 0
 
 
-def disagreements(path: Path, delivered: Iterable[DecodedSpan], ledger: Path | None = None, *, repeats: Container[str] = ()) -> Found:
+def disagreements(path: Path, delivered: Iterable[DecodedSpan], ledger: Path | None = None, *, repeats: Mapping[str, int] = NONE) -> Found:
     """
     Compare every record with the spans that were delivered, and with the ledger.
 
@@ -74,15 +76,20 @@ def disagreements(path: Path, delivered: Iterable[DecodedSpan], ledger: Path | N
         path: The store, settled.
         delivered: Every span that left, repeats included.
         ledger: What the killed processes saw.
-        repeats: Ids of spans that a killed relay had in hand: only their bytes may have arrived more than once.
+        repeats: How many killed relays had a span in hand, by its id: so often its bytes may have arrived again.
     """
     found = Found()
     spans: dict[tuple[str, str], DecodedSpan] = {}
+    again: Counter[str] = Counter()
     for span in delivered:
         before = spans.setdefault((span.trace_id, span.span_id), span)
-        if before is not span and not (span.span_id in repeats and before.encoded == span.encoded):
-            equal = "the same bytes" if before.encoded == span.encoded else "other bytes"
-            found.failures.append(f"{_whose(span)}: span {span.name} {span.span_id} was sent twice, with {equal}")
+        if before is span:
+            continue
+        again[span.span_id] += 1
+        if before.encoded != span.encoded:
+            found.failures.append(f"{_whose(span)}: span {span.name} {span.span_id} was sent twice, with other bytes")
+        elif again[span.span_id] > repeats.get(span.span_id, 0):
+            found.failures.append(f"{_whose(span)}: span {span.name} {span.span_id} was sent again, and no relay died with it in hand")
     unexplained = {key for key, span in spans.items() if semconv.OUTCOME in span.attributes or semconv.OUTER_OUTCOME in span.attributes}
     records = {record.execution_id: record for record in SqliteStore(path, create=False).executions()}
     for record in records.values():

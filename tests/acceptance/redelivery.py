@@ -19,7 +19,7 @@ import signal
 import sqlite3
 import sys
 import time
-from collections import deque
+from collections import Counter, deque
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -128,7 +128,7 @@ class Queue:
         self.store = store
         self.waiting = deque(jobs)
         self.kills = self.redelivered = 0
-        self.claimed: set[str] = set()
+        self.claimed: Counter[str] = Counter()
         self._kill_seconds = kill_seconds
         self._random = random.Random(5)
         self._workers: list[Worker] = []
@@ -202,7 +202,7 @@ class Queue:
         # Stopped first, so that what its relay had in hand when it died can be read before others free it.
         os.kill(worker.pid, signal.SIGSTOP)
         os.waitpid(worker.pid, os.WUNTRACED)
-        self.claimed |= self._claimed_by(worker.pid)
+        self.claimed.update(self._claimed_by(worker.pid))
         os.kill(worker.pid, signal.SIGKILL)
         os.waitpid(worker.pid, 0)
         self.kills += 1
@@ -267,7 +267,7 @@ def main() -> int:
         queue.run(chosen.workers)
         stdout, sys.stdout = sys.stdout, sys.stderr
         seen = _settle(store, chosen.jobs, queue, collected)
-    stdout.write(json.dumps(seen | {"kills": queue.kills, "redelivered": queue.redelivered, "claimed": len(queue.claimed),
+    stdout.write(json.dumps(seen | {"kills": queue.kills, "redelivered": queue.redelivered, "claimed": queue.claimed.total(),
                                     "seconds": round(time.monotonic() - started, 1)}) + "\n")  # fmt: skip
     return 0
 

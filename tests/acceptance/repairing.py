@@ -17,7 +17,8 @@ import signal
 import sqlite3
 import sys
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any, Final
@@ -106,7 +107,7 @@ class Repair:
         if self.command == "relay":
             forked(lambda: self._run("reconcile"))
         points = numbered(answer_of(lambda: self._run(self.command, traced=True), self._answers))
-        self._finish_and_verify("dry run", set())
+        self._finish_and_verify("dry run", {})
         return points
 
     def sweep(self, points: Sequence[Point]) -> None:
@@ -122,7 +123,7 @@ class Repair:
                 self.missed += 1
             else:
                 self.failures.append(f"{self.command} at {point}: it ended with status {status}")
-            claimed = set(answer_of(self._claimed, self._answers))
+            claimed = Counter(answer_of(self._claimed, self._answers))
             self._finish_and_verify(str(point), claimed, number=number)
 
     def _claimed(self) -> list[str]:
@@ -130,7 +131,7 @@ class Repair:
             rows = connection.execute("SELECT request FROM outbox JOIN claim USING (id)").fetchall()
         return [span.span_id for (request,) in rows for span in decode(request)]
 
-    def _finish_and_verify(self, where: str, claimed: set[str], *, number: int = 0) -> None:
+    def _finish_and_verify(self, where: str, claimed: Mapping[str, int], *, number: int = 0) -> None:
         real = number % REAL_EVERY == 0
         if real:
             for command in ("reconcile", "relay") if number % 2 else ("relay", "reconcile", "relay"):
