@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from abc import ABC, abstractmethod
 from contextvars import Token
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -23,15 +24,15 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-class Block(Generic[T]):
+class Block(ABC, Generic[T]):
     """A context manager, also an asynchronous one, that runs its block as the call of a lifecycle."""
 
     def __init__(self) -> None:
         self._entered: _Entered | None = None
 
+    @abstractmethod
     def _lifecycle(self, runtime: _runtime.Runtime) -> Steps:
         """Give the lifecycle of one block."""
-        raise NotImplementedError
 
     def _timeout(self) -> float | None:
         """Give the seconds after which an asynchronous block is cancelled; None: no limit."""

@@ -193,7 +193,7 @@ def request_cancel(execution_id: str, *, terminate: bool | None = None) -> str |
     Ask for an execution to be cancelled, in whatever process it runs or will run.
 
     The wish is durable when this returns. An attempt that has not started is not called; a running one sees
-    `.cancel_requested`.
+    `.cancel_requested`; one that has succeeded stays so, and the request changes nothing.
 
     Args:
         execution_id: Which.
