@@ -105,6 +105,27 @@ class Settings(BaseSettings):
             raise ValueError(msg)
         return _absolute_sqlite(value) if scheme == "sqlite" else value
 
+    @field_validator("otlp_endpoint", mode="after")
+    @classmethod
+    def _endpoint_is_a_url(cls, value: str | None) -> str | None:
+        # Whether it is for HTTP or gRPC, which takes a bare host:port too, stands in OTEL_EXPORTER_OTLP_PROTOCOL.
+        text = (value or "").strip()
+        scheme, separator, rest = text.partition("://")
+        if text and not (scheme in ("http", "https") and rest.strip("/") if separator else ":" in text):
+            msg = "must be a URL like http://localhost:4318"
+            raise ValueError(msg)
+        return text or None
+
+    @field_validator("signing_key", mode="after")
+    @classmethod
+    def _keys_are_there(cls, value: SecretStr | None) -> SecretStr | None:
+        # Set to separators only, it would turn the demand for signatures off without a word.
+        text = "" if value is None else value.get_secret_value()
+        if text and not text.replace(",", "").strip():
+            msg = "holds no key: give the keys, comma-separated, or leave it out"
+            raise ValueError(msg)
+        return value
+
     @field_validator("ambient", mode="before")
     @classmethod
     def _split_ambient(cls, value: Any) -> Any:
