@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -66,7 +66,7 @@ def answering(answer: Answer) -> contextlib.AbstractContextManager[str]:
     return give()
 
 
-TROUBLE = {
+TROUBLE: dict[str, Callable[[], contextlib.AbstractContextManager[str]]] = {
     "refused": refusing,
     "silent": silent,
     "slow": lambda: answering(Answer(503, delay_seconds=1.0)),
