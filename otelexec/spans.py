@@ -7,6 +7,7 @@ record. Child spans of our provider are collected under their execution and comm
 
 from __future__ import annotations
 
+import concurrent.futures.thread  # noqa: F401 (it can't be imported any more once the main thread has ended)
 import contextlib
 import logging
 import os
@@ -15,11 +16,18 @@ import threading
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterable
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from opentelemetry import context as otel_context
 from opentelemetry import trace
-from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.resources import (
+    TELEMETRY_SDK_LANGUAGE,
+    TELEMETRY_SDK_NAME,
+    TELEMETRY_SDK_VERSION,
+    OTELResourceDetector,
+    Resource,
+)
 from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor, TracerProvider
 from opentelemetry.sdk.trace import Span as SdkSpan
 from opentelemetry.sdk.trace.id_generator import IdGenerator
@@ -273,12 +281,23 @@ def make_provider(
         resource, sampler = Resource(own).merge(theirs.resource).merge(given), theirs.sampler
         processor = CaptureProcessor(collector, lambda: getattr(theirs, "_active_span_processor", None))
     else:
-        # Resource.create() reads OTEL_RESOURCE_ATTRIBUTES, whose host name is the user's word and goes before ours.
-        resource, sampler = Resource(own).merge(Resource.create({})).merge(given), None
+        # What is detected has OTEL_RESOURCE_ATTRIBUTES in it, whose host name is the user's word and goes before ours.
+        resource, sampler = Resource(own).merge(_detected()).merge(given), None
         processor = CaptureProcessor(collector)
     provider = TracerProvider(resource=resource, sampler=sampler, id_generator=SecureIdGenerator(), shutdown_on_exit=False)
     provider.add_span_processor(processor)
     return provider
+
+
+def _detected() -> Resource:
+    """Give what the SDK finds out by itself, or as much of it as can be had once the main thread has ended."""
+    try:
+        return Resource.create({})
+    except RuntimeError:
+        # It asks its detectors in a thread pool, and none can be used after the main thread's end, which is when the
+        # first execution of a thread that outlives it may get here.
+        sdk = {TELEMETRY_SDK_LANGUAGE: "python", TELEMETRY_SDK_NAME: "opentelemetry", TELEMETRY_SDK_VERSION: version("opentelemetry-sdk")}
+        return Resource({**sdk, semconv.SERVICE_NAME: "unknown_service"}).merge(OTELResourceDetector().detect())
 
 
 _global_lock = threading.Lock()

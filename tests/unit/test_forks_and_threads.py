@@ -8,6 +8,7 @@ import faulthandler
 import multiprocessing
 import os
 import random
+import subprocess
 import sys
 import threading
 import traceback
@@ -213,6 +214,37 @@ async def test_a_thousand_tasks_leak_no_context_into_the_next_job(records: Recor
     assert all(record.request_id == "r" + record.execution_id[1:] for record in found.values())
     assert sum(record.state == "failed" for record in found.values()) == 100
     assert runtime.get().executions == {}
+
+
+def test_a_thread_that_outlives_the_main_thread_may_run_the_first_execution(records: Records, tmp_path: Path) -> None:
+    """What starts after the main thread's end can use no thread pool, and the SDK looks for its resource in one."""
+    code = """
+import threading
+import otelexec
+
+def work():
+    threading.main_thread().join()
+    with otelexec.execution("late"):
+        print("worked", flush=True)
+
+threading.Thread(target=work).start()
+"""
+    environ = os.environ | {"OTEL_RESOURCE_ATTRIBUTES": "deployment.environment.name=late", "OTEL_SERVICE_NAME": "outliving"}
+    root = str(Path(otelexec.__file__).parent.parent)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environ | {"PYTHONPATH": root},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert (done.stdout, "Traceback" in done.stderr) == ("worked\n", False), done.stderr
+    assert records.named("late").state == "succeeded"
+    resource = records.span_named("late").resource
+    assert (resource["service.name"], resource["deployment.environment.name"]) == ("outliving", "late")
+    assert {"host.name", "telemetry.sdk.version"} <= resource.keys()
 
 
 def test_32_threads_leak_no_context_into_the_next_job(records: Records) -> None:
