@@ -39,7 +39,19 @@ from otelexec.store import spool as _spool
 from otelexec.store.base import Store
 from otelexec.store.group_commit import Entry, GroupCommit
 from otelexec.store.spool import Spool
-from otelexec.store.writes import AddSpans, CloseAttempt, Heartbeat, ProcessRow, RecordProgress, Write
+from otelexec.store.writes import (
+    AddSpans,
+    CloseAttempt,
+    CloseOuter,
+    Heartbeat,
+    ProcessRow,
+    RecordObserved,
+    RecordProgress,
+    RecordQueued,
+    RefuseQueued,
+    RequestCancel,
+    Write,
+)
 
 if TYPE_CHECKING:
     from opentelemetry.context import Context
@@ -48,6 +60,9 @@ if TYPE_CHECKING:
     from otelexec.relay import Relay
 
 logger = logging.getLogger("otelexec")
+
+# What a log line is the last place for. An open, a heartbeat and a marker are followed by something that says more.
+_RECORDS = (CloseAttempt, CloseOuter, RecordObserved, RecordQueued, RefuseQueued, RequestCancel, AddSpans)
 
 MAX_BACKLOG = 10_000
 """Writes kept in memory when neither store nor spool takes them; each has its CRITICAL line as well."""
@@ -106,11 +121,9 @@ class Runtime:
 
     def __init__(self, settings: Settings, provider: TracerProvider | None = None, *, forked: bool = False) -> None:
         self.settings = settings
-        self.pid = os.getpid()
         self._forked = forked
         self.process_id = identity.mint_process_id()
         self.id_generator = SecureIdGenerator()
-        self.given_provider = provider
         self.theirs = provider or spans.foreign_provider()
         self.heartbeat = HeartbeatThread(self)
         self.collector = Collector(settings.max_collected_spans, self.heartbeat.nudge, forked=forked)
@@ -231,7 +244,7 @@ class Runtime:
 
     def cry(self, write: Write, error: Exception) -> None:
         """Put a whole record into one CRITICAL log line, the last place left."""
-        if isinstance(write, CloseAttempt | AddSpans) or type(write).__name__.startswith(("Close", "Refuse", "Record")):
+        if isinstance(write, _RECORDS):
             try:
                 line = _spool.encode(write)
             except (TypeError, ValueError) as broken:
