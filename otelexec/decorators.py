@@ -103,45 +103,28 @@ class ExecutionDecorator(Block[Execution]):
         return self._options.timeout
 
 
-def _wrapper_for(target: Any, options: Options) -> Callable[..., Any]:  # noqa: C901 (one branch for each kind of code)
-    # What counts is what is called, not what it wraps: `contextlib.contextmanager` gives no generator. Of an object that
-    # is its method.
+def _wrapper_for(target: Any, options: Options) -> Callable[..., Any]:
+    drive = _driver_for(target)
+
+    def wrapper(wrapped: Any, _: Any, args: Any, kwargs: Any) -> Any:
+        runtime = _runtime.get()
+        return drive(runtime, lifecycle(runtime, options), functools.partial(wrapped, *args, **kwargs), options.timeout)
+
+    return wrapper
+
+
+def _driver_for(target: Any) -> Callable[..., Any]:
+    """Give the driver for what a call of `target` gives, which for an object is what its `__call__` does."""
     if not inspect.isroutine(target) and not isinstance(target, type):
         target = inspect.getattr_static(target, "__call__", target)
     if inspect.isasyncgenfunction(target):
-
-        def wrapper(wrapped: Any, _: Any, args: Any, kwargs: Any) -> Any:
-            runtime = _runtime.get()
-            call = functools.partial(wrapped, *args, **kwargs)
-            return iterate_async(runtime, lifecycle(runtime, options), call, options.timeout)
-
-    elif inspect.iscoroutinefunction(target):
-
-        def wrapper(wrapped: Any, _: Any, args: Any, kwargs: Any) -> Any:
-            runtime = _runtime.get()
-            call = functools.partial(wrapped, *args, **kwargs)
-            return call_async(runtime, lifecycle(runtime, options), call, options.timeout)
-
-    elif inspect.iscoroutinefunction(inspect.unwrap(target)):
-
-        def wrapper(wrapped: Any, _: Any, args: Any, kwargs: Any) -> Any:
-            runtime = _runtime.get()
-            call = functools.partial(wrapped, *args, **kwargs)
-            return call_either(runtime, lifecycle(runtime, options), call, options.timeout)
-
-    elif inspect.isgeneratorfunction(target):
-
-        def wrapper(wrapped: Any, _: Any, args: Any, kwargs: Any) -> Any:
-            runtime = _runtime.get()
-            return iterate_sync(runtime, lifecycle(runtime, options), functools.partial(wrapped, *args, **kwargs))
-
-    else:
-
-        def wrapper(wrapped: Any, _: Any, args: Any, kwargs: Any) -> Any:
-            runtime = _runtime.get()
-            return call_sync(runtime, lifecycle(runtime, options), wrapped, args, kwargs)
-
-    return wrapper
+        return iterate_async
+    if inspect.iscoroutinefunction(target):
+        return call_async
+    # Not what a wrapper wraps counts (`contextlib.contextmanager` gives no generator), but it may give the coroutine.
+    if inspect.iscoroutinefunction(inspect.unwrap(target)):
+        return call_either
+    return iterate_sync if inspect.isgeneratorfunction(target) else call_sync
 
 
 @overload

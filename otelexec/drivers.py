@@ -71,15 +71,15 @@ def expect(call: Call | None) -> Call:
     return call
 
 
-def call_sync(runtime: Runtime, steps: Steps, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    """Run a function under the lifecycle."""
+def call_sync(runtime: Runtime, steps: Steps, function: Callable[[], Any], _timeout_seconds: float | None = None) -> Any:
+    """Run a function under the lifecycle; it can't be stopped, so a timeout is a deadline for it to look at."""
     before = otel_context.get_current()
     call = expect(advance(runtime, steps))
     # By value and not by token: a signal handler may raise before the token is there, and the next job must not run in
     # this one's context.
     try:
         otel_context.attach(call.context)
-        value = function(*args, **kwargs)
+        value = function()
         otel_context.attach(before)
     except BaseException as error:
         otel_context.attach(before)
@@ -89,8 +89,10 @@ def call_sync(runtime: Runtime, steps: Steps, function: Callable[..., Any], args
     return value
 
 
-def iterate_sync(runtime: Runtime, steps: Steps, function: Callable[[], Generator[Any, Any, Any]]) -> Generator[Any, Any, Any]:
-    """Run a generator under the lifecycle; its execution is current only while its body runs."""
+def iterate_sync(
+    runtime: Runtime, steps: Steps, function: Callable[[], Generator[Any, Any, Any]], _timeout_seconds: float | None = None
+) -> Generator[Any, Any, Any]:
+    """Run a generator under the lifecycle; its execution is current only while its body runs. A timeout as for `call_sync`."""
     call = expect(advance(runtime, steps))
     context = call.context
     resume: Callable[[], Any] | None = None
