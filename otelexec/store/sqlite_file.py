@@ -131,6 +131,8 @@ class SqliteFile:
         if found == 0 and not self._create:
             raise StoreNotFound(f"{self.path} is no store yet. Run an execution first, or set OTELEXEC_STORE to where it is.")
         if found == 0:
+            if connection.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchone() is not None and not self._is_ours(connection):
+                raise StoreUnavailable(f"{self.path} is another program's SQLite file. Set OTELEXEC_STORE to a file of its own.")
             connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("BEGIN IMMEDIATE")
         try:
@@ -152,6 +154,10 @@ class SqliteFile:
         except BaseException:
             connection.execute("ROLLBACK")
             raise
+
+    def _is_ours(self, connection: sqlite3.Connection) -> bool:
+        # Another process may have made the schema since the version was read.
+        return bool(connection.execute("PRAGMA user_version").fetchone()[0])
 
     def set_aside(self, error: sqlite3.Error) -> None:
         """

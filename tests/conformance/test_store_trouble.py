@@ -304,6 +304,17 @@ def test_corrupted_while_running(work: Work, path: Path) -> None:
         assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
 
 
+def test_another_programs_file_is_left_alone_and_said_clearly(work: Work, path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("CREATE TABLE customer (name TEXT)")
+        before = path.read_bytes()
+    run_in_trouble(work)
+    assert "is another program's SQLite file. Set OTELEXEC_STORE to a file of its own." in caplog.text
+    assert path.read_bytes() == before
+    path.unlink()
+    check_all_in(path, work.names, {"waits no more 7"})
+
+
 def test_a_newer_schema_is_left_alone_and_said_clearly(work: Work, path: Path, caplog: pytest.LogCaptureFixture) -> None:
     work.run("before")
     runtime.get().store.close()  # type: ignore[union-attr]
