@@ -13,9 +13,9 @@ from typing import Any, Final
 from otelexec import identity, semconv
 from otelexec.decoded import DecodedSpan, decode
 from otelexec.reconcile import Reconciler
-from otelexec.store.base import ClaimOutbox, Heartbeat, ReleaseClaims, SettleOutbox
 from otelexec.store.spool import Spool
 from otelexec.store.sqlite import SqliteStore
+from otelexec.store.writes import ClaimOutbox, Heartbeat, ReleaseClaims, SettleOutbox
 from tests.acceptance.scenarios import OUTSIDE
 
 ENDED = frozenset({"succeeded", "failed", "timed_out", "cancelled", "paused", "rejected", "lost"})
