@@ -189,7 +189,7 @@ def test_a_signal_at_any_moment_of_a_commit_loses_and_doubles_nothing(store: Sql
         for thread in threads:
             thread.join(30)
     assert not any(thread.is_alive() for thread in threads)
-    assert interrupted > 300
+    assert interrupted > 100
     group.flush()
     assert attempts(store) == 1501
     found = requests(store)
@@ -215,12 +215,16 @@ def test_a_signal_in_the_leader_leaves_the_writes_of_others_whole(store: SqliteS
     for thread in threads:
         thread.start()
     uninterrupted: set[bytes] = set()
+    started = time.perf_counter()
+    for number in range(100):
+        group.commit(AddSpans(b"before %d" % number, 1), timeout_seconds=30)
+    typical = (time.perf_counter() - started) / 100  # so that the signals hit on a fast machine and miss on a slow one
     try:
         with Alarm() as alarm:
             for number in range(1500):
                 request = b"main %d" % number
                 commit = partial(group.commit, AddSpans(request, 1), timeout_seconds=30)
-                if not alarm.within(1e-6 * random.uniform(1, 400), commit):
+                if not alarm.within(random.uniform(1e-6, 2 * typical), commit):
                     uninterrupted.add(request)
     finally:
         stop.set()
@@ -231,7 +235,7 @@ def test_a_signal_in_the_leader_leaves_the_writes_of_others_whole(store: SqliteS
     found = requests(store)
     assert len(found) == len(set(found))
     assert uninterrupted | set(others) <= set(found)
-    assert 200 < len(uninterrupted) < 1400
+    assert 50 < len(uninterrupted) < 1450
 
 
 def test_signals_one_upon_another_stop_nobody(store: SqliteStore, group: GroupCommit) -> None:
