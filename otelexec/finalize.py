@@ -31,6 +31,9 @@ logger = logging.getLogger("otelexec.finalize")
 FIRST_BACKOFF_SECONDS = 0.01
 LAST_BACKOFF_SECONDS = 0.5
 
+# Of its own: a user's random.seed() must neither set it nor be disturbed by it.
+_jitter = random.SystemRandom()
+
 
 @dataclass(frozen=True, slots=True)
 class Kept:
@@ -71,7 +74,7 @@ def persist(runtime: Runtime, write: Write, *, durable: bool, patience_seconds: 
             break
         if isinstance(write, OpenAttempt):
             write = replace(write, repeated=True)  # a store may fail after it has committed
-        yield Sleep(min(left, backoff * random.uniform(0.5, 1.0)))  # noqa: S311 (jitter)
+        yield Sleep(min(left, backoff * _jitter.uniform(0.5, 1.0)))
         backoff = min(2 * backoff, LAST_BACKOFF_SECONDS)
     kept: Kept = yield Block(partial(runtime.keep, write, durable=durable))
     return kept
