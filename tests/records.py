@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import sqlite3
 import time
 from collections import Counter
 from collections.abc import Callable
-from contextlib import closing
 from pathlib import Path
 from typing import TypeVar
 
@@ -14,7 +12,7 @@ from otelexec import runtime
 from otelexec.decoded import DecodedSpan, decode
 from otelexec.errors import StoreNotFound
 from otelexec.store.records import AttemptRecord, ExecutionRecord
-from otelexec.store.sqlite import SqliteStore
+from tests import stores
 
 T = TypeVar("T")
 
@@ -38,12 +36,17 @@ class Records:
     The store of one test, read by a connection of its own.
 
     Args:
-        path: The SQLite file.
+        store: The SQLite file, or a store's URL.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._store = SqliteStore(path, create=False)
+    def __init__(self, store: Path | str) -> None:
+        self.url = store if isinstance(store, str) else f"sqlite:///{store}"
+        self._store = stores.opened(self.url, create=False)
+
+    @property
+    def path(self) -> Path:
+        """The SQLite file."""
+        return stores.sqlite_path(self.url)
 
     def all(self) -> list[ExecutionRecord]:
         """Give every record, the oldest first."""
@@ -73,11 +76,8 @@ class Records:
         """Give every span in the outbox, in the order in which they got there."""
         if runtime._current is not None:
             runtime._current.flush()
-        if not self.path.exists():
-            return []
-        with closing(sqlite3.connect(self.path)) as connection:
-            rows = connection.execute("SELECT request FROM outbox ORDER BY id").fetchall()
-        return [span for (request,) in rows for span in decode(request)]
+        rows = stores.rows_or_none(self.url, "SELECT request FROM outbox ORDER BY id")
+        return [span for (request,) in rows or () for span in decode(request)]
 
     def span(self, span_id: str | None) -> DecodedSpan:
         """Give the only span with this id."""
@@ -91,15 +91,11 @@ class Records:
 
     def query(self, statement: str) -> list[tuple[object, ...]]:
         """Give the rows of a query."""
-        with closing(sqlite3.connect(self.path)) as connection:
-            return connection.execute(statement).fetchall()
+        return stores.rows(self.url, statement)
 
     def query_or_none(self, statement: str) -> list[tuple[object, ...]] | None:
         """Give the rows of a query; None while there is no store or no such table."""
-        try:
-            return self.query(statement) if self.path.exists() else None
-        except sqlite3.OperationalError:
-            return None
+        return stores.rows_or_none(self.url, statement)
 
     def check_agreement(self) -> None:
         """Check that every ended attempt has one span, that they say the same, and that no span is there twice."""

@@ -135,7 +135,7 @@ def is_ready(process: subprocess.Popen[bytes], health_url: str) -> bool:
     return False
 
 
-def stop(process: subprocess.Popen[bytes]) -> None:
+def stop(process: subprocess.Popen[Any]) -> None:
     """End a process of our own: first politely, then for certain."""
     process.terminate()
     try:

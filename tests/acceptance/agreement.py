@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sqlite3
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -13,24 +12,26 @@ from typing import Any, Final
 from otelexec import identity, semconv
 from otelexec.decoded import DecodedSpan, decode
 from otelexec.reconcile import Reconciler
+from otelexec.store.base import Store
 from otelexec.store.spool import Spool
-from otelexec.store.sqlite import SqliteStore
 from otelexec.store.writes import ClaimOutbox, Heartbeat, ReleaseClaims, SettleOutbox
+from tests import stores
 from tests.acceptance.scenarios import OUTSIDE
+from tests.stores import Place
 
 ENDED = frozenset({"succeeded", "failed", "timed_out", "cancelled", "paused", "rejected", "lost"})
 
 NONE: Final[Mapping[str, int]] = {}
 
 
-def reconciler(store: SqliteStore) -> Reconciler:
-    """Give a reconciler with the spool beside the store, as the command has it."""
+def reconciler(store: Store, spool: Path) -> Reconciler:
+    """Give a reconciler with the store's spool, as the command has it."""
     process = identity.this_process(identity.mint_process_id(), lease_seconds=30, resource=b"", scope=b"")
     store.announce = lambda: (Heartbeat(process),)
-    return Reconciler(store, Spool(store.spool_folder, lambda: process), own=process.process_id)
+    return Reconciler(store, Spool(spool, lambda: process), own=process.process_id)
 
 
-def drained(store: SqliteStore) -> list[DecodedSpan]:
+def drained(store: Store) -> list[DecodedSpan]:
     """Take everything out of the outbox as a relay would, and give it as a receiver would see it."""
     [freed] = store.commit([ReleaseClaims(store.claim_owners())], durable=False, timeout_seconds=5)
     assert isinstance(freed, int)
@@ -44,11 +45,11 @@ def drained(store: SqliteStore) -> list[DecodedSpan]:
         store.commit([SettleOutbox("test", delivered=[row.id for row in rows])], durable=False, timeout_seconds=5)
 
 
-def settle(path: Path, *, drain_first: bool) -> list[DecodedSpan]:
+def settle(place: Place, *, drain_first: bool) -> list[DecodedSpan]:
     """Reconcile and drain, in either order, and give every span that left."""
-    store = SqliteStore(path)
+    store = stores.opened(place.url)
     delivered = drained(store) if drain_first else []
-    reconciler(store).run_once()
+    reconciler(store, place.spool).run_once()
     delivered += drained(store)
     store.close()
     return delivered
@@ -68,14 +69,13 @@ class Found:
     attempts: int = 0
 
 
-def disagreements(path: Path, delivered: Iterable[DecodedSpan], ledger: Path | None = None, *, repeats: Mapping[str, int] = NONE) -> Found:
+def disagreements(place: Place, delivered: Iterable[DecodedSpan], *, repeats: Mapping[str, int] = NONE) -> Found:
     """
-    Compare every record with the spans that were delivered, and with the ledger.
+    Compare every record with the spans that were delivered, and with the ledger, where there is one.
 
     Args:
-        path: The store, settled.
+        place: The store, settled.
         delivered: Every span that left, repeats included.
-        ledger: What the killed processes saw.
         repeats: How many killed relays had a span in hand, by its id: so often its bytes may have arrived again.
     """
     found = Found()
@@ -91,7 +91,9 @@ def disagreements(path: Path, delivered: Iterable[DecodedSpan], ledger: Path | N
         elif again[span.span_id] > repeats.get(span.span_id, 0):
             found.failures.append(f"{_whose(span)}: span {span.name} {span.span_id} was sent again, and no relay died with it in hand")
     unexplained = {key for key, span in spans.items() if semconv.OUTCOME in span.attributes or semconv.OUTER_OUTCOME in span.attributes}
-    records = {record.execution_id: record for record in SqliteStore(path, create=False).executions()}
+    store = stores.opened(place.url, create=False)
+    records = {record.execution_id: record for record in store.executions()}
+    store.close()
     for record in records.values():
         _check_execution(record, found)
         if record.producer_span_id is not None and (record.producer_trace_id, record.producer_span_id) not in spans:
@@ -101,9 +103,9 @@ def disagreements(path: Path, delivered: Iterable[DecodedSpan], ledger: Path | N
             _check_attempt(record, attempt, spans, unexplained, found)
     found.failures += [f"{_whose(spans[key])}: span {spans[key].name} {key[1]} has no record" for key in unexplained]
     _check_parents(spans, found)
-    _check_rest(path, found)
-    if ledger is not None and ledger.exists():
-        _check_ledger(ledger, records, found)
+    _check_rest(place, found)
+    if place.ledger.exists():
+        _check_ledger(place.ledger, records, found)
     return found
 
 
@@ -174,18 +176,16 @@ def _check_parents(spans: dict[tuple[str, str], DecodedSpan], found: Found) -> N
             found.failures.append(f"{_whose(span)}: span {span.name} has no parent {parent}")
 
 
-def _check_rest(path: Path, found: Found) -> None:
-    connection = sqlite3.connect(path)
+def _check_rest(place: Place, found: Found) -> None:
     for table in ("outbox", "claim", "open_span", "parked"):
-        [[rows]] = connection.execute(f"SELECT COUNT(*) FROM {table}").fetchall()
-        if rows:
-            found.failures.append(f"{rows} rows are left in {table}")
-    [[fine]] = connection.execute("PRAGMA integrity_check").fetchall()
-    if fine != "ok":
-        found.failures.append(f"the file is damaged: {fine}")
-    connection.close()
-    spool = path.with_name(path.name + ".spool")
-    left = [file.name for file in spool.glob("*") if file.name != ".lock" and file.suffix != ".damaged"] if spool.is_dir() else []
+        [[count]] = stores.rows(place.url, f"SELECT COUNT(*) FROM {table}")
+        if count:
+            found.failures.append(f"{count} rows are left in {table}")
+    if not stores.is_postgres(place.url):
+        [[fine]] = stores.rows(place.url, "PRAGMA integrity_check")
+        if fine != "ok":
+            found.failures.append(f"the file is damaged: {fine}")
+    left = [file.name for file in place.spool.glob("*") if file.name != ".lock" and file.suffix != ".damaged"]
     if left:
         found.failures.append(f"the spool still holds {left}")
 

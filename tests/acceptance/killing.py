@@ -21,22 +21,26 @@ import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, Final
 
 import otelexec
 from otelexec.store import group_commit
+from tests import stores
 from tests.acceptance.agreement import disagreements, settle
 from tests.acceptance.scenarios import SCENARIOS, Ledger
+from tests.stores import Place, Places
 
+PACKAGE: Final = Path(otelexec.__file__).parent
 NAMES: Final = (
     *("lifecycle", "drivers", "finalize", "effects", "execution", "blocks", "publishing", "runtime", "spans"),
     *("reconcile", "relay", "delivery", "transport", "cli/relaying", "cli/reconciling"),
     *("store/group_commit", "store/spool", "store/sql", "store/sqlite"),
+    *sorted(f"store/{path.stem}" for path in (PACKAGE / "store").glob("postgres*.py")),
 )
-TRACED: Final = {str(Path(otelexec.__file__).parent / f"{name}.py"): name for name in NAMES}
+TRACED: Final = {str(PACKAGE / f"{name}.py"): name for name in NAMES}
 BATCH: Final = 40
 """Kills that share one store file."""
 
@@ -48,6 +52,15 @@ CHILD_SECONDS: Final = 30
 
 Point = tuple[str, int]
 """A line (`file:number`) or a statement (its text up to the first value), and which of its occurrences."""
+
+
+ANSWERED: Final = " (answered)"
+
+
+def _statement(query: Any) -> str:
+    """Give a statement's text without what differs from one time to the next: how many rows of parameters it has."""
+    text = query.decode() if isinstance(query, bytes) else str(query)
+    return re.sub(r"(\([^()]*%s[^()]*\)),( ?\1,?)+", r"\1...", re.sub(r"\s+", " ", text).strip())
 
 
 class Unsynced(sqlite3.Connection):
@@ -72,7 +85,15 @@ class Points:
         self._counts: Counter[str] = Counter()
 
     def install(self) -> None:
-        """Trace every thread and every SQLite connection from here on."""
+        """Trace every thread and every connection to the store from here on."""
+        if stores.is_postgres(os.environ["OTELEXEC_STORE"]):
+            self._trace_postgres()
+        else:
+            self._trace_sqlite()
+        threading.settrace(self._called)
+        sys.settrace(self._called)
+
+    def _trace_sqlite(self) -> None:
         connect = sqlite3.connect
 
         def traced_connect(*args: Any, **kwargs: Any) -> sqlite3.Connection:
@@ -81,8 +102,29 @@ class Points:
             return connection
 
         sqlite3.connect = traced_connect  # type: ignore[assignment]
-        threading.settrace(self._called)
-        sys.settrace(self._called)
+
+    def _trace_postgres(self) -> None:
+        """Pass a point before each statement and one when it is answered; BEGIN, COMMIT and ROLLBACK are statements too."""
+        import psycopg
+
+        execute, command = psycopg.Cursor.execute, psycopg.Connection._exec_command
+
+        def traced_execute(cursor: Any, query: Any, *args: Any, **kwargs: Any) -> Any:
+            key = _statement(query)
+            self.hit(key)
+            result = execute(cursor, query, *args, **kwargs)
+            self.hit(key + ANSWERED)
+            return result
+
+        def traced_command(connection: Any, query: Any, *args: Any) -> Generator[Any, Any, Any]:
+            key = _statement(query)
+            self.hit(key)
+            result = yield from command(connection, query, *args)
+            self.hit(key + ANSWERED)
+            return result
+
+        psycopg.Cursor.execute = traced_execute  # type: ignore[assignment, method-assign]
+        psycopg.Connection._exec_command = traced_command  # type: ignore[assignment, method-assign]
 
     def remove(self) -> None:
         """Trace no more, in this thread."""
@@ -172,24 +214,24 @@ class Sweep:
 
     Args:
         scenario: Its name.
-        folder: For its stores; its own.
+        places: Where its stores are made.
         fresh: Whether each kill gets a store that does not exist yet, so that its making is swept too; then another process
             works with what the killed one made.
     """
 
-    def __init__(self, scenario: str, folder: Path, *, fresh: bool = False) -> None:
+    def __init__(self, scenario: str, places: Places, *, fresh: bool = False) -> None:
         self.scenario = scenario
-        self.folder = folder
+        self.places = places
         self.fresh = fresh
         self.killed = self.missed = self.spans = self.attempts = 0
         self.failures: list[str] = []
         self._stores = 0
 
-    def _use(self) -> tuple[Path, Path]:
-        store = self.folder / f"{self.scenario}-{self._stores}.db"
+    def _use(self) -> Place:
+        place = self.places.new(f"{self.scenario}-{self._stores}")
         self._stores += 1
-        os.environ["OTELEXEC_STORE"] = f"sqlite:///{store}"
-        return store, store.with_suffix(".ledger")
+        place.use()
+        return place
 
     def run(self, ledger: Path, name: str, kill: Point | None) -> list[str]:
         """Run the scenario in this process, to the end or to its kill, and give the points that it passed."""
@@ -203,22 +245,22 @@ class Sweep:
 
     def dry_run(self) -> list[Point]:
         """Give every point that the scenario passes."""
-        store, ledger = self._use()
+        place = self._use()
         if not self.fresh:
-            forked(lambda: self.run(ledger, "w", None))
-        passed = answer_of(lambda: self.run(ledger, "d", None), self.folder / f"{self.scenario}.json")
-        self.verify(store, ledger, drain_first=False)
+            forked(lambda: self.run(place.ledger, "w", None))
+        passed = answer_of(lambda: self.run(place.ledger, "d", None), self.places.folder / f"{self.scenario}.json")
+        self.verify(place, drain_first=False)
         return numbered(passed)
 
     def sweep(self, points: Sequence[Point]) -> None:
         """Kill at each point; verify after each batch."""
         size = 1 if self.fresh else BATCH
         for start in range(0, len(points), size):
-            store, ledger = self._use()
+            place = self._use()
             if not self.fresh:
-                forked(lambda: self.run(ledger, "w", None))  # noqa: B023 (called at once)
+                forked(lambda: self.run(place.ledger, "w", None))  # noqa: B023 (called at once)
             for number, point in enumerate(points[start : start + size]):
-                status = forked(lambda: self.run(ledger, f"k{number}", point))  # noqa: B023 (called at once)
+                status = forked(lambda: self.run(place.ledger, f"k{number}", point))  # noqa: B023 (called at once)
                 if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
                     self.killed += 1
                 elif status == 0:
@@ -226,31 +268,30 @@ class Sweep:
                 else:
                     self.failures.append(f"{self.scenario} at {point}: the child ended with status {status}")
             if self.fresh:
-                forked(lambda: self.run(ledger, "w", None))  # noqa: B023 (called at once)
-            self.verify(store, ledger, drain_first=bool(self._stores % 2), near=points[start : start + size])
+                forked(lambda: self.run(place.ledger, "w", None))  # noqa: B023 (called at once)
+            self.verify(place, drain_first=bool(self._stores % 2), near=points[start : start + size])
 
-    def verify(self, store: Path, ledger: Path, *, drain_first: bool, near: Sequence[Point] = ()) -> None:
+    def verify(self, place: Place, *, drain_first: bool, near: Sequence[Point] = ()) -> None:
         """Reconcile and drain in a child, and hold the records, the spans and the ledger against each other."""
 
         def check() -> dict[str, Any]:
-            delivered = settle(store, drain_first=drain_first)
-            found = disagreements(store, delivered, ledger)
+            delivered = settle(place, drain_first=drain_first)
+            found = disagreements(place, delivered)
             return {"failures": found.failures, "spans": len(delivered), "attempts": found.attempts}
 
         try:
-            answer = answer_of(check, store.with_suffix(".json"))
+            answer = answer_of(check, place.ledger.with_suffix(".json"))
         except RuntimeError as error:
-            self.failures.append(f"{store.name}: {error}")
+            self.failures.append(f"{place.name}: {error}")
             return
         self.spans += answer["spans"]
         self.attempts += answer["attempts"]
         for failure in answer["failures"]:
             where = re.search(r"\bk(\d+)", failure)
             point = near[int(where.group(1))] if where and int(where.group(1)) < len(near) else ""
-            self.failures.append(f"{store.name} {point}: {failure}")
+            self.failures.append(f"{place.name} {point}: {failure}")
         if not answer["failures"]:
-            for path in (store, store.with_name(store.name + "-wal"), store.with_name(store.name + "-shm")):
-                path.unlink(missing_ok=True)
+            self.places.remove(place)
 
 
 def main() -> int:
@@ -262,10 +303,12 @@ def main() -> int:
     parser.add_argument("--extra", type=int, default=0, help="points of each scenario beside one for each distinct line; -1 takes all")
     parser.add_argument("--fresh", action="store_true", help="each kill in a store that does not exist yet")
     parser.add_argument("--within", default="", help="only lines of these files, for example lifecycle,store/sql")
+    parser.add_argument("--server", help="a PostgreSQL server's URL with a role that may make databases; without it, SQLite files")
     chosen = parser.parse_args()
+    places = Places(chosen.folder, chosen.server)
     gc.freeze()  # else each child's first collection copies the whole heap
     started = time.monotonic()
-    sweeps = {name: Sweep(name, chosen.folder, fresh=chosen.fresh) for name in chosen.scenarios}
+    sweeps = {name: Sweep(name, places, fresh=chosen.fresh) for name in chosen.scenarios}
     points = {name: within(sweep.dry_run(), chosen.within) for name, sweep in sweeps.items()}
     wanted = points if chosen.extra < 0 else sample(points, chosen.extra)
     share, shares = map(int, chosen.share.split("/"))

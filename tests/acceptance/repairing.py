@@ -12,24 +12,23 @@ import gc
 import json
 import os
 import random
-import shutil
 import signal
-import sqlite3
 import sys
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import closing
 from pathlib import Path
 from typing import Any, Final
 
 from otelexec import cli
 from otelexec.decoded import decode
 from otelexec.store import group_commit
+from tests import stores
 from tests.acceptance.agreement import disagreements, settle
 from tests.acceptance.collector import Collected, collecting
 from tests.acceptance.killing import Point, Points, Sweep, answer_of, forked, numbered, sample, within
 from tests.acceptance.scenarios import SCENARIOS, Ledger
+from tests.stores import Place, Places
 
 COMMANDS: Final = {"reconcile": ["reconcile", "--once"], "relay": ["relay", "--drain", "--timeout", "20"]}
 REAL_EVERY: Final = 6
@@ -45,27 +44,26 @@ class Repair:
 
     Args:
         command: Its name in `COMMANDS`.
-        folder: For its stores; its own.
+        places: Where its stores are made.
         collected: The endpoint.
     """
 
-    def __init__(self, command: str, folder: Path, collected: Collected) -> None:
+    def __init__(self, command: str, places: Places, collected: Collected) -> None:
         self.command = command
+        self.places = places
         self.collected = collected
         self.killed = self.missed = self.spans = self.attempts = self.repeated = 0
         self.failures: list[str] = []
-        self._template = folder / "template"
-        self._copy = folder / "copy"
-        self._answers = folder / "answer.json"
+        self._template = places.new("template")
+        self._copy: Place | None = None
+        self._answers = places.folder / "answer.json"
 
     def leave_behind(self) -> None:
         """Let processes of every kind be killed in the middle of their work, and others end well."""
-        self._template.mkdir()
         chooser = random.Random(1)
         for name in LEFT_BY:
-            sweep = Sweep(name, self._template)
-            store, ledger = self._template / "store.db", self._template / "ledger"
-            os.environ["OTELEXEC_STORE"] = f"sqlite:///{store}"
+            sweep, ledger = Sweep(name, self.places), self._template.ledger
+            self._template.use()
             passed = answer_of(lambda: sweep.run(ledger, f"{name}-", None), self._answers)  # noqa: B023 (called at once)
             point = chooser.choice(numbered(passed)[len(passed) // 3 :])
             forked(lambda: sweep.run(ledger, f"{name}-killed-", point))  # noqa: B023 (called at once)
@@ -75,15 +73,14 @@ class Repair:
         """End an execution in the spool and begin another one there, while somebody else has the store locked."""
         group_commit.SLICE_SECONDS = 0.02
         os.environ.update(OTELEXEC_OPEN_TIMEOUT_SECONDS="0.02", OTELEXEC_FINALIZE_TIMEOUT_SECONDS="0.02")
-        other = sqlite3.connect(self._template / "store.db", isolation_level=None)
-        other.execute("BEGIN IMMEDIATE")
-        ledger = Ledger.at(self._template / "ledger", "homeless-")
-        SCENARIOS["nested"](ledger)
-        SCENARIOS["children"](ledger.part("c-"))
-        os.kill(os.getpid(), signal.SIGKILL)
+        with stores.locked(self._template.url):
+            ledger = Ledger.at(self._template.ledger, "homeless-")
+            SCENARIOS["nested"](ledger)
+            SCENARIOS["children"](ledger.part("c-"))
+            os.kill(os.getpid(), signal.SIGKILL)
 
     def _run(self, command: str, kill: Point | None = None, *, traced: bool = False) -> list[str]:
-        os.environ["OTELEXEC_STORE"] = f"sqlite:///{self._copy / 'store.db'}"
+        self._place.use()
         os.environ["OTEL_EXPORTER_OTLP_ENDPOINT"] = self.collected.endpoint
         sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 (until the process ends)
         points = Points(kill)
@@ -96,9 +93,15 @@ class Repair:
             raise RuntimeError(msg)
         return points.passed
 
+    @property
+    def _place(self) -> Place:
+        assert self._copy is not None
+        return self._copy
+
     def _start_anew(self) -> None:
-        shutil.rmtree(self._copy, ignore_errors=True)
-        shutil.copytree(self._template, self._copy)
+        if self._copy is not None:
+            self.places.remove(self._copy)
+        self._copy = self.places.copy(self._template, "copy")
         self.collected.news()
 
     def dry_run(self) -> list[Point]:
@@ -127,8 +130,7 @@ class Repair:
             self._finish_and_verify(str(point), claimed, number=number)
 
     def _claimed(self) -> list[str]:
-        with closing(sqlite3.connect(self._copy / "store.db")) as connection:
-            rows = connection.execute("SELECT request FROM outbox JOIN claim USING (id)").fetchall()
+        rows = stores.rows(self._place.url, "SELECT request FROM outbox JOIN claim USING (id)")
         return [span.span_id for (request,) in rows for span in decode(request)]
 
     def _finish_and_verify(self, where: str, claimed: Mapping[str, int], *, number: int = 0) -> None:
@@ -138,11 +140,11 @@ class Repair:
                 if forked(lambda: self._run(command)):  # noqa: B023 (called at once)
                     self.failures.append(f"{where}: {command} failed afterwards")
         accepted = self.collected.news()
-        store = self._copy / "store.db"
+        place = self._place
 
         def check() -> dict[str, Any]:
-            delivered = accepted if real else accepted + settle(store, drain_first=bool(number % 2))
-            found = disagreements(store, delivered, self._copy / "ledger", repeats=claimed)
+            delivered = accepted if real else accepted + settle(place, drain_first=bool(number % 2))
+            found = disagreements(place, delivered, repeats=claimed)
             again = len(delivered) - len({span.span_id for span in delivered})
             return {"failures": found.failures, "attempts": found.attempts, "spans": len(delivered), "repeated": again}
 
@@ -161,11 +163,12 @@ def main() -> int:
     parser.add_argument("--extra", type=int, default=0, help="points beside one for each distinct line and statement")
     parser.add_argument("--statements", action="store_true", help="every passage of every statement as well")
     parser.add_argument("--within", default="", help="only lines of these files, for example reconcile,store/sql")
+    parser.add_argument("--server", help="a PostgreSQL server's URL with a role that may make databases; without it, SQLite files")
     chosen = parser.parse_args()
     gc.freeze()
     started = time.monotonic()
     with collecting(chosen.folder / "collected") as collected:
-        repair = Repair(chosen.command, chosen.folder, collected)
+        repair = Repair(chosen.command, Places(chosen.folder, chosen.server), collected)
         repair.leave_behind()
         points = within(repair.dry_run(), chosen.within)
         wanted = set(sample({"": points}, chosen.extra)[""])

@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import json
 import os
-import sqlite3
 import threading
 from collections.abc import AsyncIterator, Callable, Generator
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any, Final
 from opentelemetry import trace
 
 import otelexec
+from tests import stores
 
 OUTSIDE: Final = "00-0123456789abcdef0123456789abcdef-0123456789abcdef-01"
 """A caller's span that no test writes: the one parent that may be missing."""
@@ -331,13 +331,12 @@ def threads(ledger: Ledger) -> None:
 
 def spooled(ledger: Ledger) -> None:
     """The store is locked by somebody else from the middle of one execution on to the end of the next one."""
-    path = os.environ["OTELEXEC_STORE"].removeprefix("sqlite:///")
     otelexec.configure(open_timeout_seconds=0.02, finalize_timeout_seconds=0.02)
-    other = sqlite3.connect(path, isolation_level=None, timeout=30)
+    other = contextlib.ExitStack()
 
     def locking(run: otelexec.Execution) -> None:
         with tracer.start_as_current_span("locking"):
-            other.execute("BEGIN IMMEDIATE")
+            other.enter_context(stores.locked(os.environ["OTELEXEC_STORE"]))
         _work(run)
 
     with ledger.correlated("a"):
@@ -346,11 +345,10 @@ def spooled(ledger: Ledger) -> None:
 
     def unlocking(run: otelexec.Execution) -> None:
         with tracer.start_as_current_span("unlocking"):
-            other.execute("ROLLBACK")
+            other.close()
             Kept(ledger, "child")(_work)
 
     Kept(ledger, "job")(unlocking)
-    other.close()
 
 
 SCENARIOS: Final[dict[str, Callable[[Ledger], None]]] = {

@@ -16,6 +16,7 @@ from otelexec.store.spool import Spool
 from otelexec.store.sqlite import SqliteStore
 from tests.acceptance.agreement import disagreements, drained, settle
 from tests.servers import ROOT
+from tests.stores import beside
 
 PRELUDE = """
 import os, signal, sys, time
@@ -41,7 +42,7 @@ def records(path: Path) -> dict[str, ExecutionRecord]:
 
 def settled(path: Path) -> dict[str, ExecutionRecord]:
     """Reconcile and drain; every record, span and parent must agree."""
-    assert not disagreements(path, settle(path, drain_first=False)).failures
+    assert not disagreements(beside(path), settle(beside(path), drain_first=False)).failures
     return records(path)
 
 
@@ -155,5 +156,5 @@ time.sleep(60)
         Reconciler(store, ReadTooEarly(store.spool_folder, lambda: None)).run_once()  # type: ignore[arg-type, return-value]
     [attempt] = records(path)["job"].attempts
     assert (attempt.state, attempt.finalized_by) == ("succeeded", "spool")
-    assert not disagreements(path, drained(store)).failures
+    assert not disagreements(beside(path), drained(store)).failures
     store.close()
