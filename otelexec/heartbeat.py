@@ -17,6 +17,7 @@ from otelexec.errors import OtelexecError, StoreError
 from otelexec.store.writes import Heartbeat as HeartbeatWrite
 
 if TYPE_CHECKING:
+    from otelexec.reconcile import Reconciler
     from otelexec.relay import Relay
     from otelexec.runtime import Runtime
 
@@ -50,6 +51,8 @@ class Heartbeat:
         self._next_loose = 0.0
         self._next_reconcile = 0.0
         self._relay_from = 0.0
+        # Kept from round to round: it remembers when the store was away.
+        self._reconciler: Reconciler | None = None
 
     def nudge(self) -> None:
         """Ask for a round soon; never blocks."""
@@ -182,9 +185,14 @@ class Heartbeat:
         from otelexec.reconcile import Reconciler
 
         runtime = self._runtime
-        if runtime.store is None or runtime.spooling:
+        if runtime.store is None:
+            return
+        if self._reconciler is None:
+            self._reconciler = Reconciler(runtime.store, runtime.spool, own=runtime.process_id)
+        if runtime.spooling:
+            self._reconciler.store_was_away()
             return
         try:
-            Reconciler(runtime.store, runtime.spool, own=runtime.process_id).run_once()
+            self._reconciler.run_once()
         except (StoreError, OSError) as error:
             logger.debug("otelexec.reconcile.failed: %s", error)

@@ -62,6 +62,16 @@ def mint_id() -> str:
     )
 
 
+def mint_nonce() -> str:
+    """Name a write that may be repeated; the names sort by time."""
+    return nonce_at(time.time_ns()) + f"{random_word():016x}"
+
+
+def nonce_at(unix_ns: int) -> str:
+    """Give what nonces of a time begin with."""
+    return f"{unix_ns // 1_000_000:012x}"
+
+
 def normalize_id(value: str) -> tuple[str, str | None]:
     """
     Make an id of any text.

@@ -22,10 +22,11 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span as SpanMessage
 from otelexec import identity, otlp, semconv
 from otelexec.errors import StoreError
 from otelexec.freeze import status_of
+from otelexec.ids import nonce_at
 from otelexec.store.base import Store
 from otelexec.store.records import OpenWork
 from otelexec.store.spool import Spool, encode
-from otelexec.store.writes import LOST, AddSpans, CloseLost, CloseOuter, Frozen, Outcome, ProcessRow, ReleaseClaims, Write
+from otelexec.store.writes import LOST, AddSpans, CloseLost, CloseOuter, ForgetNonces, Frozen, Outcome, ProcessRow, ReleaseClaims, Write
 
 logger = logging.getLogger("otelexec.reconcile")
 
@@ -34,6 +35,9 @@ BATCH = 500
 
 MAX_LINES = 20
 """Lost attempts that are named in the log one by one, for each batch."""
+
+NONCE_SECONDS = 86_400.0
+"""How long the nonce of a write is kept: what waits in a spool for longer may put equal spans into the outbox once more."""
 
 KILLED = "killed"
 OOM = "oom"
@@ -122,6 +126,7 @@ class Reconciler:
         self._own = own
         self._monotonic = monotonic
         self._unreachable_until: float | None = None
+        self._next_forgetting = monotonic()
 
     def run_once(self, deaths: Mapping[int, Death] | None = None, *, advanced: Callable[[int], None] = lambda _: None) -> Reconciled:
         """
@@ -141,8 +146,9 @@ class Reconciler:
         try:
             ingested, dead = self._find(deaths)
         except StoreError:
-            self._unreachable_until = self._monotonic()
+            self.store_was_away()
             raise
+        self._forget_nonces()
         totals = {"attempt": 0, "outer": 0, "span": 0}
         for process, classification, death in dead:
             self._close(process, classification, death, totals, advanced)
@@ -151,6 +157,17 @@ class Reconciler:
         if gone:
             self._commit([ReleaseClaims(gone)])
         return Reconciled(totals["attempt"], totals["outer"], totals["span"], ingested, len(dead))
+
+    def store_was_away(self) -> None:
+        """Learn that the store can't be reached at this moment: from now on each lease counts anew."""
+        self._unreachable_until = self._monotonic()
+
+    def _forget_nonces(self) -> None:
+        if self._monotonic() < self._next_forgetting:
+            return
+        self._next_forgetting = self._monotonic() + NONCE_SECONDS / 24
+        before = nonce_at(self._store.now_unix_ns() - int(NONCE_SECONDS * 1e9))
+        self._store.commit([ForgetNonces(before)], durable=False, timeout_seconds=5.0)
 
     def _find(self, deaths: Mapping[int, Death] | None) -> tuple[int, list[tuple[ProcessRow, str, Death | None]]]:
         """Take the spool in and give the dead: those that were dead before it was read, so that all they wrote is in."""
@@ -177,13 +194,15 @@ class Reconciler:
             state = identity.liveness(process, now)
             if state == "dead":
                 yield process, KILLED if identity.is_here(process) else WORKER_LOST, None
-            elif state == "lapsed" and (process.ended or self._lease_counts(process)):
+            elif state == "lapsed" and (process.ended or self._lease_counts(process, now)):
                 yield process, WORKER_LOST, None
 
-    def _lease_counts(self, process: ProcessRow) -> bool:
+    def _lease_counts(self, process: ProcessRow, now: int) -> bool:
         # While the store was away nobody could renew a lease, so each gets one whole lease anew.
         since = self._unreachable_until
-        return since is None or self._monotonic() - since >= process.lease_seconds
+        if since is not None and self._monotonic() - since < process.lease_seconds:
+            return False
+        return now - self._store.up_since_unix_ns() >= process.lease_seconds * 1e9
 
     def _close(
         self,
@@ -195,6 +214,8 @@ class Reconciler:
     ) -> None:
         # Outer executors show up once their core is closed, so: until there is nothing more.
         while work := self._store.open_work([process.process_id], limit=BATCH):
+            # In one order, so that two reconcilers never wait for each other crosswise.
+            work.sort(key=lambda item: (item.execution_id, item.token))
             writes = [_write(item, process, classification, death, self._store.now_unix_ns()) for item in work]
             done = refused = lost = 0
             for item, result in zip(work, self._commit(writes), strict=True):
@@ -246,7 +267,8 @@ def _write(item: OpenWork, process: ProcessRow, classification: str, death: Deat
     started = item.started_unix_ns
     if item.kind == "span" and item.span is not None:
         started = SpanMessage.FromString(item.span.start).start_time_unix_nano
-    seen = max(process.heartbeat_unix_ns, item.last_seen_unix_ns) if death is None else death.seen_unix_ns
+    # All on the clock of the process, as its start is; a row of an older version has the store's only.
+    seen = max(process.clock_unix_ns or process.heartbeat_unix_ns, item.last_seen_unix_ns) if death is None else death.seen_unix_ns
     if item.kind == "outer":
         seen = max(seen, item.last_seen_unix_ns)
     ended = max(seen, started)

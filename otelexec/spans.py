@@ -36,7 +36,7 @@ from otelexec import otlp, semconv
 from otelexec.context import EXECUTION_KEY
 from otelexec.endings import raised_by_signal_handler
 from otelexec.execution import Execution
-from otelexec.ids import random_word
+from otelexec.ids import mint_nonce, random_word
 from otelexec.store.writes import NO_SPANS, AddSpans, SpanRow
 
 if TYPE_CHECKING:
@@ -215,6 +215,7 @@ class Collector:
             process_id=process_id,
             execution_id=execution_id,
             last_end_unix_ns=max(span.end_time or 0 for span, _ in taken),
+            nonce=mint_nonce() if plain else "",
         )
 
 

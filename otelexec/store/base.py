@@ -78,6 +78,10 @@ class Store(Protocol):
         """Give the store's clock, which leases are counted on."""
         ...
 
+    def up_since_unix_ns(self) -> int:
+        """Give since when on its clock the store's server is known to be up, so that leases could be renewed; 0: always."""
+        ...
+
     def executions(self, *, limit: int | None = None, before: int | None = None, state: str | None = None) -> Iterator[ExecutionRecord]:
         """Give executions, the newest first, in pages; `before` is the `seq` after which to go on."""
         ...
@@ -120,10 +124,6 @@ class Store(Protocol):
 
     def statistics(self) -> Statistics:
         """Give what `doctor` shows."""
-        ...
-
-    def abandon(self) -> None:
-        """Forget every inherited connection without closing it, in a forked child."""
         ...
 
     def close(self) -> None:

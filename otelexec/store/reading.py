@@ -1,79 +1,41 @@
-"""The queries, written once for every SQL store. Like the writes in `sql.py` they use nothing but `execute`."""
+"""The queries, written once for every SQL store. Like the writes in `sql.py` they use nothing but their transaction."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 from otelexec.store.records import AttemptRecord, ExecutionRecord, OpenWork, ParkedRow, Statistics
 from otelexec.store.schema import Transaction
 from otelexec.store.writes import Cancellation, ProcessRow, SpanRow
 
-EXECUTION_COLUMNS = """seq, execution_id, name, state, request_id, source, correlation, parent_execution_id,
-    queued_unix_ns, started_unix_ns, ended_unix_ns, error_type, error_message, producer_trace_id, producer_span_id, snapshot"""
+_PAGE = 200
+_IN_LIST = 500  # SQLite's oldest limit on parameters of one statement is 999
+
+_EXECUTIONS = """SELECT seq, execution_id, name, state, request_id, source, correlation, parent_execution_id,
+    queued_unix_ns, started_unix_ns, ended_unix_ns, error_type, error_message, producer_trace_id, producer_span_id, snapshot
+    FROM execution"""
 
 _ATTEMPTS = """SELECT a.execution_id, a.attempt, a.state, a.duplicate, a.trace_id, a.span_id, a.started_unix_ns,
     a.ended_unix_ns, a.deadline_unix_ns, a.error_type, a.error_message, a.finalized_by, a.classification,
     a.reconciled_unix_ns, a.progress, a.output, a.observed, a.outer_span_id, a.outer_outcome, a.outer_started_unix_ns,
     a.outer_ended_unix_ns, a.outer_error_type, a.outer_error_message, p.host, p.pid
     FROM attempt a LEFT JOIN process p ON p.process_id = a.process_id
-    WHERE a.execution_id IN ({marks}) ORDER BY a.execution_id, a.attempt"""
+    WHERE a.execution_id {among} ORDER BY a.execution_id, a.attempt"""
 
 _OPEN_WORK = """
 SELECT 'attempt', process_id, execution_id, token, attempt, trace_id, span_id, span_start, started_unix_ns,
-    deadline_unix_ns, last_seen_unix_ns, progress FROM attempt WHERE state = 'running' AND process_id IN ({marks})
+    deadline_unix_ns, last_seen_unix_ns, progress FROM attempt WHERE state = 'running' AND process_id {among}
 UNION ALL
 SELECT 'outer', process_id, execution_id, outer_token, attempt, outer_trace_id, outer_span_id, outer_start,
     outer_started_unix_ns, NULL, COALESCE(ended_unix_ns, last_seen_unix_ns), NULL FROM attempt
-    WHERE outer_token IS NOT NULL AND outer_outcome IS NULL AND state <> 'running' AND process_id IN ({marks})
+    WHERE outer_token IS NOT NULL AND outer_outcome IS NULL AND state <> 'running' AND process_id {among}
 UNION ALL
 SELECT 'span', process_id, COALESCE(execution_id, ''), '', 0, trace_id, span_id, start, 0, NULL, 0, NULL
-    FROM open_span WHERE process_id IN ({marks})
+    FROM open_span WHERE process_id {among}
 LIMIT ?"""
-
-
-def read_executions(tx: Transaction, rows: Sequence[Any]) -> list[ExecutionRecord]:
-    """Complete rows of `EXECUTION_COLUMNS` with their attempts and the wishes to cancel them."""
-    if not rows:
-        return []
-    ids = [row[1] for row in rows]
-    marks = ",".join("?" * len(ids))
-    attempts: dict[str, list[AttemptRecord]] = {}
-    for execution_id, number, state, duplicate, *rest in tx.execute(_ATTEMPTS.format(marks=marks), ids).fetchall():
-        attempts.setdefault(execution_id, []).append(AttemptRecord(number, state, bool(duplicate), *rest))
-    wishes = read_cancellations(tx, ids)
-    complete: list[Any] = [(*row, wishes.get(row[1]), tuple(attempts.get(row[1], ()))) for row in rows]
-    return [ExecutionRecord(*values) for values in complete]
-
-
-def read_cancellations(tx: Transaction, execution_ids: Sequence[str]) -> dict[str, Cancellation]:
-    """Give the wishes to cancel among these executions."""
-    marks = ",".join("?" * len(execution_ids))
-    rows = tx.execute(
-        f"SELECT execution_id, requested_unix_ns, terminate FROM cancellation WHERE execution_id IN ({marks})", execution_ids
-    ).fetchall()
-    return {row[0]: Cancellation(row[1], None if row[2] is None else bool(row[2])) for row in rows}
-
-
-def read_open_work(tx: Transaction, process_ids: Sequence[str], limit: int) -> list[OpenWork]:
-    """Give what these processes have open, attempts first."""
-    marks = ",".join("?" * len(process_ids))
-    rows = tx.execute(_OPEN_WORK.format(marks=marks), (*process_ids, *process_ids, *process_ids, limit)).fetchall()
-    return [
-        OpenWork(
-            kind=row[0],
-            process_id=row[1],
-            execution_id=row[2],
-            token=row[3],
-            number=row[4],
-            span=None if row[6] is None or row[7] is None else SpanRow(row[5], row[6], bytes(row[7])),
-            started_unix_ns=row[8],
-            deadline_unix_ns=row[9],
-            last_seen_unix_ns=row[10],
-            progress=row[11],
-        )
-        for row in rows
-    ]
 
 
 def _busy(name: str, table: str, condition: str) -> str:
@@ -88,36 +50,164 @@ _PROCESSES = f"""
 WITH RECURSIVE {_busy("running", "attempt", "state = 'running'")},
 {_busy("around", "attempt", "outer_token IS NOT NULL AND outer_outcome IS NULL")},
 {_busy("spanning", "open_span", "1 = 1")}
-SELECT process_id, host, boot_id, pid_namespace, pid, pid_start, lease_seconds, resource, scope, heartbeat_unix_ns, ended
-FROM process WHERE process_id IN (
+SELECT process_id, host, boot_id, pid_namespace, pid, pid_start, lease_seconds, resource, scope, heartbeat_unix_ns, ended,
+    clock_unix_ns FROM process WHERE process_id IN (
     SELECT process_id FROM running UNION SELECT process_id FROM around UNION SELECT process_id FROM spanning
     UNION SELECT owner FROM claim)"""
 
 
-def read_processes(tx: Transaction) -> list[ProcessRow]:
-    """Give the processes that have something open or hold a claim."""
-    rows = tx.execute(_PROCESSES).fetchall()
-    complete: list[Any] = [(*row[:7], bytes(row[7]), bytes(row[8]), row[9], bool(row[10])) for row in rows]
-    return [ProcessRow(*values) for values in complete]
+class SqlReader(ABC):
+    """The reading half of a store; each method reads in one transaction, `executions` in one for each page."""
+
+    @abstractmethod
+    def _reading(self) -> AbstractContextManager[Transaction]:
+        """Give a transaction for reading; raises StoreError when there can be none."""
+
+    @abstractmethod
+    def _sizes(self, tx: Transaction, /) -> tuple[int, Mapping[str, int]]:
+        """Give the size of the store and of its tables in bytes; no tables where they can't be told apart."""
+
+    def executions(self, *, limit: int | None = None, before: int | None = None, state: str | None = None) -> Iterator[ExecutionRecord]:
+        """
+        Give executions, the newest first.
+
+        Args:
+            limit: At most so many; None means all.
+            before: Only those with a smaller `seq`; None means from the newest.
+            state: Only those in this state; None means any.
+        """
+        left = limit
+        condition, wanted = ("seq < ?", ()) if state is None else ("seq < ? AND state = ?", (state,))
+        while left is None or left > 0:
+            page = _PAGE if left is None else min(_PAGE, left)
+            with self._reading() as tx:
+                rows = tx.execute(
+                    f"{_EXECUTIONS} WHERE {condition} ORDER BY seq DESC LIMIT ?", (2**62 if before is None else before, *wanted, page)
+                ).fetchall()
+                records = _complete(tx, rows)
+            yield from records
+            if len(records) < page:
+                return
+            before = records[-1].seq
+            left = None if left is None else left - len(records)
+
+    def execution(self, execution_id: str) -> ExecutionRecord | None:
+        """Give one execution; None when it is not there."""
+        with self._reading() as tx:
+            rows = tx.execute(f"{_EXECUTIONS} WHERE execution_id = ?", (execution_id,)).fetchall()
+            return next(iter(_complete(tx, rows)), None)
+
+    def ids_with_prefix(self, prefix: str, *, limit: int) -> list[str]:
+        """Give the ids of executions that begin like this, in order."""
+        with self._reading() as tx:
+            # Ids are printable ASCII, so DEL is behind everything that may follow the prefix.
+            rows = tx.execute(
+                "SELECT execution_id FROM execution WHERE execution_id >= ? AND execution_id < ? ORDER BY execution_id LIMIT ?",
+                (prefix, prefix + "\x7f", limit),
+            ).fetchall()
+            return [row[0] for row in rows]
+
+    def outbox_rows(self) -> int:
+        """Give how many rows wait for a relay or are in the hands of one; parked ones don't count."""
+        with self._reading() as tx:
+            return int(tx.execute("SELECT COUNT(*) FROM outbox").fetchone()[0])
+
+    def processes(self) -> list[ProcessRow]:
+        """Give the processes that have something open or hold a claim."""
+        with self._reading() as tx:
+            rows = tx.execute(_PROCESSES).fetchall()
+            complete: list[Any] = [(*row[:7], bytes(row[7]), bytes(row[8]), row[9], bool(row[10]), row[11]) for row in rows]
+            return [ProcessRow(*values) for values in complete]
+
+    def open_work(self, process_ids: Sequence[str], *, limit: int) -> list[OpenWork]:
+        """Give what these processes have open, attempts first."""
+        with self._reading() as tx:
+            among, ids = tx.among(process_ids)
+            rows = tx.execute(_OPEN_WORK.format(among=among), (*ids, *ids, *ids, limit)).fetchall()
+            return [
+                OpenWork(
+                    kind=row[0],
+                    process_id=row[1],
+                    execution_id=row[2],
+                    token=row[3],
+                    number=row[4],
+                    span=None if row[6] is None or row[7] is None else SpanRow(row[5], row[6], bytes(row[7])),
+                    started_unix_ns=row[8],
+                    deadline_unix_ns=row[9],
+                    last_seen_unix_ns=row[10],
+                    progress=row[11],
+                )
+                for row in rows
+            ]
+
+    def claim_owners(self) -> list[str]:
+        """Give the process ids that hold claims on outbox rows."""
+        with self._reading() as tx:
+            return [row[0] for row in tx.execute("SELECT DISTINCT owner FROM claim").fetchall()]
+
+    def ingested(self, segment: str) -> int:
+        """Give how far a spool segment has been taken in, in bytes."""
+        with self._reading() as tx:
+            row = tx.execute("SELECT upto FROM ingested WHERE segment = ?", (segment,)).fetchone()
+            return 0 if row is None else int(row[0])
+
+    def cancellations(self, execution_ids: Sequence[str]) -> dict[str, Cancellation]:
+        """Give the wishes to cancel among these executions."""
+        found: dict[str, Cancellation] = {}
+        with self._reading() as tx:
+            for start in range(0, len(execution_ids), _IN_LIST):
+                found.update(_cancellations(tx, execution_ids[start : start + _IN_LIST]))
+        return found
+
+    def held_requests(self, execution: ExecutionRecord) -> list[bytes]:
+        """Give the encoded requests of this execution that are still in the outbox or parked."""
+        with self._reading() as tx:
+            rows = tx.execute(
+                "SELECT request FROM outbox WHERE execution_id = ? UNION ALL SELECT request FROM parked WHERE execution_id = ?",
+                (execution.execution_id, execution.execution_id),
+            ).fetchall()
+            return [bytes(row[0]) for row in rows]
+
+    def statistics(self) -> Statistics:
+        """Give what `doctor` shows."""
+        with self._reading() as tx:
+            states = tx.execute("SELECT state, COUNT(*) FROM execution GROUP BY state ORDER BY state").fetchall()
+            rows, spans, oldest = tx.execute("SELECT COUNT(*), COALESCE(SUM(count), 0), MIN(written_unix_ns) FROM outbox").fetchone()
+            parked = tx.execute("SELECT id, count, reason, parked_unix_ns FROM parked ORDER BY id LIMIT 100").fetchall()
+            unseen = tx.execute(
+                """SELECT c.execution_id FROM cancellation c JOIN execution e ON e.execution_id = c.execution_id
+                   WHERE c.terminate = 1 AND e.state = 'running' ORDER BY c.execution_id LIMIT 100"""
+            ).fetchall()
+            size, tables = self._sizes(tx)
+            return Statistics(
+                executions=dict(states),
+                outbox_rows=rows,
+                outbox_spans=int(spans),
+                outbox_oldest_unix_ns=oldest,
+                claimed_rows=tx.execute("SELECT COUNT(*) FROM claim").fetchone()[0],
+                parked=[ParkedRow(*row) for row in parked],
+                processes=tx.execute("SELECT COUNT(*) FROM process WHERE ended = 0").fetchone()[0],
+                unseen_cancellations=[row[0] for row in unseen],
+                size_bytes=size,
+                table_bytes=tables,
+            )
 
 
-def read_statistics(tx: Transaction, size_bytes: int) -> Statistics:
-    """Give what `doctor` shows."""
-    states = tx.execute("SELECT state, COUNT(*) FROM execution GROUP BY state ORDER BY state").fetchall()
-    rows, spans, oldest = tx.execute("SELECT COUNT(*), COALESCE(SUM(count), 0), MIN(written_unix_ns) FROM outbox").fetchone()
-    parked = tx.execute("SELECT id, count, reason, parked_unix_ns FROM parked ORDER BY id LIMIT 100").fetchall()
-    unseen = tx.execute(
-        """SELECT c.execution_id FROM cancellation c JOIN execution e ON e.execution_id = c.execution_id
-           WHERE c.terminate = 1 AND e.state = 'running' ORDER BY c.execution_id LIMIT 100"""
-    ).fetchall()
-    return Statistics(
-        executions=dict(states),
-        outbox_rows=rows,
-        outbox_spans=spans,
-        outbox_oldest_unix_ns=oldest,
-        claimed_rows=tx.execute("SELECT COUNT(*) FROM claim").fetchone()[0],
-        parked=[ParkedRow(*row) for row in parked],
-        processes=tx.execute("SELECT COUNT(*) FROM process WHERE ended = 0").fetchone()[0],
-        unseen_cancellations=[row[0] for row in unseen],
-        size_bytes=size_bytes,
-    )
+def _complete(tx: Transaction, rows: Sequence[Any]) -> list[ExecutionRecord]:
+    """Complete rows of executions with their attempts and the wishes to cancel them."""
+    if not rows:
+        return []
+    ids = [row[1] for row in rows]
+    among, parameters = tx.among(ids)
+    attempts: dict[str, list[AttemptRecord]] = {}
+    for execution_id, number, state, duplicate, *rest in tx.execute(_ATTEMPTS.format(among=among), parameters).fetchall():
+        attempts.setdefault(execution_id, []).append(AttemptRecord(number, state, bool(duplicate), *rest))
+    wishes = _cancellations(tx, ids)
+    complete: list[Any] = [(*row, wishes.get(row[1]), tuple(attempts.get(row[1], ()))) for row in rows]
+    return [ExecutionRecord(*values) for values in complete]
+
+
+def _cancellations(tx: Transaction, execution_ids: Sequence[str]) -> dict[str, Cancellation]:
+    among, ids = tx.among(execution_ids)
+    rows = tx.execute(f"SELECT execution_id, requested_unix_ns, terminate FROM cancellation WHERE execution_id {among}", ids).fetchall()
+    return {row[0]: Cancellation(row[1], None if row[2] is None else bool(row[2])) for row in rows}

@@ -122,6 +122,7 @@ class Statistics:
         processes: How many processes have not said goodbye.
         unseen_cancellations: Executions that go on although somebody asked for their termination.
         size_bytes: Size on disk.
+        table_bytes: The same by table, indexes included; empty where the store can't tell.
     """
 
     executions: Mapping[str, int]
@@ -133,3 +134,4 @@ class Statistics:
     processes: int
     unseen_cancellations: Sequence[str]
     size_bytes: int
+    table_bytes: Mapping[str, int]

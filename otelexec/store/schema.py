@@ -2,51 +2,70 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
-# {key}, {serial}, {blob} and {bigint} are the store's own types; a {serial} key is never given twice, since a relay
-# may settle a row that is gone. `claim` and `parked` are tables of their own so that
-# neither a claim nor a parked row rewrites or hides encoded spans.
+# {key}, {serial}, {name}, {blob} and {bigint} are the store's own types; a {name} sorts by its bytes, and a {serial} key
+# is never given twice, since a relay may settle a row that is gone. `claim` and `parked` are tables of their own so that
+# neither a claim nor a parked row rewrites or hides encoded spans. `written` keeps a write that may be repeated from
+# putting the same spans into the outbox twice.
 SCHEMA = (
     """CREATE TABLE process (
-        process_id TEXT PRIMARY KEY, host TEXT NOT NULL, boot_id TEXT NOT NULL, pid_namespace TEXT NOT NULL,
+        process_id {name} PRIMARY KEY, host TEXT NOT NULL, boot_id TEXT NOT NULL, pid_namespace TEXT NOT NULL,
         pid {bigint} NOT NULL, pid_start {bigint} NOT NULL, lease_seconds DOUBLE PRECISION NOT NULL,
         resource {blob} NOT NULL, scope {blob} NOT NULL, heartbeat_unix_ns {bigint} NOT NULL,
-        ended INTEGER NOT NULL DEFAULT 0)""",
+        ended INTEGER NOT NULL DEFAULT 0, clock_unix_ns {bigint} NOT NULL DEFAULT 0)""",
     """CREATE TABLE execution (
-        seq {key}, execution_id TEXT NOT NULL UNIQUE, name TEXT NOT NULL, state TEXT NOT NULL,
+        seq {key}, execution_id {name} NOT NULL UNIQUE, name TEXT NOT NULL, state TEXT NOT NULL,
         sticky INTEGER NOT NULL DEFAULT 0, request_id TEXT NOT NULL, source TEXT NOT NULL, correlation TEXT NOT NULL,
         parent_execution_id TEXT, queued_unix_ns {bigint}, started_unix_ns {bigint}, ended_unix_ns {bigint},
         error_type TEXT, error_message TEXT, producer_trace_id TEXT, producer_span_id TEXT, snapshot TEXT,
         attempts INTEGER NOT NULL DEFAULT 0, latest INTEGER NOT NULL DEFAULT 0)""",
     """CREATE TABLE attempt (
-        execution_id TEXT NOT NULL, attempt INTEGER NOT NULL, token TEXT NOT NULL, process_id TEXT NOT NULL,
+        execution_id {name} NOT NULL, attempt INTEGER NOT NULL, token {name} NOT NULL, process_id {name} NOT NULL,
         state TEXT NOT NULL, duplicate INTEGER NOT NULL, trace_id TEXT, span_id TEXT, span_start {blob},
         started_unix_ns {bigint} NOT NULL, deadline_unix_ns {bigint}, last_seen_unix_ns {bigint} NOT NULL DEFAULT 0,
         ended_unix_ns {bigint}, error_type TEXT, error_message TEXT, finalized_by TEXT, classification TEXT,
         reconciled_unix_ns {bigint}, progress TEXT, output TEXT, nonce TEXT, observed TEXT,
         outer_token TEXT, outer_span_id TEXT, outer_trace_id TEXT, outer_start {blob}, outer_started_unix_ns {bigint},
-        outer_outcome TEXT, outer_ended_unix_ns {bigint}, outer_error_type TEXT, outer_error_message TEXT,
-        UNIQUE (execution_id, attempt))""",
+        outer_outcome TEXT, outer_ended_unix_ns {bigint}, outer_error_type TEXT, outer_error_message TEXT)""",
+    "CREATE UNIQUE INDEX attempt_token ON attempt (execution_id, token)",
     "CREATE INDEX attempt_running ON attempt (process_id) WHERE state = 'running'",
     "CREATE INDEX attempt_outer ON attempt (process_id) WHERE outer_token IS NOT NULL AND outer_outcome IS NULL",
     """CREATE TABLE open_span (
-        trace_id TEXT NOT NULL, span_id TEXT NOT NULL, process_id TEXT NOT NULL, execution_id TEXT, start {blob} NOT NULL,
+        trace_id {name} NOT NULL, span_id {name} NOT NULL, process_id {name} NOT NULL, execution_id {name},
+        start {blob} NOT NULL,
         PRIMARY KEY (trace_id, span_id))""",
     "CREATE INDEX open_span_process ON open_span (process_id)",
     """CREATE TABLE outbox (
-        id {serial}, request {blob} NOT NULL, count INTEGER NOT NULL, execution_id TEXT,
+        id {serial}, request {blob} NOT NULL, count INTEGER NOT NULL, execution_id {name},
         written_unix_ns {bigint} NOT NULL, failures INTEGER NOT NULL DEFAULT 0)""",
-    "CREATE TABLE claim (id {bigint} PRIMARY KEY, owner TEXT NOT NULL, until_unix_ns {bigint} NOT NULL)",
+    "CREATE INDEX outbox_execution ON outbox (execution_id) WHERE execution_id IS NOT NULL",
+    "CREATE TABLE claim (id {bigint} PRIMARY KEY, owner {name} NOT NULL, until_unix_ns {bigint} NOT NULL)",
     """CREATE TABLE parked (
-        id {bigint} PRIMARY KEY, request {blob} NOT NULL, count INTEGER NOT NULL, execution_id TEXT,
+        id {bigint} PRIMARY KEY, request {blob} NOT NULL, count INTEGER NOT NULL, execution_id {name},
         reason TEXT NOT NULL, parked_unix_ns {bigint} NOT NULL)""",
-    "CREATE TABLE cancellation (execution_id TEXT PRIMARY KEY, requested_unix_ns {bigint} NOT NULL, terminate INTEGER)",
-    "CREATE TABLE ingested (segment TEXT PRIMARY KEY, upto {bigint} NOT NULL, at_unix_ns {bigint} NOT NULL)",
+    "CREATE TABLE cancellation (execution_id {name} PRIMARY KEY, requested_unix_ns {bigint} NOT NULL, terminate INTEGER)",
+    "CREATE TABLE ingested (segment {name} PRIMARY KEY, upto {bigint} NOT NULL, at_unix_ns {bigint} NOT NULL)",
+    "CREATE TABLE written (nonce {name} PRIMARY KEY)",
 )
+
+UPGRADES: Mapping[int, Sequence[str]] = {
+    1: (
+        "ALTER TABLE process ADD COLUMN clock_unix_ns {bigint} NOT NULL DEFAULT 0",
+        "CREATE UNIQUE INDEX attempt_token ON attempt (execution_id, token)",
+        "CREATE INDEX outbox_execution ON outbox (execution_id) WHERE execution_id IS NOT NULL",
+        "CREATE TABLE written (nonce {name} PRIMARY KEY)",
+    ),
+}
+"""What makes a store of one version one of the next."""
+
+
+def upgrade_from(version: int) -> list[str]:
+    """Give the statements that bring a store of an older version up to this one."""
+    return [statement for old in range(version, SCHEMA_VERSION) for statement in UPGRADES[old]]
 
 
 class Cursor(Protocol):
@@ -67,10 +86,24 @@ class Cursor(Protocol):
 
 
 class Transaction(Protocol):
-    """What a write needs of the transaction that it runs in."""
+    """
+    What a write needs of the transaction that it runs in.
+
+    Attributes:
+        skip_locked: What a SELECT of rows `o` ends with, so that it takes them for itself and passes over those that
+            another transaction is taking; empty where there is one writer at a time.
+        lock: What a SELECT ends with that holds its rows for itself until the end; empty likewise.
+    """
+
+    skip_locked: str
+    lock: str
 
     def execute(self, statement: str, parameters: Sequence[Any] = (), /) -> Cursor:
-        """Run one statement."""
+        """Run one statement; placeholders are `?`."""
+        ...
+
+    def among(self, values: Sequence[Any]) -> tuple[str, Sequence[Any]]:
+        """Give the end of a condition that is true for any of these values, and its parameters."""
         ...
 
     def now_unix_ns(self) -> int:

@@ -29,6 +29,7 @@ from otelexec.store.writes import (
     Closed,
     CloseLost,
     CloseOuter,
+    ForgetNonces,
     Heartbeat,
     Ingested,
     OpenAttempt,
@@ -50,23 +51,27 @@ from otelexec.store.writes import (
 
 _MAX_PARAMETERS = 512  # with the others of a statement still below 999, SQLite's limit before 3.32
 
-_TERMINAL = "state = 'succeeded' OR sticky = 1"
+TERMINAL = "state = 'succeeded' OR sticky = 1"
 
-_OPEN_EXECUTION = f"""
-INSERT INTO execution (execution_id, name, state, request_id, source, correlation, parent_execution_id,
-                       started_unix_ns, attempts, latest)
-VALUES (?, ?, 'running', ?, ?, ?, ?, ?, 1, 1)
-ON CONFLICT (execution_id) DO UPDATE SET
+# Of the texts in capitals without an underscore, each is a part of a statement that has another form in `postgres_schema.py`.
+
+OPENED = f"""ON CONFLICT (execution_id) DO UPDATE SET
     attempts = execution.attempts + 1,
     latest = CASE WHEN execution.state = 'succeeded' THEN execution.latest ELSE execution.attempts + 1 END,
     name = CASE WHEN execution.attempts = 0 THEN excluded.name ELSE execution.name END,
     started_unix_ns = COALESCE(execution.started_unix_ns, excluded.started_unix_ns),
     error_type = NULL, error_message = NULL,
-    ended_unix_ns = CASE WHEN execution.{_TERMINAL.replace("OR ", "OR execution.")} THEN execution.ended_unix_ns END,
-    state = CASE WHEN execution.{_TERMINAL.replace("OR ", "OR execution.")} THEN execution.state ELSE 'running' END
+    ended_unix_ns = CASE WHEN execution.{TERMINAL.replace("OR ", "OR execution.")} THEN execution.ended_unix_ns END,
+    state = CASE WHEN execution.{TERMINAL.replace("OR ", "OR execution.")} THEN execution.state ELSE 'running' END
 RETURNING attempts, state, snapshot,
-    (SELECT requested_unix_ns FROM cancellation c WHERE c.execution_id = execution.execution_id),
-    (SELECT terminate FROM cancellation c WHERE c.execution_id = execution.execution_id)"""
+    (SELECT requested_unix_ns FROM cancellation c WHERE c.execution_id = execution.execution_id) AS requested_unix_ns,
+    (SELECT terminate FROM cancellation c WHERE c.execution_id = execution.execution_id) AS terminate"""
+
+_OPEN_EXECUTION = f"""
+INSERT INTO execution (execution_id, name, state, request_id, source, correlation, parent_execution_id,
+                       started_unix_ns, attempts, latest)
+VALUES (?, ?, 'running', ?, ?, ?, ?, ?, 1, 1)
+{OPENED}"""
 
 _OPEN_ATTEMPT = """
 INSERT INTO attempt (execution_id, attempt, token, process_id, state, duplicate, trace_id, span_id, span_start,
@@ -83,6 +88,10 @@ _RENAME = "UPDATE execution SET name = ?, request_id = ?, source = ?, correlatio
 
 _FIND_ATTEMPT = "SELECT attempt, duplicate, state, finalized_by, nonce, span_id FROM attempt WHERE execution_id = ? AND token = ?"
 
+_FIND_OPENED = """
+SELECT a.attempt, a.duplicate, e.snapshot FROM attempt a JOIN execution e ON e.execution_id = a.execution_id
+WHERE a.execution_id = ? AND a.token = ?"""
+
 _CLOSE_ATTEMPT = """
 UPDATE attempt SET state = ?, ended_unix_ns = ?, error_type = ?, error_message = ?, finalized_by = ?,
     classification = ?, reconciled_unix_ns = ?, progress = COALESCE(?, progress), output = ?, nonce = ?, span_start = NULL
@@ -95,7 +104,12 @@ WHERE execution_id = ? AND state <> '{SUCCEEDED}'"""
 
 _END = f"""
 UPDATE execution SET state = ?, ended_unix_ns = ?, sticky = ?, snapshot = COALESCE(?, snapshot)
-WHERE execution_id = ? AND latest = ? AND NOT ({_TERMINAL})"""
+WHERE execution_id = ? AND latest = ? AND NOT ({TERMINAL})"""
+
+QUEUED_AGAIN = """ON CONFLICT (execution_id) DO UPDATE SET
+    queued_unix_ns = COALESCE(execution.queued_unix_ns, excluded.queued_unix_ns),
+    producer_trace_id = COALESCE(execution.producer_trace_id, excluded.producer_trace_id),
+    producer_span_id = COALESCE(execution.producer_span_id, excluded.producer_span_id)"""
 
 _ADD = "INSERT INTO outbox (request, count, execution_id, written_unix_ns) VALUES (?, ?, ?, ?)"
 
@@ -117,9 +131,9 @@ def open_attempt(tx: Transaction, write: OpenAttempt) -> Opened:
     if write.takes_over:
         _take_over(tx, write)
     if write.takes_over or write.repeated:
-        found = tx.execute(_FIND_ATTEMPT, (execution.execution_id, write.token)).fetchone()
+        found = tx.execute(_FIND_OPENED, (execution.execution_id, write.token)).fetchone()
         if found is not None:
-            return Opened(found[0], bool(found[1]), _cancellation(tx, execution.execution_id))
+            return Opened(found[0], bool(found[1]), _cancellation(tx, execution.execution_id), found[2])
     number, state, snapshot, requested, terminate = tx.execute(
         _OPEN_EXECUTION,
         (
@@ -153,8 +167,15 @@ def open_attempt(tx: Transaction, write: OpenAttempt) -> Opened:
     return Opened(number, duplicate, wish, snapshot)
 
 
+def _lock(tx: Transaction, execution_id: str) -> None:
+    """Hold the execution's row before the attempt's, so that two transactions never wait for each other crosswise."""
+    if tx.lock:
+        tx.execute(f"SELECT 1 FROM execution WHERE execution_id = ? {tx.lock}", (execution_id,))
+
+
 def _take_over(tx: Transaction, write: OpenAttempt) -> None:
     execution = write.execution
+    _lock(tx, execution.execution_id)
     changed = tx.execute(
         _TAKE_OVER,
         (
@@ -183,6 +204,7 @@ def close_attempt(tx: Transaction, write: CloseAttempt) -> Closed:
     """Close an attempt once; its span goes with whoever wins, the children go in any case."""
     execution_id, token = write.attempt.execution.execution_id, write.attempt.token
     frozen = write.frozen
+    _lock(tx, execution_id)
     if write.if_cancelled is not None and _cancellation(tx, execution_id) is not None:
         frozen = write.if_cancelled
     outcome = frozen.outcome
@@ -235,13 +257,16 @@ def _end_execution(tx: Transaction, execution_id: str, number: int, outcome: Out
     if outcome.state == SUCCEEDED:
         tx.execute(_SUCCEED, (outcome.ended_unix_ns, execution_id))
         return
-    if duplicate:
-        return
+    if not duplicate:
+        tx.execute(_END, (*execution_end(outcome), execution_id, number))
+
+
+def execution_end(outcome: Outcome) -> tuple[str, int | None, int, str | None]:
+    """Give what an attempt's outcome means for its execution: state, end, whether that sticks, snapshot to keep."""
     # What was asked to be cancelled is not retried, even if a message for another attempt is out already.
     state = RETRYING if outcome.retrying and not outcome.sticky else outcome.state
     ended = outcome.ended_unix_ns if state in ENDED_STATES else None
-    snapshot = outcome.snapshot if state == PAUSED else None
-    tx.execute(_END, (state, ended, int(outcome.sticky), snapshot, execution_id, number))
+    return state, ended, int(outcome.sticky), outcome.snapshot if state == PAUSED else None
 
 
 def record_observed(tx: Transaction, write: RecordObserved) -> None:
@@ -266,6 +291,7 @@ def record_observed(tx: Transaction, write: RecordObserved) -> None:
 def close_lost(tx: Transaction, write: CloseLost) -> bool:
     """Close what a dead process left running, unless it or somebody else was first."""
     outcome = write.frozen.outcome
+    _lock(tx, write.execution_id)
     row = tx.execute(_CLOSE_ATTEMPT, (*_closing_values(outcome), None, write.execution_id, write.token)).fetchone()
     if row is None:
         return False
@@ -278,6 +304,7 @@ def close_lost(tx: Transaction, write: CloseLost) -> bool:
 def close_outer(tx: Transaction, write: CloseOuter) -> bool:
     """Record how the code around the cores ended; once, whoever comes first."""
     outcome = write.frozen.outcome
+    _lock(tx, write.execution_id)
     rows = tx.execute(
         """UPDATE attempt SET outer_outcome = ?, outer_ended_unix_ns = ?, outer_error_type = ?,
                outer_error_message = ?, outer_start = NULL
@@ -296,7 +323,7 @@ def close_outer(tx: Transaction, write: CloseOuter) -> bool:
     if rows and write.retrying:
         tx.execute(
             f"""UPDATE execution SET state = '{RETRYING}', ended_unix_ns = NULL
-                WHERE execution_id = ? AND latest = ? AND NOT ({_TERMINAL}) AND state <> '{RUNNING}'""",
+                WHERE execution_id = ? AND latest = ? AND NOT ({TERMINAL}) AND state <> '{RUNNING}'""",
             (write.execution_id, max(row[0] for row in rows)),
         )
     add_spans(tx, write.spans)
@@ -310,10 +337,7 @@ def record_queued(tx: Transaction, write: RecordQueued) -> None:
         f"""INSERT INTO execution (execution_id, name, state, request_id, source, correlation, parent_execution_id,
                                    queued_unix_ns, producer_trace_id, producer_span_id)
             VALUES (?, ?, '{QUEUED}', ?, ?, ?, ?, ?, ?, ?)
-            ON CONFLICT (execution_id) DO UPDATE SET
-                queued_unix_ns = COALESCE(execution.queued_unix_ns, excluded.queued_unix_ns),
-                producer_trace_id = COALESCE(execution.producer_trace_id, excluded.producer_trace_id),
-                producer_span_id = COALESCE(execution.producer_span_id, excluded.producer_span_id)""",
+            {QUEUED_AGAIN}""",
         (
             execution.execution_id,
             execution.name,
@@ -358,7 +382,7 @@ def add_spans(tx: Transaction, write: AddSpans, *, counted: bool = False) -> Non
     """Put ended spans into the outbox; `counted` when the plain ones went in with their execution."""
     if write is NO_SPANS:
         return
-    if write.count and not counted:
+    if write.count and not counted and _is_first(tx, write.nonce):
         _add(tx, write.request, write.count, write.execution_id)
     for span, request in write.recorded:
         if tx.execute("DELETE FROM open_span WHERE trace_id = ? AND span_id = ?", (span.trace_id, span.span_id)).rowcount:
@@ -372,12 +396,16 @@ def add_spans(tx: Transaction, write: AddSpans, *, counted: bool = False) -> Non
         )
 
 
+def _is_first(tx: Transaction, nonce: str) -> bool:
+    return not nonce or bool(tx.execute("INSERT INTO written (nonce) VALUES (?) ON CONFLICT (nonce) DO NOTHING", (nonce,)).rowcount)
+
+
 def record_progress(tx: Transaction, write: RecordProgress) -> None:
     """Write the progress marker of an attempt that is still running."""
     tx.execute(
         """UPDATE attempt SET progress = ?, last_seen_unix_ns = ?
            WHERE execution_id = ? AND token = ? AND state = 'running'""",
-        (write.progress, tx.now_unix_ns(), write.execution_id, write.token),
+        (write.progress, write.at_unix_ns, write.execution_id, write.token),
     )
 
 
@@ -386,9 +414,10 @@ def heartbeat(tx: Transaction, write: Heartbeat) -> None:
     process = write.process
     tx.execute(
         """INSERT INTO process (process_id, host, boot_id, pid_namespace, pid, pid_start, lease_seconds, resource,
-                                scope, heartbeat_unix_ns, ended)
-           VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
-           ON CONFLICT (process_id) DO UPDATE SET heartbeat_unix_ns = excluded.heartbeat_unix_ns, ended = excluded.ended""",
+                                scope, heartbeat_unix_ns, ended, clock_unix_ns)
+           VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+           ON CONFLICT (process_id) DO UPDATE SET heartbeat_unix_ns = excluded.heartbeat_unix_ns,
+               ended = excluded.ended, clock_unix_ns = excluded.clock_unix_ns""",
         (
             process.process_id,
             process.host,
@@ -401,6 +430,7 @@ def heartbeat(tx: Transaction, write: Heartbeat) -> None:
             process.scope,
             tx.now_unix_ns(),
             int(write.ended),
+            write.clock_unix_ns,
         ),
     )
 
@@ -411,7 +441,7 @@ def request_cancel(tx: Transaction, write: RequestCancel) -> str | None:
 
     One that comes after the success changes nothing: a redelivery then runs as a duplicate, as it would without.
     """
-    row = tx.execute("SELECT state FROM execution WHERE execution_id = ?", (write.execution_id,)).fetchone()
+    row = tx.execute(f"SELECT state FROM execution WHERE execution_id = ? {tx.lock}", (write.execution_id,)).fetchone()
     if row is not None and row[0] == SUCCEEDED:
         return SUCCEEDED
     wish = write.cancellation
@@ -433,27 +463,33 @@ def ingested(tx: Transaction, write: Ingested) -> None:
     )
 
 
-def claim_outbox(tx: Transaction, write: ClaimOutbox, *, locking: str = "") -> list[OutboxRow]:
-    """Claim the oldest rows that nobody has in hand; `locking` is the store's way to skip what others take."""
+def claim_outbox(tx: Transaction, write: ClaimOutbox) -> list[OutboxRow]:
+    """Claim the oldest rows that nobody has in hand; of two that claim one row at once, the second goes without."""
     now = tx.now_unix_ns()
-    rows = tx.execute(
-        f"""SELECT o.id, o.request, o.count, o.failures FROM outbox o LEFT JOIN claim c ON c.id = o.id
-            WHERE (c.id IS NULL OR c.until_unix_ns < ?) AND o.id <= ? ORDER BY o.id LIMIT ? {locking}""",
+    found = tx.execute(
+        f"""SELECT o.id, LENGTH(o.request) FROM outbox o LEFT JOIN claim c ON c.id = o.id
+            WHERE (c.id IS NULL OR c.until_unix_ns < ?) AND o.id <= ? ORDER BY o.id LIMIT ? {tx.skip_locked}""",
         (now, write.not_after if write.not_after is not None else 2**62, write.max_rows),
     ).fetchall()
-    claimed: list[OutboxRow] = []
+    wanted: list[int] = []
     size = 0
-    for row in rows:
-        size += len(row[1])
-        if claimed and size > write.max_bytes:
+    for row_id, length in found:
+        size += length
+        if wanted and size > write.max_bytes:
             break
-        claimed.append(OutboxRow(row[0], bytes(row[1]), row[2], row[3]))
+        wanted.append(row_id)
     until = now + int(write.lease_seconds * 1e9)
-    for marks, ids in _chunks([row.id for row in claimed]):
-        tx.execute(f"DELETE FROM claim WHERE id IN ({marks})", ids)  # lapsed ones
-        tx.execute(
-            f"INSERT INTO claim (id, owner, until_unix_ns) SELECT id, ?, ? FROM outbox WHERE id IN ({marks})", (write.owner, until, *ids)
-        )
+    claimed: list[OutboxRow] = []
+    for among, ids in _chunks(tx, wanted):
+        mine = tx.execute(
+            f"""INSERT INTO claim (id, owner, until_unix_ns) SELECT id, ?, ? FROM outbox WHERE id {among}
+                ON CONFLICT (id) DO UPDATE SET owner = excluded.owner, until_unix_ns = excluded.until_unix_ns
+                WHERE claim.until_unix_ns < ? RETURNING id""",
+            (write.owner, until, *ids, now),
+        ).fetchall()
+        for which, taken in _chunks(tx, [row[0] for row in mine]):
+            rows = tx.execute(f"SELECT id, request, count, failures FROM outbox WHERE id {which} ORDER BY id", taken).fetchall()
+            claimed += [OutboxRow(row[0], bytes(row[1]), row[2], row[3]) for row in rows]
     return claimed
 
 
@@ -466,19 +502,18 @@ def settle_outbox(tx: Transaction, write: SettleOutbox) -> None:
             (reason, tx.now_unix_ns(), row_id),
         )
     gone = (*write.delivered, *(row_id for row_id, _ in write.parked))
-    for marks, ids in _chunks(gone):
-        tx.execute(f"DELETE FROM outbox WHERE id IN ({marks})", ids)
-    for marks, ids in _chunks(write.failed):
-        tx.execute(f"UPDATE outbox SET failures = failures + 1 WHERE id IN ({marks})", ids)
-    for marks, ids in _chunks((*gone, *write.released, *write.failed)):
-        tx.execute(f"DELETE FROM claim WHERE owner = ? AND id IN ({marks})", (write.owner, *ids))
+    for among, ids in _chunks(tx, gone):
+        tx.execute(f"DELETE FROM outbox WHERE id {among}", ids)
+    for among, ids in _chunks(tx, write.failed):
+        tx.execute(f"UPDATE outbox SET failures = failures + 1 WHERE id {among}", ids)
+    for among, ids in _chunks(tx, (*gone, *write.released, *write.failed)):
+        tx.execute(f"DELETE FROM claim WHERE owner = ? AND id {among}", (write.owner, *ids))
 
 
-def _chunks(ids: Sequence[int]) -> Iterator[tuple[str, Sequence[int]]]:
-    """Give ids in lists that one statement can take, each with its placeholders."""
+def _chunks(tx: Transaction, ids: Sequence[Any]) -> Iterator[tuple[str, Sequence[Any]]]:
+    """Give ids in lists that one statement can take, each as the end of a condition with its parameters."""
     for start in range(0, len(ids), _MAX_PARAMETERS):
-        chunk = ids[start : start + _MAX_PARAMETERS]
-        yield ",".join("?" * len(chunk)), chunk
+        yield tx.among(ids[start : start + _MAX_PARAMETERS])
 
 
 def release_claims(tx: Transaction, write: ReleaseClaims) -> int:
@@ -487,31 +522,39 @@ def release_claims(tx: Transaction, write: ReleaseClaims) -> int:
 
 
 def retry_parked(tx: Transaction, _: RetryParked) -> int:
-    """Put parked rows back at the end of the outbox."""
-    now = tx.now_unix_ns()
-    moved = tx.execute(
-        """INSERT INTO outbox (request, count, execution_id, written_unix_ns)
-           SELECT request, count, execution_id, ? FROM parked ORDER BY id""",
-        (now,),
-    ).rowcount
-    tx.execute("DELETE FROM parked")
-    return moved
+    """Put parked rows back at the end of the outbox; of two that do so at once, each takes what the other has not."""
+    moved = 0
+    while True:
+        rows = tx.execute(
+            "DELETE FROM parked WHERE id IN (SELECT id FROM parked ORDER BY id LIMIT ?) RETURNING id, request, count, execution_id",
+            (_MAX_PARAMETERS,),
+        ).fetchall()
+        if not rows:
+            return moved
+        for _id, request, count, execution_id in sorted(rows, key=lambda row: row[0]):
+            _add(tx, bytes(request), count, execution_id)
+        moved += len(rows)
+
+
+def forget_nonces(tx: Transaction, write: ForgetNonces) -> None:
+    """Forget what nobody repeats any more."""
+    tx.execute("DELETE FROM written WHERE nonce < ?", (write.before,))
 
 
 def prune(tx: Transaction, write: Prune) -> int:
     """Delete a batch of old ended executions; what is undelivered, parked or open keeps its execution."""
     rows = tx.execute(
-        """SELECT execution_id FROM execution e WHERE e.ended_unix_ns < ?
-           AND NOT EXISTS (SELECT 1 FROM attempt a WHERE a.execution_id = e.execution_id
-                           AND (a.state = 'running' OR (a.outer_token IS NOT NULL AND a.outer_outcome IS NULL)))
-           AND e.execution_id NOT IN (SELECT execution_id FROM outbox WHERE execution_id IS NOT NULL)
-           AND e.execution_id NOT IN (SELECT execution_id FROM parked WHERE execution_id IS NOT NULL)
-           ORDER BY e.seq LIMIT ?""",
+        f"""SELECT o.execution_id FROM execution o WHERE o.ended_unix_ns < ?
+            AND NOT EXISTS (SELECT 1 FROM attempt a WHERE a.execution_id = o.execution_id
+                            AND (a.state = 'running' OR (a.outer_token IS NOT NULL AND a.outer_outcome IS NULL)))
+            AND NOT EXISTS (SELECT 1 FROM outbox w WHERE w.execution_id = o.execution_id)
+            AND NOT EXISTS (SELECT 1 FROM parked w WHERE w.execution_id = o.execution_id)
+            ORDER BY o.ended_unix_ns LIMIT ? {tx.skip_locked}""",
         (write.ended_before_unix_ns, write.limit),
     ).fetchall()
-    for (execution_id,) in rows:
+    for among, ids in _chunks(tx, [row[0] for row in rows]):
         for table in ("attempt", "cancellation", "execution"):
-            tx.execute(f"DELETE FROM {table} WHERE execution_id = ?", (execution_id,))
+            tx.execute(f"DELETE FROM {table} WHERE execution_id {among}", ids)
     tx.execute(
         """DELETE FROM process WHERE heartbeat_unix_ns < ?
            AND process_id NOT IN (SELECT process_id FROM attempt WHERE state = 'running')
@@ -541,6 +584,7 @@ _APPLY: dict[type, Callable[[Transaction, Any], object]] = {
     SettleOutbox: settle_outbox,
     ReleaseClaims: release_claims,
     RetryParked: retry_parked,
+    ForgetNonces: forget_nonces,
     Prune: prune,
 }
 

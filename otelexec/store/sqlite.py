@@ -15,20 +15,19 @@ import sqlite3
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from otelexec.errors import StoreBusy, StoreRejected, StoreUnavailable
-from otelexec.store import reading, sql
+from otelexec.store import sql
 from otelexec.store.base import Receipt
-from otelexec.store.records import ExecutionRecord, OpenWork, Statistics
+from otelexec.store.reading import SqlReader
+from otelexec.store.schema import Transaction
 from otelexec.store.sqlite_file import DAMAGE, SqliteFile, code, identity, unusable
-from otelexec.store.writes import Cancellation, ProcessRow, Write
+from otelexec.store.writes import Write
 
 logger = logging.getLogger("otelexec.store")
-
-_PAGE = 200
-_IN_LIST = 500  # SQLite's oldest limit on parameters of one statement is 999
 
 # Result codes that are the write's own fault; with any other the store could not do its work at this time.
 _REFUSALS = frozenset({sqlite3.SQLITE_TOOBIG, sqlite3.SQLITE_CONSTRAINT, sqlite3.SQLITE_MISMATCH, sqlite3.SQLITE_RANGE})
@@ -43,16 +42,20 @@ _inherited: list[sqlite3.Connection] = []
 
 
 class _Transaction:
-    __slots__ = ("execute",)
+    __slots__ = ("execute", "lock", "skip_locked")
 
     def __init__(self, connection: sqlite3.Connection) -> None:
         self.execute = connection.execute
+        self.lock = self.skip_locked = ""  # BEGIN IMMEDIATE took the one lock that there is
+
+    def among(self, values: Sequence[Any]) -> tuple[str, Sequence[Any]]:
+        return f"IN ({','.join('?' * len(values))})", values
 
     def now_unix_ns(self) -> int:
         return time.time_ns()
 
 
-class SqliteStore:
+class SqliteStore(SqlReader):
     """
     A store in one SQLite file.
 
@@ -221,6 +224,10 @@ class SqliteStore:
         """Give the machine's clock: one machine has one."""
         return time.time_ns()
 
+    def up_since_unix_ns(self) -> int:
+        """Give 0: a file needs no server that could have been away."""
+        return 0
+
     @contextlib.contextmanager
     def _reading(self) -> Iterator[_Transaction]:
         with self._read_lock:
@@ -238,100 +245,12 @@ class SqliteStore:
                     self._reader = None
                 raise StoreUnavailable(f"{self.url}: {error}") from error
 
-    def executions(self, *, limit: int | None = None, before: int | None = None, state: str | None = None) -> Iterator[ExecutionRecord]:
-        """
-        Give executions, the newest first.
-
-        Args:
-            limit: At most so many; None means all.
-            before: Only those with a smaller `seq`; None means from the newest.
-            state: Only those in this state; None means any.
-        """
-        left = limit
-        while left is None or left > 0:
-            page = _PAGE if left is None else min(_PAGE, left)
-            with self._reading() as tx:
-                rows = tx.execute(
-                    f"""SELECT {reading.EXECUTION_COLUMNS} FROM execution
-                        WHERE seq < ? AND (? IS NULL OR state = ?) ORDER BY seq DESC LIMIT ?""",
-                    (2**62 if before is None else before, state, state, page),
-                ).fetchall()
-                records = reading.read_executions(tx, rows)
-            yield from records
-            if len(records) < page:
-                return
-            before = records[-1].seq
-            left = None if left is None else left - len(records)
-
-    def execution(self, execution_id: str) -> ExecutionRecord | None:
-        """Give one execution; None when it is not there."""
-        with self._reading() as tx:
-            rows = tx.execute(f"SELECT {reading.EXECUTION_COLUMNS} FROM execution WHERE execution_id = ?", (execution_id,)).fetchall()
-            return next(iter(reading.read_executions(tx, rows)), None)
-
-    def ids_with_prefix(self, prefix: str, *, limit: int) -> list[str]:
-        """Give the ids of executions that begin like this, in order."""
-        with self._reading() as tx:
-            # Ids are printable ASCII, so DEL is behind everything that may follow the prefix.
-            rows = tx.execute(
-                "SELECT execution_id FROM execution WHERE execution_id >= ? AND execution_id < ? ORDER BY execution_id LIMIT ?",
-                (prefix, prefix + "\x7f", limit),
-            ).fetchall()
-            return [row[0] for row in rows]
-
-    def outbox_rows(self) -> int:
-        """Give how many rows wait for a relay or are in the hands of one; parked ones don't count."""
-        with self._reading() as tx:
-            return int(tx.execute("SELECT COUNT(*) FROM outbox").fetchone()[0])
-
-    def processes(self) -> list[ProcessRow]:
-        """Give the processes that have something open or hold a claim."""
-        with self._reading() as tx:
-            return reading.read_processes(tx)
-
-    def open_work(self, process_ids: Sequence[str], *, limit: int) -> list[OpenWork]:
-        """Give what these processes have open, attempts first."""
-        with self._reading() as tx:
-            return reading.read_open_work(tx, process_ids, limit)
-
-    def claim_owners(self) -> list[str]:
-        """Give the process ids that hold claims on outbox rows."""
-        with self._reading() as tx:
-            return [row[0] for row in tx.execute("SELECT DISTINCT owner FROM claim").fetchall()]
-
-    def ingested(self, segment: str) -> int:
-        """Give how far a spool segment has been taken in, in bytes."""
-        with self._reading() as tx:
-            row = tx.execute("SELECT upto FROM ingested WHERE segment = ?", (segment,)).fetchone()
-            return 0 if row is None else int(row[0])
-
-    def cancellations(self, execution_ids: Sequence[str]) -> dict[str, Cancellation]:
-        """Give the wishes to cancel among these executions."""
-        found: dict[str, Cancellation] = {}
-        with self._reading() as tx:
-            for start in range(0, len(execution_ids), _IN_LIST):
-                found.update(reading.read_cancellations(tx, execution_ids[start : start + _IN_LIST]))
-        return found
-
-    def held_requests(self, execution: ExecutionRecord) -> list[bytes]:
-        """Give the encoded requests of this execution that are still in the outbox or parked."""
-        with self._reading() as tx:
-            rows = tx.execute(
-                """SELECT request FROM outbox WHERE execution_id = ?1
-                   UNION ALL SELECT request FROM parked WHERE execution_id = ?1""",
-                (execution.execution_id,),
-            ).fetchall()
-            return [bytes(row[0]) for row in rows]
-
-    def statistics(self) -> Statistics:
-        """Give what `doctor` shows."""
-        size = sum(path.stat().st_size for path in self.path.parent.glob(self.path.name + "*") if path.is_file())
-        with self._reading() as tx:
-            return reading.read_statistics(tx, size)
+    def _sizes(self, _: Transaction) -> tuple[int, Mapping[str, int]]:
+        return sum(path.stat().st_size for path in self.path.parent.glob(self.path.name + "*") if path.is_file()), {}
 
     # Connections
 
-    def abandon(self) -> None:
+    def _abandon(self) -> None:
         """Forget inherited connections without closing them, in a forked child."""
         _inherited.extend(connection for connection in (self._writer, self._reader) if connection is not None)
         self._reset()
@@ -360,7 +279,7 @@ class SqliteStore:
             self._read_lock.release()
             self._write_lock.release()
         elif child and (self._writer is not None or self._reader is not None):
-            self.abandon()
+            self._abandon()
             unusable.add(self.path)
 
     def close(self) -> None:

@@ -22,6 +22,8 @@ DAMAGE = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
 
 _SIDES = ("-wal", "-shm")
 
+_TYPES = {"key": "INTEGER PRIMARY KEY", "serial": "INTEGER PRIMARY KEY AUTOINCREMENT", "name": "TEXT", "blob": "BLOB", "bigint": "INTEGER"}
+
 unusable: set[Path] = set()
 """Files that a forked child must leave alone: its parent was in the middle of a commit."""
 
@@ -142,13 +144,10 @@ class SqliteFile:
                     f"{self.url} has schema {version}, this otelexec knows {schema.SCHEMA_VERSION}. "
                     "Upgrade this one: `pip install -U otelexec`."
                 )
-            if version == 0:
-                for statement in schema.SCHEMA:
-                    connection.execute(
-                        statement.format(
-                            key="INTEGER PRIMARY KEY", serial="INTEGER PRIMARY KEY AUTOINCREMENT", blob="BLOB", bigint="INTEGER"
-                        )
-                    )
+            if version != schema.SCHEMA_VERSION:
+                steps = schema.SCHEMA if version == 0 else schema.upgrade_from(version)
+                for statement in steps:
+                    connection.execute(statement.format(**_TYPES))
                 connection.execute(f"PRAGMA user_version = {schema.SCHEMA_VERSION}")
             connection.execute("COMMIT")
         except BaseException:

@@ -8,8 +8,9 @@ execution makes are not frozen, though nobody changes them: a frozen dataclass i
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 # Attempt states (design section 4).
@@ -46,6 +47,7 @@ class ProcessRow:
         scope: Encoded OTLP instrumentation scope, likewise.
         heartbeat_unix_ns: Last sign of life on the store's clock; 0 when it is being written.
         ended: Whether it said goodbye.
+        clock_unix_ns: What its own clock said at that sign of life: its machine may go by another time than the store.
     """
 
     process_id: str
@@ -59,6 +61,7 @@ class ProcessRow:
     scope: bytes
     heartbeat_unix_ns: int = 0
     ended: bool = False
+    clock_unix_ns: int = 0
 
 
 @dataclass(slots=True)
@@ -203,6 +206,8 @@ class AddSpans:
         process_id: Who has them open.
         execution_id: Whose spans they are; None when no execution's.
         last_end_unix_ns: When the last of them ended: a sign of life of its attempt.
+        nonce: Names this very write (`mint_nonce`), so that a repeated commit doesn't write the spans of `request` again; empty
+            where nothing is repeated.
     """
 
     request: bytes = b""
@@ -212,6 +217,7 @@ class AddSpans:
     process_id: str = ""
     execution_id: str | None = None
     last_end_unix_ns: int = 0
+    nonce: str = ""
 
     def __bool__(self) -> bool:
         """Tell whether there is anything to write."""
@@ -367,19 +373,21 @@ class RefuseQueued:
 
 @dataclass(frozen=True, slots=True)
 class RecordProgress:
-    """Write the progress marker (JSON text) of a running attempt. Gives None."""
+    """Write the progress marker (JSON text) of a running attempt, and when on its own clock it was set. Gives None."""
 
     execution_id: str
     token: str
     progress: str
+    at_unix_ns: int = field(default_factory=time.time_ns)
 
 
 @dataclass(frozen=True, slots=True)
 class Heartbeat:
-    """Insert or refresh a process row on the store's clock; `ended` says goodbye. Gives None."""
+    """Insert or refresh a process row, on the store's clock and on its own; `ended` says goodbye. Gives None."""
 
     process: ProcessRow
     ended: bool = False
+    clock_unix_ns: int = field(default_factory=time.time_ns)
 
 
 @dataclass(frozen=True, slots=True)
@@ -475,6 +483,18 @@ class RetryParked:
 
 
 @dataclass(frozen=True, slots=True)
+class ForgetNonces:
+    """
+    Forget the nonces of writes that nobody repeats any more. Gives None.
+
+    Attributes:
+        before: Nonces that sort before this text; they sort by time.
+    """
+
+    before: str
+
+
+@dataclass(frozen=True, slots=True)
 class Prune:
     """
     Delete ended executions with everything delivered, in one bounded batch. Gives how many were deleted.
@@ -505,5 +525,6 @@ Write: TypeAlias = (
     | SettleOutbox
     | ReleaseClaims
     | RetryParked
+    | ForgetNonces
     | Prune
 )

@@ -107,7 +107,7 @@ class ReadingContract:
         beat(store, "p")
         opened(store, opening())
         (found,) = store.processes()
-        assert replace(found, heartbeat_unix_ns=0) == process("p")
+        assert replace(found, heartbeat_unix_ns=0, clock_unix_ns=0) == process("p")
         assert before <= found.heartbeat_unix_ns <= store.now_unix_ns()
         first = found.heartbeat_unix_ns
         deadline = time.monotonic() + 5
