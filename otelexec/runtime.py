@@ -88,7 +88,13 @@ def open_store(settings: Settings, *, create: bool = True) -> Store | None:
         from otelexec.store.sqlite import SqliteStore
 
         return SqliteStore(Path(settings.store.removeprefix("sqlite:///")), create=create)
-    raise SettingsError("OTELEXEC_STORE: the PostgreSQL store is not part of this version; use sqlite:///PATH")
+    try:
+        from otelexec.store.postgres import PostgresStore
+    except ImportError as error:
+        if (error.name or "").partition(".")[0] not in ("psycopg", "psycopg_pool"):
+            raise
+        raise SettingsError("OTELEXEC_STORE: the PostgreSQL store needs psycopg: pip install 'otelexec[postgres]'") from error
+    return PostgresStore(settings.store, create=create, patience_seconds=settings.open_timeout_seconds)
 
 
 def spool_folder(settings: Settings, store: Store) -> Path:

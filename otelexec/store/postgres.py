@@ -1,0 +1,384 @@
+"""
+The store for many machines: PostgreSQL, through psycopg 3 and its pool.
+
+What PostgreSQL alone needs stands here and in the modules beside it: a commit whose answer is lost may have got through,
+so that every write can be repeated; a server that crashes forgets what it committed without fsync in its last moments, so
+that the process which wrote it writes it again; and a session belongs to nobody between two transactions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import lru_cache
+from itertools import count
+from pathlib import Path
+from typing import Any, Final
+
+import psycopg
+from psycopg import errors as pg
+from psycopg.pq import TransactionStatus
+
+from otelexec.errors import StoreBusy, StoreError, StoreRejected, StoreUnavailable
+from otelexec.settings import state_home
+from otelexec.store import postgres_schema, sql
+from otelexec.store.base import Receipt
+from otelexec.store.postgres_hot import COMMIT, INSTEAD_OF_NUL, Packed, split
+from otelexec.store.postgres_pool import GaveUp, Place, Pool, Session, first_line
+from otelexec.store.postgres_schema import NOW, SCHEMA, SERVER_CHANGED, STARTED
+from otelexec.store.postgres_tail import Tail
+from otelexec.store.reading import SqlReader
+from otelexec.store.schema import Cursor, Transaction
+from otelexec.store.writes import OpenAttempt, Write
+
+logger = logging.getLogger("otelexec.store")
+
+LEAST_PATIENCE_SECONDS: Final = 1.0
+"""How long an answer is waited for at the least: what a commit may take on a busy server is no outage."""
+
+HASTY_PATIENCE_SECONDS: Final = 0.2
+"""The same for who may not wait for others."""
+
+_READ_SECONDS: Final = 10.0
+_TRIES: Final = 4
+
+# Classes of errors (SQLSTATE, appendix A of PostgreSQL's manual) that are the write's own fault: data exception,
+# integrity constraint violation, program limit exceeded.
+_REFUSALS: Final = ("22", "23", "54")
+_GONE: Final = (pg.UndefinedTable, pg.InvalidSchemaName, pg.UndefinedFunction)
+_REPEATABLE: Final = (pg.DeadlockDetected, pg.SerializationFailure, pg.UniqueViolation)
+# After these the sessions that are left are of no use: connection exception, operator intervention (shutdown, failover);
+# a server that is read-only now may be a standby whose primary is elsewhere.
+_LOST: Final = ("08", "57")
+_MOVED: Final = (pg.ReadOnlySqlTransaction,)
+_ERRORS: Final = (psycopg.Error, UnicodeError, OverflowError, OSError)
+
+_stores: weakref.WeakSet[PostgresStore] = weakref.WeakSet()
+# Pools of the process that this one was forked from; kept, so that nothing of them is ever closed here.
+_inherited: list[object] = []
+
+_BEGIN: Final = f"BEGIN; SET LOCAL search_path TO {SCHEMA}, pg_temp; "
+_BEGIN_READING: Final = f"BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; SET LOCAL search_path TO {SCHEMA}, pg_temp; "
+_LOOK: Final = f"SELECT {NOW}, {STARTED}"
+_GREETING: Final = f"SELECT {NOW}, {STARTED}, extract(epoch FROM current_setting('wal_writer_delay')::interval)::float8"
+
+
+class _ServerChanged(psycopg.OperationalError):
+    """The server is another one, or the same started anew: something that it had committed may be lost."""
+
+
+@lru_cache(maxsize=256)
+def _numbered(statement: str) -> str:
+    """Give a statement with PostgreSQL's own placeholders, $1, $2 and so on, for the shared ones."""
+    places = count(1)
+    return "".join(f"${next(places)}" if part == "?" else part for part in statement.replace("?", "\0?\0").split("\0"))
+
+
+class _Transaction:
+    __slots__ = ("_now", "_session", "lock", "skip_locked")
+
+    def __init__(self, session: Session, now: int) -> None:
+        self._session = session
+        self._now = now
+        self.lock = "FOR UPDATE"
+        self.skip_locked = "FOR UPDATE OF o SKIP LOCKED"
+
+    def execute(self, statement: str, parameters: Sequence[Any] = (), /) -> Cursor:
+        # Text holds no NUL here; and an empty tuple would make the pool's session parse for placeholders.
+        values = [each.replace("\0", INSTEAD_OF_NUL) if isinstance(each, str) and "\0" in each else each for each in parameters]
+        return self._session.execute(_numbered(statement), values or None)
+
+    def among(self, values: Sequence[Any]) -> tuple[str, Sequence[Any]]:
+        return "= ANY(?)", (list(values),)
+
+    def now_unix_ns(self) -> int:
+        return self._now
+
+
+class PostgresStore(SqlReader):
+    """
+    A store in a PostgreSQL database, in a schema named `otelexec`.
+
+    Args:
+        url: A `postgresql://` URL as libpq reads it; several hosts and TLS options included.
+        create: Whether to make the schema where none is; readers don't.
+        patience_seconds: How long an answer of the server is waited for at the least.
+
+    Raises:
+        SettingsError: libpq can't read the URL.
+    """
+
+    def __init__(self, url: str, *, create: bool = True, patience_seconds: float = LEAST_PATIENCE_SECONDS) -> None:
+        self.announce: Callable[[], Sequence[Write]] = tuple
+        self._create = create
+        self._patience = patience_seconds
+        self._place = Place(url, writes=create)
+        self._pool = Pool(self._place, self._greet)
+        self._tail = Tail()
+        self._restoring = threading.Lock()
+        self._announced = False
+        # When the server that sessions reach was started, and since when leases could be renewed there, on its clock.
+        self._server = 0
+        self._restored = 0
+        self._up_since = 0
+        _stores.add(self)
+
+    @property
+    def url(self) -> str:
+        """Give the store's URL without password and options."""
+        return self._place.shown
+
+    @property
+    def spool_folder(self) -> Path:
+        """Give the folder for what could not be written here: one for each database, in the user's state folder."""
+        return state_home() / f"postgres-{self._place.key}.spool"
+
+    def _greet(self, session: Session) -> None:
+        session.give_up_at = time.monotonic() + _READ_SECONDS
+        [[now, started, delay]] = session.execute(_GREETING).fetchall()
+        postgres_schema.ensure(session, self.url, create=self._create)
+        self._tail.keep_for(delay)
+        self._saw(now, started)
+
+    def _saw(self, now: int, started: int) -> None:
+        if started != self._server:
+            # The first server was up before; with another one, leases count from the moment that it is seen.
+            self._up_since = now if self._server else started * 1000
+            self._restored = self._restored if self._server else started
+            self._server = started
+
+    # Writing
+
+    def commit(self, writes: Sequence[Write], *, durable: bool, timeout_seconds: float, receipt: Receipt | None = None) -> list[object]:
+        """
+        Commit all writes in one transaction; see `base.Store.commit`.
+
+        Args:
+            writes: What to write.
+            durable: Whether it must survive a crash of the server.
+            timeout_seconds: How long to wait for a connection, and for an answer if that is longer than the store's patience.
+            receipt: A new one to fill in; None: nobody asks.
+        """
+        receipt = receipt or Receipt()
+        patience = max(timeout_seconds, self._patience) if timeout_seconds > 0 else HASTY_PATIENCE_SECONDS
+        deadline = time.monotonic() + patience
+        for left in reversed(range(_TRIES)):
+            try:
+                with self._pool.session(timeout_seconds) as session:
+                    session.give_up_at = deadline
+                    self._restore(session, timeout_seconds)
+                    mark = self._tail.mark()
+                    results = self._commit(session, writes, durable=durable)
+                    self._tail.committed(writes, mark, durable=durable)
+            except (_ServerChanged, *_REPEATABLE) as error:
+                if not left or time.monotonic() >= deadline:
+                    raise self._failure(error) from error
+                # Also an earlier try whose answer was lost, and which the server was still at: now it can be found.
+                writes = [replace(write, repeated=True) if isinstance(write, OpenAttempt) else write for write in writes]
+            except _ERRORS as error:
+                raise self._failure(error) from error
+            else:
+                receipt.results.extend(results)
+                receipt.committed.append(True)
+                break
+        return receipt.results
+
+    def _restore(self, session: Session, timeout_seconds: float) -> None:
+        """Write again what a server that crashed may have forgotten, before anything that builds on it."""
+        if self._restored == self._server:
+            return
+        if not self._restoring.acquire(timeout=timeout_seconds if timeout_seconds > 0 else -1, blocking=timeout_seconds > 0):
+            raise StoreBusy(f"{self.url}: another thread writes again what the server has lost")
+        try:
+            server, writes = self._server, self._tail.writes()
+            with self._transaction(session, durable=True) as tx:
+                for write in (*self.announce(), *writes):
+                    self._apart(tx, write)
+            self._restored = server
+            self._announced = True
+            if writes:
+                logger.warning("otelexec.store.restored: %s was started anew; %d recent writes were made again", self.url, len(writes))
+        finally:
+            self._restoring.release()
+
+    def _commit(self, session: Session, writes: Sequence[Write], *, durable: bool) -> list[object]:
+        try:
+            return self._together(session, writes, durable=durable)
+        except _ERRORS as error:
+            if not _is_refusal(error):
+                raise
+        results: list[object] = [None] * len(writes)
+        with self._transaction(session, durable=durable) as tx:
+            for place, write in enumerate(writes):
+                results[place] = self._apart(tx, write)
+        return results
+
+    def _together(self, session: Session, writes: Sequence[Write], *, durable: bool) -> list[object]:
+        """Commit the writes, the packed ones in one statement; alone, it is a transaction by itself."""
+        results: list[object] = [None] * len(writes)
+        places, others = split(writes)
+        packed = Packed(writes, places) if places else None
+        if packed is not None and not others and self._announced:
+            others = self._call(session, packed, results, durable=durable)
+            packed = None
+            if not others:
+                return results
+        with self._transaction(session, durable=durable) as tx:
+            if not self._announced:
+                for write in self.announce():
+                    sql.apply(tx, write)
+            for place in others:
+                results[place] = sql.apply(tx, writes[place])
+            if packed is not None:
+                for place in self._call(session, packed, results, durable=durable):
+                    results[place] = sql.apply(tx, writes[place])
+        self._announced = True
+        return results
+
+    def _call(self, session: Session, packed: Packed, results: list[object], *, durable: bool) -> list[int]:
+        try:
+            rows = session.execute(COMMIT, (*packed.parameters(), durable, self._server)).fetchall()
+        except psycopg.Error as error:
+            if error.diag.sqlstate != SERVER_CHANGED:
+                raise
+            _roll_back(session)
+            self._saw(*_last(session.execute(_LOOK)))
+            raise _ServerChanged("the server was started anew") from error
+        return packed.settle(rows, results)
+
+    def _apart(self, tx: Transaction, write: Write) -> object:
+        """Make a write that the store may refuse, without taking the others with it."""
+        tx.execute("SAVEPOINT apart")
+        try:
+            result: object = sql.apply(tx, write)
+        except _ERRORS as error:
+            if not _is_refusal(error):
+                raise
+            tx.execute("ROLLBACK TO apart")
+            result = StoreRejected(f"{self.url} refused {type(write).__name__}: {first_line(error)}")
+        tx.execute("RELEASE apart")
+        return result
+
+    @contextlib.contextmanager
+    def _transaction(self, session: Session, *, durable: bool) -> Iterator[_Transaction]:
+        begin = _BEGIN if durable else f"{_BEGIN}SET LOCAL synchronous_commit TO off; "
+        try:
+            now, started = _last(session.execute(begin + _LOOK))
+            if started != self._server:
+                self._saw(now, started)
+                raise _ServerChanged("the server was started anew")
+            yield _Transaction(session, now)
+            session.execute("COMMIT")
+        except BaseException:
+            _roll_back(session)
+            raise
+
+    def _failure(self, error: Exception) -> StoreError:
+        """Give what to tell the caller, and give up sessions that won't serve again."""
+        state = error.diag.sqlstate if isinstance(error, psycopg.Error) else None
+        if isinstance(error, pg.InsufficientPrivilege):
+            return StoreUnavailable(f"{self.url}: {first_line(error)}; README, PostgreSQL, has the rights that a role needs")
+        if isinstance(error, _GONE):
+            # Dropped under us: what is committed from here on goes to the schema that the next session makes.
+            logger.warning("otelexec.store.replaced: the schema %s in %s is gone", SCHEMA, self.url)
+            self._announced = False
+        elif not (isinstance(error, psycopg.OperationalError) and (state is None or state[:2] in _LOST)) and not isinstance(error, _MOVED):
+            return StoreUnavailable(f"{self.url}: {first_line(error)}")
+        if not isinstance(error, GaveUp):
+            self._pool.replace()
+        return StoreUnavailable(f"{self.url}: {first_line(error)}")
+
+    # Reading
+
+    def now_unix_ns(self) -> int:
+        """Give the server's clock."""
+        with self._reading() as tx:
+            return tx.now_unix_ns()
+
+    def up_since_unix_ns(self) -> int:
+        """Give when the server was started, or when this process first saw that it is another one."""
+        if not self._server:
+            self.now_unix_ns()
+        return self._up_since
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[_Transaction]:
+        try:
+            with self._pool.session(_READ_SECONDS) as session:
+                session.give_up_at = time.monotonic() + _READ_SECONDS
+                try:
+                    now, _ = _last(session.execute(_BEGIN_READING + _LOOK))
+                    yield _Transaction(session, now)
+                    session.execute("COMMIT")
+                except BaseException:
+                    _roll_back(session)
+                    raise
+        except _ERRORS as error:
+            raise self._failure(error) from error
+
+    def _sizes(self, tx: Transaction, /) -> tuple[int, Mapping[str, int]]:
+        rows = tx.execute(
+            """SELECT c.relname, pg_total_relation_size(c.oid) FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+               WHERE n.nspname = ? AND c.relkind = 'r' ORDER BY 2 DESC, 1""",
+            (SCHEMA,),
+        ).fetchall()
+        tables = dict(rows)
+        return sum(tables.values()), tables
+
+    # Sessions
+
+    def migrate(self) -> None:
+        """
+        Make the schema or bring it up to this version, as the first session that writes does anyway.
+
+        Raises:
+            StoreError: It can't be done; the message says why.
+        """
+        with self._reading():
+            pass
+
+    def forget(self) -> None:
+        """Forget inherited sessions without closing them, in a forked child."""
+        _inherited.append(self._pool.forget())
+        self._restoring = threading.Lock()
+
+    def close(self) -> None:
+        """Close every session; the store may be used again."""
+        self._pool.close()
+
+
+def _is_refusal(error: BaseException) -> bool:
+    # What Python can't send (a lone surrogate, an integer that no type holds) never reaches the server and has no state.
+    if not isinstance(error, psycopg.Error):
+        return True
+    state = error.diag.sqlstate
+    if state is None:
+        return isinstance(error, psycopg.DataError | psycopg.InterfaceError | psycopg.ProgrammingError)
+    return state[:2] in _REFUSALS and not isinstance(error, pg.UniqueViolation)
+
+
+def _last(cursor: psycopg.Cursor[Any]) -> Any:
+    """Give the row of the last of several statements."""
+    while cursor.nextset():
+        pass
+    return cursor.fetchone()
+
+
+def _roll_back(session: Session) -> None:
+    if session.pgconn.transaction_status in (TransactionStatus.INTRANS, TransactionStatus.INERROR):
+        with contextlib.suppress(psycopg.Error):
+            session.execute("ROLLBACK")
+
+
+def _after_fork_in_child() -> None:
+    for store in list(_stores):
+        store.forget()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -1,0 +1,244 @@
+"""
+What every execution writes, packed for one call of `commit_writes`.
+
+Opens, closes, queued records, spans and markers of a whole group go to the server as a few JSON texts: one statement, one
+round trip, and one pass of the C encoder instead of a statement for each. A write that needs more than its rows as they
+stand (a takeover, a repetition, a cancellation that decides, a second write for the same execution) is not packed.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from binascii import b2a_base64
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any, Final
+
+from otelexec.store.postgres_schema import SCHEMA
+from otelexec.store.sql import execution_end
+from otelexec.store.writes import (
+    AddSpans,
+    Cancellation,
+    CloseAttempt,
+    Closed,
+    CloseLost,
+    ExecutionRow,
+    OpenAttempt,
+    Opened,
+    Outcome,
+    RecordProgress,
+    RecordQueued,
+    SpanRow,
+    Write,
+)
+
+COMMIT: Final = f"SELECT * FROM {SCHEMA}.commit_writes($1, $2, $3, $4, $5)"
+
+_PACKED: Final = (OpenAttempt, CloseAttempt, CloseLost, RecordQueued, AddSpans, RecordProgress)
+
+# A NUL as json.dumps writes it, behind an even number of backslashes. PostgreSQL's text has no NUL
+# (https://www.postgresql.org/docs/current/datatype-character.html).
+_NUL: Final = re.compile(r"(?<!\\)((?:\\\\)*)\\u0000")
+INSTEAD_OF_NUL: Final = "\ufffd"
+
+
+def split(writes: Sequence[Write]) -> tuple[list[int], list[int]]:
+    """Give the places of the writes that can be packed, and those of the others."""
+    packed: list[int] = []
+    others: list[int] = []
+    if len(writes) == 1:
+        (packed if _is_simple(writes[0]) else others).append(0)
+        return packed, others
+    # Two writes for one execution keep their order, which a packed group has not.
+    counts = Counter(_subject(write) for write in writes)
+    for place, write in enumerate(writes):
+        subject = _subject(write)
+        simple = _is_simple(write) and (subject is None or counts[subject] == 1)
+        (packed if simple else others).append(place)
+    return packed, others
+
+
+def _is_simple(write: Write) -> bool:
+    if isinstance(write, OpenAttempt):
+        return not (write.takes_over or write.repeated)
+    if isinstance(write, CloseAttempt):
+        return write.if_cancelled is None
+    return isinstance(write, _PACKED)
+
+
+def _subject(write: Write) -> str | None:
+    if isinstance(write, OpenAttempt | RecordQueued):
+        return write.execution.execution_id
+    if isinstance(write, CloseAttempt):
+        return write.attempt.execution.execution_id
+    return getattr(write, "execution_id", None)
+
+
+class Packed:
+    """
+    A group of writes as parameters of `COMMIT`.
+
+    Args:
+        writes: All writes.
+        places: Which of them to pack.
+    """
+
+    def __init__(self, writes: Sequence[Write], places: Iterable[int]) -> None:
+        self._writes = writes
+        self._places = tuple(places)
+        self._opens: list[dict[str, Any]] = []
+        self._closes: list[dict[str, Any]] = []
+        self._more: dict[str, list[dict[str, Any]]] = {}
+        for place in self._places:
+            self._pack(place, writes[place])
+
+    def parameters(self) -> tuple[str | None, str | None, str | None]:
+        """Give opens, closes and the rest as JSON texts; None where there is nothing."""
+        return _text(self._opens), _text(self._closes), _text(self._more)
+
+    def settle(self, rows: Iterable[Any], results: list[object]) -> list[int]:
+        """
+        Put what the server gave into the results.
+
+        Args:
+            rows: The rows of the call.
+            results: One place for each write.
+
+        Returns:
+            The places of closes that found no running attempt: `sql.py` says what that means.
+        """
+        found = {row[0]: row for row in rows}
+        left = []
+        for place in self._places:
+            write, row = self._writes[place], found.get(place)
+            if isinstance(write, OpenAttempt) and row is not None:
+                _, number, duplicate, snapshot, requested, terminate = row
+                wish = None if requested is None or duplicate else Cancellation(requested, None if terminate is None else bool(terminate))
+                results[place] = Opened(number, bool(duplicate), wish, snapshot)
+            elif isinstance(write, CloseLost):
+                results[place] = row is not None
+            elif isinstance(write, CloseAttempt):
+                if row is None:
+                    left.append(place)
+                else:
+                    outcome = write.frozen.outcome
+                    results[place] = Closed(True, outcome.state, outcome.finalized_by, row[1], bool(row[2]), row[3])  # noqa: FBT003 (won)
+        return left
+
+    def _pack(self, place: int, write: Write) -> None:
+        if isinstance(write, OpenAttempt):
+            self._opens.append(_opening(place, write))
+            self._opened(write.opened, write.process_id, write.execution.parent_execution_id)
+        elif isinstance(write, CloseAttempt):
+            self._close(place, write)
+        elif isinstance(write, CloseLost):
+            row = _closing(place, write.execution_id, write.token, write.frozen.outcome)
+            if write.frozen.request:
+                row |= {"rq": _b64(write.frozen.request), "ct": 1}
+            self._closes.append(row)
+        elif isinstance(write, RecordQueued):
+            self._queued(write)
+        elif isinstance(write, AddSpans):
+            self._spans(place, write, plain=True)
+        elif isinstance(write, RecordProgress):
+            row = {"e": write.execution_id, "t": write.token, "pr": write.progress, "at": write.at_unix_ns}
+            self._more.setdefault("progress", []).append(row)
+
+    def _close(self, place: int, write: CloseAttempt) -> None:
+        request, spans = write.frozen.request, write.spans
+        row = _closing(place, write.attempt.execution.execution_id, write.attempt.token, write.frozen.outcome)
+        row["nn"] = write.nonce
+        if request:
+            row |= {"rq": _b64(request + spans.request), "ct": 1 + spans.count}
+        self._closes.append(row)
+        self._spans(place, spans, plain=not request)
+
+    def _queued(self, write: RecordQueued) -> None:
+        span = write.span
+        row = {**_execution(write.execution), "b": write.queued_unix_ns}
+        if span is not None:
+            row |= {"ti": span.trace_id, "si": span.span_id}
+            self._opened((span,), write.process_id, write.execution.execution_id)
+        self._more.setdefault("queued", []).append(row)
+        self._opened(write.opened, write.process_id, write.execution.parent_execution_id)
+
+    def _spans(self, place: int, write: AddSpans, *, plain: bool) -> None:
+        execution_id = write.execution_id
+        if plain and write.count:
+            row = {"i": place, "nn": write.nonce, "rq": _b64(write.request), "ct": write.count, "e": execution_id}
+            self._more.setdefault("plain", []).append(row)
+        for span, request in write.recorded:
+            ended = {"ti": span.trace_id, "si": span.span_id, "rq": _b64(request), "e": execution_id}
+            self._more.setdefault("ended", []).append(ended)
+        self._opened(write.opened, write.process_id, execution_id)
+        if write.last_end_unix_ns and execution_id is not None:
+            self._more.setdefault("seen", []).append({"e": execution_id, "w": write.process_id, "at": write.last_end_unix_ns})
+
+    def _opened(self, spans: Iterable[SpanRow], process_id: str, execution_id: str | None) -> None:
+        for span in spans:
+            row = {"ti": span.trace_id, "si": span.span_id, "w": process_id, "e": execution_id, "sb": _b64(span.start)}
+            self._more.setdefault("opened", []).append(row)
+
+
+def _execution(row: ExecutionRow) -> dict[str, Any]:
+    return {
+        "e": row.execution_id,
+        "n": row.name,
+        "q": row.request_id,
+        "s": row.source,
+        "c": row.correlation,
+        "p": row.parent_execution_id,
+    }
+
+
+def _opening(place: int, write: OpenAttempt) -> dict[str, Any]:
+    span, outer = write.span, write.outer
+    row = {
+        **_execution(write.execution),
+        "i": place,
+        "t": write.token,
+        "w": write.process_id,
+        "b": write.started_unix_ns,
+        "d": write.deadline_unix_ns,
+    }
+    if span is not None:
+        row |= {"ti": span.trace_id, "si": span.span_id, "sb": _b64(span.start)}
+    if write.outer_token is not None:
+        row |= {"ot": write.outer_token, "os": write.outer_started_unix_ns}
+    if outer is not None:
+        row |= {"oi": outer.span_id, "oti": outer.trace_id, "ob": _b64(outer.start)}
+    return row
+
+
+def _closing(place: int, execution_id: str, token: str, outcome: Outcome) -> dict[str, Any]:
+    state, ended, sticky, snapshot = execution_end(outcome)
+    return {
+        "i": place,
+        "e": execution_id,
+        "t": token,
+        "st": outcome.state,
+        "en": outcome.ended_unix_ns,
+        "et": outcome.error_type,
+        "em": outcome.error_message,
+        "fb": outcome.finalized_by,
+        "cl": outcome.classification,
+        "rc": outcome.reconciled_unix_ns,
+        "pr": outcome.progress,
+        "ou": outcome.output,
+        "xs": state,
+        "xe": ended,
+        "sk": sticky,
+        "sn": snapshot,
+    }
+
+
+def _b64(data: bytes) -> str:
+    return b2a_base64(data, newline=False).decode("ascii")
+
+
+def _text(rows: Any) -> str | None:
+    if not rows:
+        return None
+    text = json.dumps(rows)
+    return _NUL.sub(r"\1\\ufffd", text) if r"\u0000" in text else text
