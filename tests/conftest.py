@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from opentelemetry import context as otel_context
@@ -15,6 +16,9 @@ from opentelemetry.util._once import Once
 from otelexec import runtime
 from otelexec.execution import _warned
 from tests.records import Records
+
+if TYPE_CHECKING:
+    from tests.postgres_servers import Server
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -67,3 +71,21 @@ def records(tmp_path: Path, isolated: None) -> Iterator[Records]:
     yield reader
     reader.check_agreement()
     reader.close()
+
+
+@pytest.fixture(scope="session")
+def postgres_folder() -> Iterator[Path]:
+    """Give a folder for PostgreSQL servers."""
+    from tests.postgres_servers import folder_of_servers
+
+    with folder_of_servers() as folder:
+        yield folder
+
+
+@pytest.fixture(scope="session")
+def postgres(postgres_folder: Path) -> Iterator[Server]:
+    """Give a PostgreSQL server that many tests use: each makes a database of its own, and none kills it."""
+    from tests.postgres_servers import running_server
+
+    with running_server(postgres_folder) as server:
+        yield server

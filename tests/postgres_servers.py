@@ -277,13 +277,19 @@ class Server:
         """Make a database of `USER`'s and give its URL."""
         name = f"t_{uuid.uuid4().hex[:16]}"
         with self.administrator() as connection:
-            connection.execute(f"CREATE DATABASE {name} OWNER {USER}")
+            connection.execute(f"CREATE DATABASE {name} OWNER {USER} STRATEGY file_copy")
         return self.url(name)
 
     def drop_database(self, url: str) -> None:
         """Drop a database, whoever is connected to it."""
         with self.administrator() as connection:
             connection.execute(f"DROP DATABASE IF EXISTS {database_of(url)} WITH (FORCE)")
+
+    def drop_store(self, url: str) -> None:
+        """Drop a store's tables, which takes a fifth of the time that its database would."""
+        with self.administrator(database_of(url)) as connection:
+            connection.execute("SET lock_timeout = '10s'")
+            connection.execute("DROP SCHEMA IF EXISTS otelexec CASCADE")
 
     def promote(self) -> None:
         """Make a standby the primary and wait until it takes writes."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import pickle
 import subprocess
 import sys
@@ -9,6 +11,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from otelexec.decoded import DecodedSpan
 from otelexec.receiver import OtlpReceiver
@@ -42,17 +45,47 @@ class Collected:
 
 
 @contextmanager
-def collecting(path: Path) -> Iterator[Collected]:
-    """Run the endpoint until the end of the block."""
+def collecting(path: Path, address: str = "127.0.0.1") -> Iterator[Collected]:
+    """
+    Run the endpoint until the end of the block.
+
+    Args:
+        path: Where it keeps what it accepts.
+        address: Where it is reached.
+    """
     path.touch()
     with subprocess.Popen(
-        [sys.executable, "-m", "tests.acceptance.collector", path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-m", "tests.acceptance.collector", path, address], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
         assert process.stdout is not None
         try:
             yield Collected(path, process.stdout.readline().strip())
         finally:
             process.terminate()
+
+
+async def _passed_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    with contextlib.suppress(OSError):
+        while data := await reader.read(65536):
+            writer.write(data)
+            await writer.drain()
+    writer.close()
+
+
+async def _forward(address: str, port: int, ready: threading.Event) -> None:
+    """Take connections at another address of this machine: the receiver listens on loopback only."""
+
+    async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            their_reader, their_writer = await asyncio.open_connection("127.0.0.1", port)
+        except OSError:
+            writer.close()
+            return
+        await asyncio.gather(_passed_on(reader, their_writer), _passed_on(their_reader, writer))
+
+    await asyncio.start_server(connected, address, port)
+    ready.set()
+    await asyncio.Event().wait()
 
 
 def main() -> None:
@@ -65,7 +98,13 @@ def main() -> None:
                 file.write(pickle.dumps(list(spans)))
 
         with OtlpReceiver(answer=keep, keep=False) as receiver:
-            sys.stdout.write(f"{receiver.endpoint}\n")
+            address, port = sys.argv[2], urlsplit(receiver.endpoint).port
+            assert port is not None
+            if address != "127.0.0.1":
+                ready = threading.Event()
+                threading.Thread(target=asyncio.run, args=(_forward(address, port, ready),), daemon=True).start()
+                ready.wait(10)
+            sys.stdout.write(f"http://{address}:{port}\n")
             sys.stdout.flush()
             sys.stdin.read()
 

@@ -183,13 +183,13 @@ def within(points: Iterable[Point], files: str) -> list[Point]:
     return [point for point in points if not names or ".py:" not in point[0] or point[0].startswith(names)]
 
 
-def forked(body: Callable[[], object]) -> int:
+def forked(body: Callable[[], object], *, seconds: int = CHILD_SECONDS) -> int:
     """Run a body in a forked child and give its wait status; an exception ends it with 1, on stderr."""
     pid = os.fork()
     if pid == 0:
         code = 1
         try:
-            signal.alarm(CHILD_SECONDS)
+            signal.alarm(seconds)
             body()
             code = 0
         except BaseException:

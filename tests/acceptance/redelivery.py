@@ -16,24 +16,28 @@ import os
 import random
 import select
 import signal
-import sqlite3
+import socket
 import sys
 import time
 from collections import Counter, deque
-from contextlib import closing
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NoReturn, Protocol
 
 from opentelemetry import trace
 
 import otelexec
 from otelexec import cli
 from otelexec.decoded import decode
+from tests import stores
 from tests.acceptance.agreement import disagreements
 from tests.acceptance.collector import Collected, collecting
+from tests.acceptance.hosts import Host, Network, running_hosts
 from tests.acceptance.killing import answer_of
 from tests.acceptance.scenarios import Ledger
+from tests.stores import Place, Places
 
 PREFETCH: Final = 3
 """Jobs that a worker holds: all of them are delivered again when it dies."""
@@ -94,19 +98,91 @@ def produce(count: int) -> list[dict[str, Any]]:
     return jobs
 
 
+def serve(jobs: int, answers: int, ledger: Path, host: str) -> NoReturn:
+    """Be a worker: do every job that comes out of one pipe, and answer in the other."""
+    code = 1
+    try:
+        mine = Ledger.at(ledger, f"{host}.w{os.getpid()}")
+        with os.fdopen(jobs, encoding="utf-8") as lines:
+            for line in lines:
+                job = json.loads(line)
+                work(job, mine)
+                os.write(answers, b"%d\n" % job["n"])
+        otelexec.shutdown()
+        code = 0
+    finally:
+        os._exit(code)
+
+
+class Machine(Protocol):
+    """Where workers run."""
+
+    name: str
+
+    def start(self, jobs: int, answers: int, ledger: Path) -> int:
+        """Start a worker and give its pid there."""
+        ...
+
+    def stop(self, pid: int) -> None:
+        """Stop a worker where it is."""
+        ...
+
+    def end(self, pid: int) -> None:
+        """Kill a stopped worker."""
+        ...
+
+    def wait(self, pid: int) -> int:
+        """Wait for a worker's end and give its status."""
+        ...
+
+
+class Here:
+    """This machine."""
+
+    name = socket.gethostname()
+
+    def start(self, jobs: int, answers: int, ledger: Path) -> int:
+        """Start a worker and give its pid."""
+        pid = os.fork()
+        if pid == 0:
+            # Pipes of other workers are not for it: they must end with their own processes.
+            for descriptor in [int(path.name) for path in Path("/proc/self/fd").iterdir()]:
+                if descriptor > 2 and descriptor not in (jobs, answers):
+                    with contextlib.suppress(OSError):
+                        os.close(descriptor)
+            serve(jobs, answers, ledger, self.name)
+        return pid
+
+    def stop(self, pid: int) -> None:
+        """Stop a worker where it is."""
+        os.kill(pid, signal.SIGSTOP)
+        os.waitpid(pid, os.WUNTRACED)
+
+    def end(self, pid: int) -> None:
+        """Kill a stopped worker."""
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+    def wait(self, pid: int) -> int:
+        """Wait for a worker's end and give its status."""
+        return os.waitpid(pid, 0)[1]
+
+
 @dataclass(slots=True)
 class Worker:
     """
     One worker, as its controller knows it.
 
     Attributes:
-        pid: Its process.
+        machine: Where it runs.
+        pid: Its process there.
         jobs: Where jobs go in.
         answers: Where the numbers of finished jobs come out.
         held: What it has not acknowledged, by number.
         buffer: An answer that is not complete yet.
     """
 
+    machine: Machine
     pid: int
     jobs: int
     answers: int
@@ -119,25 +195,26 @@ class Queue:
     Deliver every job until it is acknowledged.
 
     Args:
-        store: The store of the workers.
+        place: The store of the workers.
         jobs: The payloads.
         kill_seconds: Mean time between two kills; 0 kills nobody.
+        machines: Where workers run.
     """
 
-    def __init__(self, store: Path, jobs: list[dict[str, Any]], kill_seconds: float) -> None:
-        self.store = store
+    def __init__(self, place: Place, jobs: list[dict[str, Any]], kill_seconds: float, machines: Sequence[Machine]) -> None:
+        self.place = place
         self.waiting = deque(jobs)
         self.kills = self.redelivered = 0
         self.claimed: Counter[str] = Counter()
+        self._machines = machines
         self._kill_seconds = kill_seconds
         self._random = random.Random(5)
         self._workers: list[Worker] = []
-        self._ledger = store.with_suffix(".ledger")
 
     def run(self, workers: int) -> None:
         """Deliver until everything is acknowledged; the workers that live then end well."""
-        for _ in range(workers):
-            self._workers.append(self._start())
+        for number in range(workers):
+            self._workers.append(self._start(self._machines[number % len(self._machines)]))
         next_kill = time.monotonic() + self._pause()
         while self.waiting or any(worker.held for worker in self._workers):
             for worker in self._workers:
@@ -152,39 +229,19 @@ class Queue:
         for worker in self._workers:
             os.close(worker.jobs)
         for worker in self._workers:
-            _, status = os.waitpid(worker.pid, 0)
+            status = worker.machine.wait(worker.pid)
             assert status == 0, f"a worker ended with status {status}"
 
     def _pause(self) -> float:
         return self._random.uniform(0.1, 1.9) * self._kill_seconds if self._kill_seconds else 1e6
 
-    def _start(self) -> Worker:
+    def _start(self, machine: Machine) -> Worker:
         jobs_out, jobs_in = os.pipe()
         answers_out, answers_in = os.pipe()
-        pid = os.fork()
-        if pid == 0:
-            for other in self._workers:
-                os.close(other.jobs)
-                os.close(other.answers)
-            os.close(jobs_in)
-            self._serve(jobs_out, answers_in)
+        pid = machine.start(jobs_out, answers_in, self.place.ledger)
         os.close(jobs_out)
         os.close(answers_in)
-        return Worker(pid, jobs_in, answers_out)
-
-    def _serve(self, jobs: int, answers: int) -> None:
-        code = 1
-        try:
-            ledger = Ledger.at(self._ledger, f"w{os.getpid()}")
-            with os.fdopen(jobs, encoding="utf-8") as lines:
-                for line in lines:
-                    job = json.loads(line)
-                    work(job, ledger)
-                    os.write(answers, b"%d\n" % job["n"])
-            otelexec.shutdown()
-            code = 0
-        finally:
-            os._exit(code)
+        return Worker(machine, pid, jobs_in, answers_out)
 
     def _feed(self, worker: Worker) -> None:
         while self.waiting and len(worker.held) < PREFETCH:
@@ -200,11 +257,9 @@ class Queue:
     def _kill(self, index: int) -> None:
         worker = self._workers.pop(index)
         # Stopped first, so that what its relay had in hand when it died can be read before others free it.
-        os.kill(worker.pid, signal.SIGSTOP)
-        os.waitpid(worker.pid, os.WUNTRACED)
-        self.claimed.update(self._claimed_by(worker.pid))
-        os.kill(worker.pid, signal.SIGKILL)
-        os.waitpid(worker.pid, 0)
+        worker.machine.stop(worker.pid)
+        self.claimed.update(self._claimed_by(worker))
+        worker.machine.end(worker.pid)
         self.kills += 1
         os.close(worker.jobs)
         while select.select([worker.answers], [], [], 0)[0]:
@@ -215,33 +270,68 @@ class Queue:
         os.close(worker.answers)
         self.redelivered += len(worker.held)
         self.waiting.extendleft(worker.held.values())
-        self._workers.append(self._start())
+        self._workers.append(self._start(self._random.choice(self._machines)))
 
-    def _claimed_by(self, pid: int) -> set[str]:
-        with closing(sqlite3.connect(self.store)) as connection:
-            rows = connection.execute(
-                """SELECT request FROM outbox JOIN claim USING (id) JOIN process ON process_id = owner WHERE pid = ?""", (pid,)
-            ).fetchall()
+    def _claimed_by(self, worker: Worker) -> set[str]:
+        rows = patient_rows(
+            self.place.url,
+            f"""SELECT request FROM outbox JOIN claim USING (id) JOIN process ON process_id = owner
+                WHERE pid = {worker.pid} AND host = '{worker.machine.name}'""",
+        )
         return {span.span_id for (request,) in rows for span in decode(request)}
 
 
-def _settle(store: Path, jobs: int, queue: Queue, collected: Collected) -> dict[str, Any]:
-    for command in (["reconcile", "--once"], ["relay", "--drain"]):
-        assert cli.main(command) == 0, command
+def patient_rows(url: str, statement: str) -> list[tuple[Any, ...]]:
+    """Give the rows of a query, also of a server that is just being killed and started again."""
+    deadline = time.monotonic() + 30
+    while True:
+        try:
+            return stores.rows(url, statement)
+        except Exception:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
+
+
+SETTLE_SECONDS: Final = 60.0
+
+
+def _reconcile(place: Place, hosts: Sequence[Host]) -> None:
+    """Take in every host's spool and close what the dead left, whose leases may have to lapse first."""
+    deadline = time.monotonic() + SETTLE_SECONDS
+    while True:
+        for host in hosts:
+            assert host.command("reconcile", "--once") == 0, host.log.read_text(errors="replace")[-3000:]
+        if not hosts:
+            assert cli.main(["reconcile", "--once"]) == 0
+        [[left]] = stores.rows(
+            place.url, "SELECT (SELECT COUNT(*) FROM attempt WHERE state = 'running') + (SELECT COUNT(*) FROM open_span)"
+        )
+        if not left or not stores.is_postgres(place.url) or time.monotonic() > deadline:
+            return
+        time.sleep(0.2)
+
+
+def _settle(place: Place, jobs: int, queue: Queue, collected: Collected, hosts: Sequence[Host], *, crashes: bool) -> dict[str, Any]:
+    _reconcile(place, hosts)
+    assert cli.main(["relay", "--drain"]) == 0
     delivered = collected.news()
-    found = disagreements(store, delivered, store.with_suffix(".ledger"), repeats=queue.claimed)
-    with closing(sqlite3.connect(store)) as connection:
-        [[executed]] = connection.execute("SELECT COUNT(*) FROM execution WHERE execution_id LIKE 'job-%' AND attempts > 0").fetchall()
-        states = dict(connection.execute("SELECT state, COUNT(*) FROM attempt GROUP BY state").fetchall())
-        [[executions]] = connection.execute("SELECT COUNT(*) FROM execution").fetchall()
+    again = Counter(span.span_id for span in delivered)
+    # The server forgets a deletion that was not fsynced when it crashes, so every span may come again then.
+    found = disagreements(place, delivered, repeats=again if crashes else queue.claimed)
+    [[executed]] = stores.rows(place.url, "SELECT COUNT(*) FROM execution WHERE execution_id LIKE 'job-%' AND attempts > 0")
+    states = dict(stores.rows(place.url, "SELECT state, COUNT(*) FROM attempt GROUP BY state"))
+    [[executions]] = stores.rows(place.url, "SELECT COUNT(*) FROM execution")
+    [[machines]] = stores.rows(place.url, "SELECT COUNT(DISTINCT host) FROM process WHERE process_id IN (SELECT process_id FROM attempt)")
     if executed != jobs:
         found.failures.append(f"{executed} of {jobs} jobs have an attempt")
     return {
         "executions": executions,
         "attempts": found.attempts,
         "states": states,
-        "spans": len({span.span_id for span in delivered}),
-        "repeated": len(delivered) - len({span.span_id for span in delivered}),
+        "machines": machines,
+        "spans": len(again),
+        "repeated": len(delivered) - len(again),
         "failures": found.failures,
     }
 
@@ -253,20 +343,37 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, required=True)
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--kill-seconds", type=float, default=0.2)
+    parser.add_argument("--store", help="a PostgreSQL store's URL, which may lead through a proxy; without it, a SQLite file")
+    parser.add_argument("--direct", help="the same store without the proxy, for what only looks")
+    parser.add_argument("--hosts", default="", help="host names and how far their clocks are ahead: a=300,b=-300; needs --address")
+    parser.add_argument("--network", default="", help="the bridge that hosts join, and this machine's address there: otb1@10.9.8.1")
+    parser.add_argument("--crashes", action="store_true", help="the server is killed meanwhile: spans may come twice")
+    parser.add_argument("--started", type=Path, help="made when the workers are about to start")
     chosen = parser.parse_args()
     gc.freeze()
     started = time.monotonic()
-    store = chosen.folder / "store.db"
-    os.environ["OTELEXEC_STORE"] = f"sqlite:///{store}"
+    place = Places(chosen.folder).new("store")
+    if chosen.store:
+        place = replace(place, url=chosen.store)
+    place.use()
+    looked_at = replace(place, url=chosen.direct or place.url)
     os.environ["OTELEXEC_RELAY"] = os.environ["OTELEXEC_RECONCILE"] = "true"
     os.environ["OTELEXEC_RECONCILE_INTERVAL_SECONDS"] = "0.5"
-    with collecting(chosen.folder / "collected") as collected:
+    if stores.is_postgres(place.url):
+        os.environ["OTELEXEC_LEASE_SECONDS"] = "3"
+    bridge, _, address = chosen.network.partition("@")
+    with ExitStack() as stack:
+        collected = stack.enter_context(collecting(chosen.folder / "collected", address or "127.0.0.1"))
         os.environ["OTEL_EXPORTER_OTLP_ENDPOINT"] = collected.endpoint
         jobs = answer_of(lambda: produce(chosen.jobs), chosen.folder / "jobs.json")
-        queue = Queue(store, jobs, chosen.kill_seconds)
+        clocks = {name: float(offset) for name, _, offset in (each.partition("=") for each in chosen.hosts.split(",") if each)}
+        hosts = stack.enter_context(running_hosts(Network(bridge, address), chosen.folder, clocks, {})) if clocks else []
+        queue = Queue(looked_at, jobs, chosen.kill_seconds, hosts or [Here()])
+        if chosen.started:
+            chosen.started.touch()
         queue.run(chosen.workers)
         stdout, sys.stdout = sys.stdout, sys.stderr
-        seen = _settle(store, chosen.jobs, queue, collected)
+        seen = _settle(looked_at, chosen.jobs, queue, collected, hosts, crashes=chosen.crashes)
     stdout.write(json.dumps(seen | {"kills": queue.kills, "redelivered": queue.redelivered, "claimed": queue.claimed.total(),
                                     "seconds": round(time.monotonic() - started, 1)}) + "\n")  # fmt: skip
     return 0
