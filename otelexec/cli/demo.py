@@ -7,6 +7,7 @@ Around it stand `demo_jobs.py` (what a user writes), `demo_process.py` (the web 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import logging
@@ -29,7 +30,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 import otelexec
 from otelexec import runtime as _runtime
 from otelexec import settings as _settings
-from otelexec.cli import demo_jobs, demo_result
+from otelexec.cli import demo_jobs, demo_postgres, demo_result
 from otelexec.cli.console import STYLES, lines, plural
 from otelexec.cli.demo_crew import Crew, CrewError
 from otelexec.reconcile import Death, Reconciler
@@ -84,13 +85,23 @@ def demo() -> None:
     """
     See it all in seconds: webhooks, a schedule, a queue, workers, one of them killed, and every record with its span.
 
-    No service is needed. The records go to OTELEXEC_STORE if it is set, else to a new store of the demo's own.
+    No service is needed. The records go to OTELEXEC_STORE if it is set, else to a new store of the demo's own; with
+    `postgres`, to an embedded PostgreSQL that runs as long as the demo.
     """
+    with contextlib.ExitStack() as around:
+        url = os.environ.get("OTELEXEC_STORE")
+        if url == "postgres":
+            url = around.enter_context(demo_postgres.running())
+            around.callback(demo_postgres.wait_for_the_reader)
+        _perform(url)
+
+
+def _perform(url: str | None) -> None:
     # A pipe or a file has no width of its own; COLUMNS sets another one.
     width = None if sys.stdout.isatty() or os.environ.get("COLUMNS", "").isdigit() else PIPE_WIDTH
     console = Console(width=width, highlight=False, emoji=False)
     logging.getLogger("otelexec.reconcile").setLevel(logging.ERROR)  # the demo tells it in its own words
-    runtime, store = _configure()
+    runtime, store = _configure(url)
     console.print("Webhooks and a schedule ask for work, worker processes do it, and one of them is killed in the middle of it.")
     console.print("Every execution must end with a record and a span that say the same.\n")
     console.print(f"The store of this demo: [bold]{escape(store.url.removeprefix('sqlite:///'))}[/]", soft_wrap=True)
@@ -118,9 +129,8 @@ def demo() -> None:
         raise typer.Exit(1)
 
 
-def _configure() -> tuple[_runtime.Runtime, Store]:
-    """Give the runtime of this process and its store."""
-    url = os.environ.get("OTELEXEC_STORE")
+def _configure(url: str | None) -> tuple[_runtime.Runtime, Store]:
+    """Give the runtime of this process and its store; None: a new one of the demo's own."""
     if url == "none":
         raise otelexec.SettingsError("OTELEXEC_STORE: the demo shows records and `none` keeps none; unset it for a store of the demo's own")
     _settings.load(store=url)  # a wrong setting should not leave an empty store behind
@@ -175,7 +185,7 @@ class Stage:
         self._told: set[tuple[str, int]] = set()
         self._done: set[str] = set()
         self._killed_unix_ns = 0
-        self.crew = Crew(folder, store.url, self._run)
+        self.crew = Crew(folder, runtime.settings.store, self._run)
         newest = next(iter(store.executions(limit=1)), None)
         self._before = 0 if newest is None else newest.seq
 

@@ -38,6 +38,7 @@ UNSEEN_SECONDS: Final = 10.0
 """A running attempt looks for cancellations far more often."""
 CLOCK_SECONDS: Final = 1.0
 _EARLIEST_UNIX_NS: Final = 1_704_067_200_000_000_000  # 2024; a clock before it was never set
+TABLES_SHOWN: Final = 4
 ONE_MACHINE: Final = "SQLite is for the processes of one machine; processes on different machines need PostgreSQL."
 
 
@@ -73,17 +74,18 @@ def doctor(
     """
     settings = options.load(store=store, spool=spool, otlp_endpoint=otlp_endpoint)
     checks = [*_store_checks(settings), _endpoint(settings)]
+    note = ONE_MACHINE if settings.store.startswith("sqlite:") else ""
     problems = [check.problem for check in checks if check.problem]
     if as_json:
         data = {check.name: check.data for check in checks}
-        console.print_json({"ok": not problems, "problems": problems, **data, "note": ONE_MACHINE})
+        console.print_json({"ok": not problems, "problems": problems, **data, "note": note})
     else:
-        _print(checks)
+        _print(checks, note)
     if problems:
         raise typer.Exit(1)
 
 
-def _print(checks: Iterable[Check]) -> None:
+def _print(checks: Iterable[Check], note: str) -> None:
     out = console.out()
     table = Table.grid(padding=(0, 2, 0, 0))
     table.add_column(no_wrap=True)
@@ -95,7 +97,8 @@ def _print(checks: Iterable[Check]) -> None:
         if check.problem:
             table.add_row("", "", Text(check.problem, style="yellow"))
     out.print(table)
-    out.print(Text(ONE_MACHINE, style="dim"))
+    if note:
+        out.print(Text(note, style="dim"))
 
 
 def _store_checks(settings: Settings) -> Iterable[Check]:
@@ -104,10 +107,10 @@ def _store_checks(settings: Settings) -> Iterable[Check]:
         raise AssertionError("load() lets no `none` through")
     try:
         try:
-            yield _store(store)
-            found = store.statistics()
+            found = _usable(store)
+            yield _store(store, found)
             yield _executions(found)
-            yield _outbox(found)
+            yield _outbox(found, store.now_unix_ns())
             yield _parked(found)
             yield _spool(settings, store)
             yield _workers(store)
@@ -123,14 +126,29 @@ def _store_checks(settings: Settings) -> Iterable[Check]:
         store.close()
 
 
-def _store(store: Store) -> Check:
-    """Open the store, and take its lock for writing without writing anything."""
-    store.outbox_rows()
+def _usable(store: Store) -> Statistics:
+    """Read the store, and begin to write to it without writing anything."""
+    found = store.statistics()
     store.commit([], durable=False, timeout_seconds=WRITE_SECONDS)
-    bytes_ = store.statistics().size_bytes
+    return found
+
+
+def _store(store: Store, found: Statistics) -> Check:
+    bytes_, tables = found.size_bytes, dict(found.table_bytes)
     path = _path(store)
-    data = {"url": store.url, "path": path, "size_bytes": bytes_, "schema": SCHEMA_VERSION, "reachable": True, "error": None}
+    data = {
+        "url": store.url,
+        "path": path,
+        "size_bytes": bytes_,
+        "table_bytes": tables,
+        "schema": SCHEMA_VERSION,
+        "reachable": True,
+        "error": None,
+    }
     finding = f"{path or store.url}, {console.size(bytes_)}, schema {SCHEMA_VERSION}, can be read and written"
+    if tables:
+        largest = list(tables.items())[:TABLES_SHOWN]
+        finding += f"; largest: {', '.join(f'{name} {console.size(size)}' for name, size in largest)}"
     beside = [] if path is None else Path(path).parent.glob(f"{Path(path).name}.corrupt-*")
     aside = sorted(str(each) for each in beside if not each.name.endswith(("-wal", "-shm")))
     if not aside:
@@ -152,9 +170,9 @@ def _executions(found: Statistics) -> Check:
     return Check("executions", states or "none yet", data=dict(found.executions))
 
 
-def _outbox(found: Statistics) -> Check:
+def _outbox(found: Statistics, now: int) -> Check:
     oldest = found.outbox_oldest_unix_ns
-    age = None if oldest is None else max(0.0, (time.time_ns() - oldest) / 1e9)
+    age = None if oldest is None else max(0.0, (now - oldest) / 1e9)
     data = {
         "rows": found.outbox_rows,
         "spans": found.outbox_spans,

@@ -28,7 +28,7 @@ StoreOption = Annotated[
     str | None,
     typer.Option(
         metavar="URL",
-        help="The store, `sqlite:///PATH`. Default: OTELEXEC_STORE, else `otelexec.db` in the user's state folder.",
+        help="The store, `sqlite:///PATH` or `postgresql://...`. Default: OTELEXEC_STORE, else `otelexec.db` in the user's state folder.",
         show_default=False,
     ),
 ]
@@ -94,7 +94,7 @@ def load(**arguments: Any) -> Settings:
         raise
     if settings.store == "none":
         name = "--store" if arguments.get("store") else "OTELEXEC_STORE"
-        raise SettingsError(f"{name}: `none` keeps no records; name the store to use, as sqlite:///PATH")
+        raise SettingsError(f"{name}: `none` keeps no records; name the store to use, as sqlite:///PATH or postgresql://...")
     return settings
 
 

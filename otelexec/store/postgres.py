@@ -90,9 +90,7 @@ class _Transaction:
         self.skip_locked = "FOR UPDATE OF o SKIP LOCKED"
 
     def execute(self, statement: str, parameters: Sequence[Any] = (), /) -> Cursor:
-        # Text holds no NUL here; and an empty tuple would make the pool's session parse for placeholders.
-        values = [each.replace("\0", INSTEAD_OF_NUL) if isinstance(each, str) and "\0" in each else each for each in parameters]
-        return self._session.execute(_numbered(statement), values or None)
+        return self._session.execute(_numbered(statement), [without_nul(each) for each in parameters] or None)
 
     def among(self, values: Sequence[Any]) -> tuple[str, Sequence[Any]]:
         return "= ANY(?)", (list(values),)
@@ -331,17 +329,23 @@ class PostgresStore(SqlReader):
         tables = dict(rows)
         return sum(tables.values()), tables
 
-    # Sessions
-
-    def migrate(self) -> None:
+    @contextlib.contextmanager
+    def moving(self) -> Iterator[tuple[Session, Transaction]]:
         """
-        Make the schema or bring it up to this version, as the first session that writes does anyway.
+        Give a durable transaction for as long as it takes, and its session, for what is no write of an execution.
 
         Raises:
-            StoreError: It can't be done; the message says why.
+            StoreError: It did not get through, and nothing was written.
         """
-        with self._reading():
-            pass
+        try:
+            with self._pool.session(_READ_SECONDS) as session:
+                session.give_up_at = float("inf")
+                with self._transaction(session, durable=True) as tx:
+                    yield session, tx
+        except _ERRORS as error:
+            raise self._failure(error) from error
+
+    # Sessions
 
     def forget(self) -> None:
         """Forget inherited sessions without closing them, in a forked child."""
@@ -351,6 +355,11 @@ class PostgresStore(SqlReader):
     def close(self) -> None:
         """Close every session; the store may be used again."""
         self._pool.close()
+
+
+def without_nul(value: Any) -> Any:
+    """Give a value that PostgreSQL's text can hold."""
+    return value.replace("\0", INSTEAD_OF_NUL) if isinstance(value, str) and "\0" in value else value
 
 
 def _is_refusal(error: BaseException) -> bool:

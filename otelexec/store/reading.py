@@ -46,12 +46,14 @@ def _busy(name: str, table: str, condition: str) -> str:
     FROM {name} WHERE {name}.process_id IS NOT NULL)"""
 
 
+_PROCESS = """SELECT process_id, host, boot_id, pid_namespace, pid, pid_start, lease_seconds, resource, scope, heartbeat_unix_ns, ended,
+    clock_unix_ns FROM process"""
+
 _PROCESSES = f"""
 WITH RECURSIVE {_busy("running", "attempt", "state = 'running'")},
 {_busy("around", "attempt", "outer_token IS NOT NULL AND outer_outcome IS NULL")},
 {_busy("spanning", "open_span", "1 = 1")}
-SELECT process_id, host, boot_id, pid_namespace, pid, pid_start, lease_seconds, resource, scope, heartbeat_unix_ns, ended,
-    clock_unix_ns FROM process WHERE process_id IN (
+{_PROCESS} WHERE process_id IN (
     SELECT process_id FROM running UNION SELECT process_id FROM around UNION SELECT process_id FROM spanning
     UNION SELECT owner FROM claim)"""
 
@@ -114,8 +116,15 @@ class SqlReader(ABC):
 
     def processes(self) -> list[ProcessRow]:
         """Give the processes that have something open or hold a claim."""
+        return self._processes(_PROCESSES)
+
+    def every_process(self) -> list[ProcessRow]:
+        """Give every process that has ever written here and was not pruned."""
+        return self._processes(_PROCESS)
+
+    def _processes(self, query: str) -> list[ProcessRow]:
         with self._reading() as tx:
-            rows = tx.execute(_PROCESSES).fetchall()
+            rows = tx.execute(query).fetchall()
             complete: list[Any] = [(*row[:7], bytes(row[7]), bytes(row[8]), row[9], bool(row[10]), row[11]) for row in rows]
             return [ProcessRow(*values) for values in complete]
 
