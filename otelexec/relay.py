@@ -116,6 +116,8 @@ class Relay:
         # Settlements that the store could not take yet. Nothing else is claimed before they are in.
         self._owed: deque[SettleOutbox] = deque()
         self._delivery = Delivery(self._transport, self._settle, owner, self.endpoint.shown)
+        # Whether a claim was made whose answer never came: it may hold rows that nobody has in hand.
+        self._unsure = False
         self._refusals = 0
         self._said: set[str] = set()
 
@@ -132,11 +134,16 @@ class Relay:
                 self._pay()
                 if stop.is_set():
                     return Progress()
+                if self._unsure:
+                    self._committed(ReleaseClaims([self._owner]))
+                    self._unsure = False
                 self._free_the_dead()
+                self._unsure = True
                 [rows] = self._committed(ClaimOutbox(self._owner, LEASE_SECONDS, MAX_ROWS, MAX_BYTES))
             except StoreError as error:
                 self._say(logging.WARNING, "otelexec.relay.waiting: the outbox can't be used at the moment: %s", error)
                 return self._paused(Progress(), str(error))
+            self._unsure = False
             if not rows:
                 return Progress()
             # No request is begun whose answer could come after the claim.
