@@ -44,6 +44,13 @@ def opened(url: str, *, create: bool = True) -> Store:
     return store
 
 
+def make(url: str) -> None:
+    """Make a store's schema, however long that takes."""
+    store = opened(url)
+    store.commit([], durable=True, timeout_seconds=20)
+    store.close()
+
+
 @contextlib.contextmanager
 def connected(url: str) -> Iterator[psycopg.Connection[Any]]:
     """Connect to a PostgreSQL store's database past otelexec, each statement a transaction of its own."""

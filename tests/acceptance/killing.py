@@ -231,6 +231,8 @@ class Sweep:
         place = self.places.new(f"{self.scenario}-{self._stores}")
         self._stores += 1
         place.use()
+        if not self.fresh:
+            forked(lambda: stores.make(place.url))
         return place
 
     def run(self, ledger: Path, name: str, kill: Point | None) -> list[str]:

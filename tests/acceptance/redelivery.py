@@ -372,6 +372,7 @@ def main() -> int:
         if chosen.started:
             chosen.started.touch()
         queue.run(chosen.workers)
+        looked_at.use()
         stdout, sys.stdout = sys.stdout, sys.stderr
         seen = _settle(looked_at, chosen.jobs, queue, collected, hosts, crashes=chosen.crashes)
     stdout.write(json.dumps(seen | {"kills": queue.kills, "redelivered": queue.redelivered, "claimed": queue.claimed.total(),
