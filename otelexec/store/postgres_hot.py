@@ -140,7 +140,7 @@ class Packed:
         elif isinstance(write, RecordQueued):
             self._queued(write)
         elif isinstance(write, AddSpans):
-            self._spans(place, write, plain=True)
+            self._spans(write, plain=True)
         elif isinstance(write, RecordProgress):
             row = {"e": write.execution_id, "t": write.token, "pr": write.progress, "at": write.at_unix_ns}
             self._more.setdefault("progress", []).append(row)
@@ -152,7 +152,7 @@ class Packed:
         if request:
             row |= {"rq": _b64(request + spans.request), "ct": 1 + spans.count}
         self._closes.append(row)
-        self._spans(place, spans, plain=not request)
+        self._spans(spans, plain=not request)
 
     def _queued(self, write: RecordQueued) -> None:
         span = write.span
@@ -163,10 +163,10 @@ class Packed:
         self._more.setdefault("queued", []).append(row)
         self._opened(write.opened, write.process_id, write.execution.parent_execution_id)
 
-    def _spans(self, place: int, write: AddSpans, *, plain: bool) -> None:
+    def _spans(self, write: AddSpans, *, plain: bool) -> None:
         execution_id = write.execution_id
         if plain and write.count:
-            row = {"i": place, "nn": write.nonce, "rq": _b64(write.request), "ct": write.count, "e": execution_id}
+            row = {"nn": write.nonce, "rq": _b64(write.request), "ct": write.count, "e": execution_id}
             self._more.setdefault("plain", []).append(row)
         for span, request in write.recorded:
             ended = {"ti": span.trace_id, "si": span.span_id, "rq": _b64(request), "e": execution_id}

@@ -4,8 +4,10 @@ The schema of the PostgreSQL store, and the function in it that commits what eve
 Everything lives in a PostgreSQL schema named `otelexec`, so that the store may share a database with the application's
 own tables. A call of `commit_writes` is one statement for any number of opens and closes: the server keeps the plans of a
 PL/pgSQL function for each session by itself, so neither prepared statements nor settings of the session are needed, which a
-pooler in transaction mode would lose. Its planner settings keep it to the indexes: a plan that is made while a table is
-empty would go on scanning it when it has millions of rows. `sql.py` holds the same writes one by one, for all that is rare.
+pooler in transaction mode would lose. Its statements are so simple, and its planner settings such, that a plan made while a
+table is empty takes the index that is right for millions of rows; joins with the group in one statement scanned them all
+instead, until the next ANALYZE. (For the same reason an open attempt is one without an end here: by its state, the way to
+it could lead through the index of all that runs.) `sql.py` holds the same writes one by one, for all that is rare.
 """
 
 from __future__ import annotations
@@ -49,17 +51,15 @@ _OWN: Final = (
     "ALTER TABLE attempt ALTER COLUMN span_start SET STORAGE EXTERNAL",
 )
 
-_TERMINAL: Final = TERMINAL.replace("state", "e.state").replace("sticky", "e.sticky")
-
 _COMMIT_WRITES: Final = f"""
 CREATE OR REPLACE FUNCTION commit_writes(opens json, closes json, more json, durable boolean, server bigint)
 RETURNS TABLE (r_place integer, r_number integer, r_duplicate integer, r_text text, r_requested bigint, r_terminate integer)
 LANGUAGE plpgsql
-SET search_path = {SCHEMA}, pg_temp SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off
-SET enable_bitmapscan = off SET plan_cache_mode = force_generic_plan SET jit = off
+SET search_path = {SCHEMA}, pg_temp SET enable_seqscan = off SET plan_cache_mode = force_generic_plan
 AS $body$
 DECLARE
     moment bigint := {NOW};
+    w record;
 BEGIN
     IF {STARTED} <> server THEN
         RAISE EXCEPTION 'another server' USING ERRCODE = '{SERVER_CHANGED}';
@@ -67,77 +67,87 @@ BEGIN
     IF NOT durable THEN
         PERFORM set_config('synchronous_commit', 'off', true);
     END IF;
-    IF opens IS NOT NULL THEN
-        RETURN QUERY
-        WITH o AS MATERIALIZED (SELECT * FROM json_to_recordset(opens) AS r (
-            i integer, e text, n text, q text, s text, c text, p text, t text, w text, b bigint, d bigint,
-            ti text, si text, sb text, ot text, oi text, oti text, ob text, os bigint)),
-        x AS (
-            INSERT INTO execution (execution_id, name, state, request_id, source, correlation, parent_execution_id,
-                                   started_unix_ns, attempts, latest)
-            SELECT o.e, o.n, 'running', o.q, o.s, o.c, o.p, o.b, 1, 1 FROM o ORDER BY o.i
-            {OPENED.replace("RETURNING ", "RETURNING execution_id, ")}),
-        a AS (
-            INSERT INTO attempt (execution_id, attempt, token, process_id, state, duplicate, trace_id, span_id, span_start,
-                                 started_unix_ns, deadline_unix_ns, outer_token, outer_span_id, outer_trace_id,
-                                 outer_start, outer_started_unix_ns)
-            SELECT o.e, x.attempts, o.t, o.w, 'running', (x.state = 'succeeded')::integer, o.ti, o.si, decode(o.sb, 'base64'),
-                   o.b, o.d, o.ot, o.oi, o.oti, decode(o.ob, 'base64'), o.os
-            FROM o JOIN x ON x.execution_id = o.e)
-        SELECT o.i, x.attempts, (x.state = 'succeeded')::integer, x.snapshot, x.requested_unix_ns, x.terminate
-        FROM o JOIN x ON x.execution_id = o.e;
+    FOR w IN SELECT * FROM json_to_recordset(opens) AS r (
+        i integer, e text, n text, q text, s text, c text, p text, t text, w text, b bigint, d bigint,
+        ti text, si text, sb text, ot text, oi text, oti text, ob text, os bigint)
+    LOOP
+        INSERT INTO execution (execution_id, name, state, request_id, source, correlation, parent_execution_id,
+                               started_unix_ns, attempts, latest)
+        VALUES (w.e, w.n, 'running', w.q, w.s, w.c, w.p, w.b, 1, 1)
+        {OPENED.replace("state, snapshot", "(state = 'succeeded')::integer, snapshot")}
+        INTO r_number, r_duplicate, r_text, r_requested, r_terminate;
+        INSERT INTO attempt (execution_id, attempt, token, process_id, state, duplicate, trace_id, span_id, span_start,
+                             started_unix_ns, deadline_unix_ns, outer_token, outer_span_id, outer_trace_id,
+                             outer_start, outer_started_unix_ns)
+        VALUES (w.e, r_number, w.t, w.w, 'running', r_duplicate, w.ti, w.si, decode(w.sb, 'base64'),
+                w.b, w.d, w.ot, w.oi, w.oti, decode(w.ob, 'base64'), w.os);
+        r_place := w.i;
+        RETURN NEXT;
+    END LOOP;
+    r_requested := NULL;
+    r_terminate := NULL;
+    FOR w IN SELECT * FROM json_to_recordset(closes) AS r (
+        i integer, e text, t text, st text, en bigint, et text, em text, fb text, cl text, rc bigint, pr text, ou text,
+        nn text, xs text, xe bigint, sk integer, sn text, rq text, ct integer)
+    LOOP
+        UPDATE attempt SET state = w.st, ended_unix_ns = w.en, error_type = w.et, error_message = w.em,
+            finalized_by = w.fb, classification = w.cl, reconciled_unix_ns = w.rc, progress = COALESCE(w.pr, progress),
+            output = w.ou, nonce = w.nn, span_start = NULL
+        WHERE execution_id = w.e AND token = w.t AND ended_unix_ns IS NULL
+        RETURNING attempt, duplicate, span_id INTO r_number, r_duplicate, r_text;
+        CONTINUE WHEN NOT FOUND;
+        IF w.st = 'succeeded' THEN
+            UPDATE execution SET state = w.xs, ended_unix_ns = w.xe, snapshot = NULL
+            WHERE execution_id = w.e AND state <> 'succeeded';
+        ELSIF r_duplicate = 0 THEN
+            UPDATE execution SET state = w.xs, ended_unix_ns = w.xe, sticky = w.sk, snapshot = COALESCE(w.sn, snapshot)
+            WHERE execution_id = w.e AND latest = r_number AND NOT ({TERMINAL});
+        END IF;
+        IF w.rq IS NOT NULL THEN
+            INSERT INTO outbox (request, count, execution_id, written_unix_ns) VALUES (decode(w.rq, 'base64'), w.ct, w.e, moment);
+        END IF;
+        r_place := w.i;
+        RETURN NEXT;
+    END LOOP;
+    IF more IS NULL THEN
+        RETURN;
     END IF;
-    IF closes IS NOT NULL THEN
-        RETURN QUERY
-        WITH c AS MATERIALIZED (SELECT * FROM json_to_recordset(closes) AS r (
-            i integer, e text, t text, st text, en bigint, et text, em text, fb text, cl text, rc bigint, pr text, ou text,
-            nn text, xs text, xe bigint, sk integer, sn text, rq text, ct integer)),
-        u AS (
-            UPDATE attempt a SET state = c.st, ended_unix_ns = c.en, error_type = c.et, error_message = c.em,
-                finalized_by = c.fb, classification = c.cl, reconciled_unix_ns = c.rc, progress = COALESCE(c.pr, a.progress),
-                output = c.ou, nonce = c.nn, span_start = NULL
-            FROM c WHERE a.execution_id = c.e AND a.token = c.t AND a.state = 'running'
-            RETURNING c.i, c.e, c.st, c.xs, c.xe, c.sk, c.sn, c.rq, c.ct, a.attempt, a.duplicate, a.span_id),
-        x AS (
-            UPDATE execution e SET state = u.xs, ended_unix_ns = u.xe,
-                sticky = CASE WHEN u.st = 'succeeded' THEN e.sticky ELSE u.sk END,
-                snapshot = CASE WHEN u.st = 'succeeded' THEN NULL ELSE COALESCE(u.sn, e.snapshot) END
-            FROM u WHERE e.execution_id = u.e AND CASE WHEN u.st = 'succeeded' THEN e.state <> 'succeeded'
-                ELSE u.duplicate = 0 AND e.latest = u.attempt AND NOT ({_TERMINAL}) END),
-        b AS (
-            INSERT INTO outbox (request, count, execution_id, written_unix_ns)
-            SELECT decode(u.rq, 'base64'), u.ct, u.e, moment FROM u WHERE u.rq IS NOT NULL ORDER BY u.i)
-        SELECT u.i, u.attempt, u.duplicate, u.span_id, NULL::bigint, NULL::integer FROM u;
-    END IF;
-    IF more IS NOT NULL THEN
+    FOR w IN SELECT * FROM json_to_recordset(more->'queued') AS r (
+        e text, n text, q text, s text, c text, p text, b bigint, ti text, si text)
+    LOOP
         INSERT INTO execution (execution_id, name, state, request_id, source, correlation, parent_execution_id,
                                queued_unix_ns, producer_trace_id, producer_span_id)
-        SELECT r.e, r.n, 'queued', r.q, r.s, r.c, r.p, r.b, r.ti, r.si FROM json_to_recordset(more->'queued') AS r (
-            e text, n text, q text, s text, c text, p text, b bigint, ti text, si text) ORDER BY r.e
+        VALUES (w.e, w.n, 'queued', w.q, w.s, w.c, w.p, w.b, w.ti, w.si)
         {QUEUED_AGAIN};
+    END LOOP;
+    FOR w IN SELECT * FROM json_to_recordset(more->'opened') AS r (ti text, si text, w text, e text, sb text)
+    LOOP
         INSERT INTO open_span (trace_id, span_id, process_id, execution_id, start)
-        SELECT r.ti, r.si, r.w, r.e, decode(r.sb, 'base64') FROM json_to_recordset(more->'opened') AS r (
-            ti text, si text, w text, e text, sb text) ORDER BY r.ti, r.si
-        ON CONFLICT (trace_id, span_id) DO NOTHING;
-        WITH f AS (
-            INSERT INTO written (nonce) SELECT r.nn FROM json_to_recordset(more->'plain') AS r (nn text) WHERE r.nn <> ''
-            ON CONFLICT (nonce) DO NOTHING RETURNING nonce)
-        INSERT INTO outbox (request, count, execution_id, written_unix_ns)
-        SELECT decode(r.rq, 'base64'), r.ct, r.e, moment FROM json_to_recordset(more->'plain') AS r (
-            i integer, nn text, rq text, ct integer, e text)
-        WHERE r.nn = '' OR r.nn IN (SELECT f.nonce FROM f) ORDER BY r.i;
-        WITH r AS MATERIALIZED (SELECT * FROM json_to_recordset(more->'ended') AS r (ti text, si text, rq text, e text)),
-        g AS (
-            DELETE FROM open_span s USING r WHERE s.trace_id = r.ti AND s.span_id = r.si
-            RETURNING r.rq, r.e)
-        INSERT INTO outbox (request, count, execution_id, written_unix_ns)
-        SELECT decode(g.rq, 'base64'), 1, g.e, moment FROM g;
-        UPDATE attempt a SET last_seen_unix_ns = r.at FROM json_to_recordset(more->'seen') AS r (e text, w text, at bigint)
-        WHERE a.execution_id = r.e AND a.process_id = r.w AND a.state = 'running' AND a.last_seen_unix_ns < r.at;
-        UPDATE attempt a SET progress = r.pr, last_seen_unix_ns = r.at
-        FROM json_to_recordset(more->'progress') AS r (e text, t text, pr text, at bigint)
-        WHERE a.execution_id = r.e AND a.token = r.t AND a.state = 'running';
-    END IF;
+        VALUES (w.ti, w.si, w.w, w.e, decode(w.sb, 'base64')) ON CONFLICT (trace_id, span_id) DO NOTHING;
+    END LOOP;
+    FOR w IN SELECT * FROM json_to_recordset(more->'plain') AS r (nn text, rq text, ct integer, e text)
+    LOOP
+        IF w.nn <> '' THEN
+            INSERT INTO written (nonce) VALUES (w.nn) ON CONFLICT (nonce) DO NOTHING;
+            CONTINUE WHEN NOT FOUND;
+        END IF;
+        INSERT INTO outbox (request, count, execution_id, written_unix_ns) VALUES (decode(w.rq, 'base64'), w.ct, w.e, moment);
+    END LOOP;
+    FOR w IN SELECT * FROM json_to_recordset(more->'ended') AS r (ti text, si text, rq text, e text)
+    LOOP
+        DELETE FROM open_span WHERE trace_id = w.ti AND span_id = w.si;
+        CONTINUE WHEN NOT FOUND;
+        INSERT INTO outbox (request, count, execution_id, written_unix_ns) VALUES (decode(w.rq, 'base64'), 1, w.e, moment);
+    END LOOP;
+    FOR w IN SELECT * FROM json_to_recordset(more->'seen') AS r (e text, w text, at bigint)
+    LOOP
+        UPDATE attempt SET last_seen_unix_ns = w.at
+        WHERE execution_id = w.e AND process_id = w.w AND ended_unix_ns IS NULL AND last_seen_unix_ns < w.at;
+    END LOOP;
+    FOR w IN SELECT * FROM json_to_recordset(more->'progress') AS r (e text, t text, pr text, at bigint)
+    LOOP
+        UPDATE attempt SET progress = w.pr, last_seen_unix_ns = w.at WHERE execution_id = w.e AND token = w.t AND ended_unix_ns IS NULL;
+    END LOOP;
 END
 $body$"""
 
