@@ -69,6 +69,12 @@ def rows(url: str, statement: str) -> list[tuple[Any, ...]]:
         return connection.execute(statement).fetchall()
 
 
+def execute(url: str, statement: str) -> None:
+    """Run one statement in a PostgreSQL store's database, past otelexec."""
+    with connected(url) as connection:
+        connection.execute(statement.encode())
+
+
 def rows_or_none(url: str, statement: str) -> list[tuple[Any, ...]] | None:
     """Give the rows of a query; None while there is no store or no such table."""
     if is_postgres(url):
@@ -163,7 +169,7 @@ class Places:
                 shutil.copy(path, str(path).replace(str(sqlite_path(place.url)), str(sqlite_path(copy.url)), 1))
         else:
             database = f"k_{uuid.uuid4().hex[:16]}"
-            self._copy(_database(place.url), database)
+            self._administer(f"CREATE DATABASE {database} TEMPLATE {_database(place.url)}")
             url = f"{self.server.rpartition('/')[0]}/{database}"
             copy = Place(url, self.folder / f"{name}.db.spool", self.folder / f"{name}.ledger")
         shutil.rmtree(copy.spool, ignore_errors=True)
@@ -171,16 +177,6 @@ class Places:
             shutil.copytree(place.spool, copy.spool)
         shutil.copy(place.ledger, copy.ledger)
         return copy
-
-    def _copy(self, template: str, database: str) -> None:
-        import psycopg
-
-        deadline = time.monotonic() + 20
-        while True:
-            try:
-                return self._administer(f"CREATE DATABASE {database} TEMPLATE {template}")
-            except psycopg.errors.ObjectInUse:  # a killed process's connection ends when the server sees it
-                assert time.monotonic() < deadline
 
     def remove(self, place: Place) -> None:
         """Remove a store; its spool and its ledger stay."""
@@ -194,8 +190,17 @@ class Places:
         import psycopg
 
         assert self.server is not None
-        with psycopg.connect(self.server, autocommit=True) as connection:
-            connection.execute(statement.encode())
+        deadline = time.monotonic() + 20
+        while True:
+            try:
+                with psycopg.connect(self.server, autocommit=True) as connection:
+                    connection.execute(statement.encode())
+            # The connection of a killed process ends when the server sees it, and autovacuum is nobody's to end.
+            except (psycopg.errors.ObjectInUse, psycopg.errors.InsufficientPrivilege):
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+            else:
+                return
 
 
 def _database(url: str) -> str:

@@ -17,10 +17,11 @@ import random
 import select
 import signal
 import socket
+import subprocess
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -76,10 +77,24 @@ async def coroutine() -> None:
     await asyncio.gather(step(), step())
 
 
+def long(path: Path, ledger: Ledger) -> None:
+    """Run until a file is there, or until somebody cancels it, and say so in another file."""
+    run = ledger.called()
+    path.with_suffix(".running").touch()
+    while not path.exists():
+        if run.cancel_requested:
+            path.with_suffix(".cancelled").touch()
+            raise asyncio.CancelledError
+        time.sleep(0.02)
+
+
 def work(job: dict[str, Any], ledger: Ledger) -> None:
-    """Do one job, as a task around a core or as a coroutine."""
+    """Do one job, as a task around a core, as a coroutine, or for as long as a file is missing."""
     number = job["n"]
-    with otelexec.extract(job), contextlib.suppress(ValueError):
+    with otelexec.extract(job), contextlib.suppress(ValueError, asyncio.CancelledError):
+        if "until" in job:
+            otelexec.execution("job.long")(long)(Path(job["until"]), ledger)
+            return
         if number % 4 == 0:
             asyncio.run(coroutine())
             return
@@ -166,6 +181,23 @@ class Here:
     def wait(self, pid: int) -> int:
         """Wait for a worker's end and give its status."""
         return os.waitpid(pid, 0)[1]
+
+
+@contextlib.contextmanager
+def crew(count: int, folder: Path) -> Iterator[None]:
+    """Run so many relays and so many reconcilers, each a command of its own, until the block ends; they then end well."""
+    with ExitStack() as stack:
+        log = stack.enter_context((folder / "crew.log").open("ab"))
+        processes = [
+            subprocess.Popen([sys.executable, "-m", "otelexec", command], stdout=log, stderr=log)
+            for command in ("relay", "reconcile")
+            for _ in range(count)
+        ]
+        for process in processes:
+            stack.callback(process.wait, 30)
+            stack.callback(process.terminate)
+        yield
+        assert [process.poll() for process in processes] == [None] * len(processes), (folder / "crew.log").read_text()[-3000:]
 
 
 @dataclass(slots=True)
@@ -347,6 +379,9 @@ def main() -> int:
     parser.add_argument("--direct", help="the same store without the proxy, for what only looks")
     parser.add_argument("--hosts", default="", help="host names and how far their clocks are ahead: a=300,b=-300; needs --address")
     parser.add_argument("--network", default="", help="the bridge that hosts join, and this machine's address there: otb1@10.9.8.1")
+    parser.add_argument(
+        "--crew", type=int, default=0, help="relays and reconcilers in processes of their own, so many of each, not in the workers"
+    )
     parser.add_argument("--crashes", action="store_true", help="the server is killed meanwhile: spans may come twice")
     parser.add_argument("--started", type=Path, help="made when the workers are about to start")
     chosen = parser.parse_args()
@@ -357,7 +392,7 @@ def main() -> int:
         place = replace(place, url=chosen.store)
     place.use()
     looked_at = replace(place, url=chosen.direct or place.url)
-    os.environ["OTELEXEC_RELAY"] = os.environ["OTELEXEC_RECONCILE"] = "true"
+    os.environ["OTELEXEC_RELAY"] = os.environ["OTELEXEC_RECONCILE"] = "false" if chosen.crew else "true"
     os.environ["OTELEXEC_RECONCILE_INTERVAL_SECONDS"] = "0.5"
     if stores.is_postgres(place.url):
         os.environ["OTELEXEC_LEASE_SECONDS"] = "3"
@@ -371,7 +406,8 @@ def main() -> int:
         queue = Queue(looked_at, jobs, chosen.kill_seconds, hosts or [Here()])
         if chosen.started:
             chosen.started.touch()
-        queue.run(chosen.workers)
+        with crew(chosen.crew, chosen.folder):
+            queue.run(chosen.workers)
         looked_at.use()
         stdout, sys.stdout = sys.stdout, sys.stderr
         seen = _settle(looked_at, chosen.jobs, queue, collected, hosts, crashes=chosen.crashes)
