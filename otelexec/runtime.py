@@ -33,6 +33,7 @@ from otelexec.execution import Execution
 from otelexec.finalize import Kept, persist
 from otelexec.freeze import for_spool
 from otelexec.heartbeat import Heartbeat as HeartbeatThread
+from otelexec.ids import mint_nonce
 from otelexec.settings import Settings
 from otelexec.spans import Collector, SecureIdGenerator
 from otelexec.store import spool as _spool
@@ -454,7 +455,8 @@ def before_send(context: Context) -> None:
     rows = runtime.open_ancestors(context)
     if rows:
         execution = current_execution(context)
-        runtime.write(AddSpans(opened=rows, process_id=runtime.process_id, execution_id=None if execution is None else execution.id))
+        execution_id = None if execution is None else execution.id
+        runtime.write(AddSpans(opened=rows, process_id=runtime.process_id, execution_id=execution_id, nonce=mint_nonce()))
         runtime.heartbeat.ensure()
 
 

@@ -215,7 +215,7 @@ class Collector:
             process_id=process_id,
             execution_id=execution_id,
             last_end_unix_ns=max(span.end_time or 0 for span, _ in taken),
-            nonce=mint_nonce() if plain else "",
+            nonce=mint_nonce() if plain or opened else "",
         )
 
 

@@ -29,7 +29,7 @@ from otelexec.errors import StoreBusy, StoreError, StoreRejected, StoreUnavailab
 from otelexec.settings import state_home
 from otelexec.store import postgres_schema, sql
 from otelexec.store.base import Receipt
-from otelexec.store.postgres_hot import COMMIT, INSTEAD_OF_NUL, Packed, split
+from otelexec.store.postgres_hot import INSTEAD_OF_NUL, Packed, runs
 from otelexec.store.postgres_pool import GaveUp, Place, Pool, Session, first_line
 from otelexec.store.postgres_schema import NOW, SCHEMA, SERVER_CHANGED, STARTED
 from otelexec.store.postgres_tail import Tail
@@ -218,30 +218,28 @@ class PostgresStore(SqlReader):
         return results
 
     def _together(self, session: Session, writes: Sequence[Write], *, durable: bool) -> list[object]:
-        """Commit the writes, the packed ones in one statement; alone, it is a transaction by itself."""
+        """Commit the writes in order, packed where they can be; one packed run alone is a transaction by itself."""
         results: list[object] = [None] * len(writes)
-        places, others = split(writes)
-        packed = Packed(writes, places) if places else None
-        if packed is not None and not others and self._announced:
-            others = self._call(session, packed, results, durable=durable)
-            packed = None
-            if not others:
+        pending = runs(writes)
+        if self._announced and len(pending) == 1 and pending[0][0]:
+            left = self._call(session, Packed(writes, pending[0][1]), results, durable=durable)
+            if not left:
                 return results
+            pending = [(False, left)]
         with self._transaction(session, durable=durable) as tx:
             if not self._announced:
                 for write in self.announce():
                     sql.apply(tx, write)
-            for place in others:
-                results[place] = sql.apply(tx, writes[place])
-            if packed is not None:
-                for place in self._call(session, packed, results, durable=durable):
+            for can_be_packed, places in pending:
+                left = self._call(session, Packed(writes, places), results, durable=durable) if can_be_packed else places
+                for place in left:
                     results[place] = sql.apply(tx, writes[place])
         self._announced = True
         return results
 
     def _call(self, session: Session, packed: Packed, results: list[object], *, durable: bool) -> list[int]:
         try:
-            rows = session.execute(COMMIT, (*packed.parameters(), durable, self._server)).fetchall()
+            rows = session.call(*packed.statement(durable=durable, server=self._server))
         except psycopg.Error as error:
             if error.diag.sqlstate != SERVER_CHANGED:
                 raise

@@ -1,5 +1,5 @@
 """
-What every execution writes, packed for one call of `commit_writes`.
+What every execution writes, packed for one call of a function on the server.
 
 Opens, closes, queued records, spans and markers of a whole group go to the server as a few JSON texts: one statement, one
 round trip, and one pass of the C encoder instead of a statement for each. A write that needs more than its rows as they
@@ -15,9 +15,10 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
-from otelexec.store.postgres_schema import SCHEMA
+from otelexec.store.postgres_schema import CLOSE_FIELDS, OPEN_FIELDS, SCHEMA
 from otelexec.store.sql import execution_end
 from otelexec.store.writes import (
+    NO_SPANS,
     AddSpans,
     Cancellation,
     CloseAttempt,
@@ -33,7 +34,16 @@ from otelexec.store.writes import (
     Write,
 )
 
-COMMIT: Final = f"SELECT * FROM {SCHEMA}.commit_writes($1, $2, $3, $4, $5)"
+_GROUP: Final = f"SELECT * FROM {SCHEMA}.commit_writes($1, $2, $3, $4, $5)".encode()
+
+
+def _lone(name: str, fields: Sequence[tuple[str, str]]) -> bytes:
+    places = ", ".join(f"${place}" for place in range(1, len(fields) + 3))
+    return f"SELECT * FROM {SCHEMA}.{name}({places})".encode()
+
+
+_LONE_OPEN: Final = _lone("open_attempt", OPEN_FIELDS)
+_LONE_CLOSE: Final = _lone("close_attempt", CLOSE_FIELDS)
 
 _PACKED: Final = (OpenAttempt, CloseAttempt, CloseLost, RecordQueued, AddSpans, RecordProgress)
 
@@ -43,20 +53,21 @@ _NUL: Final = re.compile(r"(?<!\\)((?:\\\\)*)\\u0000")
 INSTEAD_OF_NUL: Final = "\ufffd"
 
 
-def split(writes: Sequence[Write]) -> tuple[list[int], list[int]]:
-    """Give the places of the writes that can be packed, and those of the others."""
-    packed: list[int] = []
-    others: list[int] = []
+def runs(writes: Sequence[Write]) -> list[tuple[bool, list[int]]]:
+    """Give the places of the writes in order, those that can be packed together as one run, and whether they can."""
     if len(writes) == 1:
-        (packed if _is_simple(writes[0]) else others).append(0)
-        return packed, others
+        return [(_is_simple(writes[0]), [0])]
     # Two writes for one execution keep their order, which a packed group has not.
     counts = Counter(_subject(write) for write in writes)
+    found: list[tuple[bool, list[int]]] = []
     for place, write in enumerate(writes):
         subject = _subject(write)
         simple = _is_simple(write) and (subject is None or counts[subject] == 1)
-        (packed if simple else others).append(place)
-    return packed, others
+        if found and simple and found[-1][0]:
+            found[-1][1].append(place)
+        else:
+            found.append((simple, [place]))
+    return found
 
 
 def _is_simple(write: Write) -> bool:
@@ -64,6 +75,10 @@ def _is_simple(write: Write) -> bool:
         return not (write.takes_over or write.repeated)
     if isinstance(write, CloseAttempt):
         return write.if_cancelled is None
+    if isinstance(write, RecordQueued):
+        return not write.repeated
+    if isinstance(write, AddSpans):
+        return not (write.nonce and write.opened)
     return isinstance(write, _PACKED)
 
 
@@ -77,7 +92,7 @@ def _subject(write: Write) -> str | None:
 
 class Packed:
     """
-    A group of writes as parameters of `COMMIT`.
+    A group of writes as one statement.
 
     Args:
         writes: All writes.
@@ -93,11 +108,22 @@ class Packed:
         for place in self._places:
             self._pack(place, writes[place])
 
-    def parameters(self) -> tuple[str | None, str | None, str | None]:
-        """Give opens, closes and the rest as JSON texts; None where there is nothing."""
-        return _text(self._opens), _text(self._closes), _text(self._more)
+    def statement(self, *, durable: bool, server: int) -> tuple[bytes, list[bytes | None]]:
+        """
+        Give the statement and its parameters, as text.
 
-    def settle(self, rows: Iterable[Any], results: list[object]) -> list[int]:
+        Args:
+            durable: Whether it must survive a crash of the server.
+            server: When the server was started, in microseconds since 1970, as far as the caller knows.
+        """
+        first = [b"t" if durable else b"f", b"%d" % server]
+        if len(self._opens) + len(self._closes) == 1 and not self._more:
+            if self._opens:
+                return _LONE_OPEN, first + [_plain(self._opens[0].get(field)) for field, _ in OPEN_FIELDS]
+            return _LONE_CLOSE, first + [_plain(self._closes[0].get(field)) for field, _ in CLOSE_FIELDS]
+        return _GROUP, [*first, _text(self._opens), _text(self._closes), _text(self._more)]
+
+    def settle(self, rows: Iterable[Sequence[bytes | None]], results: list[object]) -> list[int]:
         """
         Put what the server gave into the results.
 
@@ -108,14 +134,12 @@ class Packed:
         Returns:
             The places of closes that found no running attempt: `sql.py` says what that means.
         """
-        found = {row[0]: row for row in rows}
+        found = {_number(row[0]): row for row in rows}
         left = []
         for place in self._places:
             write, row = self._writes[place], found.get(place)
             if isinstance(write, OpenAttempt) and row is not None:
-                _, number, duplicate, snapshot, requested, terminate = row
-                wish = None if requested is None or duplicate else Cancellation(requested, None if terminate is None else bool(terminate))
-                results[place] = Opened(number, bool(duplicate), wish, snapshot)
+                results[place] = _opened(row)
             elif isinstance(write, CloseLost):
                 results[place] = row is not None
             elif isinstance(write, CloseAttempt):
@@ -123,7 +147,8 @@ class Packed:
                     left.append(place)
                 else:
                     outcome = write.frozen.outcome
-                    results[place] = Closed(True, outcome.state, outcome.finalized_by, row[1], bool(row[2]), row[3])  # noqa: FBT003 (won)
+                    number, duplicate = _number(row[1]) or 0, bool(_number(row[2]))
+                    results[place] = Closed(True, outcome.state, outcome.finalized_by, number, duplicate, _decoded(row[3]))  # noqa: FBT003 (won)
         return left
 
     def _pack(self, place: int, write: Write) -> None:
@@ -152,7 +177,8 @@ class Packed:
         if request:
             row |= {"rq": _b64(request + spans.request), "ct": 1 + spans.count}
         self._closes.append(row)
-        self._spans(spans, plain=not request)
+        if spans is not NO_SPANS:
+            self._spans(spans, plain=not request, ends=True)
 
     def _queued(self, write: RecordQueued) -> None:
         span = write.span
@@ -163,7 +189,7 @@ class Packed:
         self._more.setdefault("queued", []).append(row)
         self._opened(write.opened, write.process_id, write.execution.parent_execution_id)
 
-    def _spans(self, write: AddSpans, *, plain: bool) -> None:
+    def _spans(self, write: AddSpans, *, plain: bool, ends: bool = False) -> None:
         execution_id = write.execution_id
         if plain and write.count:
             row = {"nn": write.nonce, "rq": _b64(write.request), "ct": write.count, "e": execution_id}
@@ -172,13 +198,27 @@ class Packed:
             ended = {"ti": span.trace_id, "si": span.span_id, "rq": _b64(request), "e": execution_id}
             self._more.setdefault("ended", []).append(ended)
         self._opened(write.opened, write.process_id, execution_id)
-        if write.last_end_unix_ns and execution_id is not None:
+        if write.last_end_unix_ns and execution_id is not None and not ends:  # what has ended needs no sign of life
             self._more.setdefault("seen", []).append({"e": execution_id, "w": write.process_id, "at": write.last_end_unix_ns})
 
     def _opened(self, spans: Iterable[SpanRow], process_id: str, execution_id: str | None) -> None:
         for span in spans:
             row = {"ti": span.trace_id, "si": span.span_id, "w": process_id, "e": execution_id, "sb": _b64(span.start)}
             self._more.setdefault("opened", []).append(row)
+
+
+def _number(value: bytes | None) -> int | None:
+    return None if value is None else int(value)
+
+
+def _decoded(value: bytes | None) -> str | None:
+    return None if value is None else value.decode("utf-8")
+
+
+def _opened(row: Sequence[bytes | None]) -> Opened:
+    duplicate, requested, terminate = bool(_number(row[2])), _number(row[4]), _number(row[5])
+    wish = None if requested is None or duplicate else Cancellation(requested, None if terminate is None else bool(terminate))
+    return Opened(_number(row[1]), duplicate, wish, _decoded(row[3]))
 
 
 def _execution(row: ExecutionRow) -> dict[str, Any]:
@@ -237,8 +277,15 @@ def _b64(data: bytes) -> str:
     return b2a_base64(data, newline=False).decode("ascii")
 
 
-def _text(rows: Any) -> str | None:
+def _plain(value: Any) -> bytes | None:
+    if value is None:
+        return None
+    text = value if isinstance(value, str) else str(value)
+    return (text.replace("\0", INSTEAD_OF_NUL) if "\0" in text else text).encode("utf-8")
+
+
+def _text(rows: Any) -> bytes | None:
     if not rows:
         return None
     text = json.dumps(rows)
-    return _NUL.sub(r"\1\\ufffd", text) if r"\u0000" in text else text
+    return (_NUL.sub(r"\1\\ufffd", text) if r"\u0000" in text else text).encode("ascii")

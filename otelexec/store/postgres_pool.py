@@ -14,14 +14,16 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, Final, TypeVar
 from urllib.parse import quote, urlencode
 
 import psycopg
 from psycopg import conninfo as _conninfo
-from psycopg.pq import TransactionStatus
+from psycopg import generators
+from psycopg.errors import error_from_result
+from psycopg.pq import ExecStatus, TransactionStatus
 from psycopg_pool import ConnectionPool, PoolClosed, PoolTimeout, TooManyRequests
 
 from otelexec.errors import SettingsError, StoreBusy, StoreError, StoreUnavailable
@@ -34,6 +36,7 @@ MAX_SESSIONS: Final = 4
 # Defaults of connections, which the URL may change. A server that is gone without a word is noticed within seconds, where
 # TCP's own patience is a quarter of an hour (https://www.postgresql.org/docs/current/libpq-connect.html).
 _PARAMETERS: Final[Mapping[str, Any]] = {
+    "client_encoding": "UTF8",
     "connect_timeout": "5",
     "fallback_application_name": "otelexec",
     "keepalives_idle": "10",
@@ -60,6 +63,29 @@ class Session(psycopg.Connection[Any]):
     """
 
     give_up_at = float("inf")
+
+    def call(self, statement: bytes, parameters: Sequence[bytes | None]) -> list[list[bytes | None]]:
+        """
+        Run one statement with parameters and results as text in UTF-8.
+
+        A cursor's adaptation of types costs twice as much as all the rest of a small statement (75 against 33 us of CPU).
+
+        Args:
+            statement: With placeholders `$1` and so on.
+            parameters: Their values; None is NULL.
+
+        Returns:
+            The rows; a NULL is None.
+
+        Raises:
+            psycopg.Error: It failed.
+        """
+        with self.lock:
+            self.pgconn.send_query_params(statement, parameters)
+            result = self.wait(generators.execute(self.pgconn))[-1]
+        if result.status != ExecStatus.TUPLES_OK:
+            raise error_from_result(result)
+        return [[result.get_value(row, column) for column in range(result.nfields)] for row in range(result.ntuples)]
 
     def wait(self, gen: Generator[Any, Any, _Value], *args: Any, **kwargs: Any) -> _Value:
         """Wait for an answer, until `give_up_at`."""

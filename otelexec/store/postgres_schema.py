@@ -1,24 +1,28 @@
 """
-The schema of the PostgreSQL store, and the function in it that commits what every execution writes.
+The schema of the PostgreSQL store, and the functions in it that commit what every execution writes.
 
 Everything lives in a PostgreSQL schema named `otelexec`, so that the store may share a database with the application's
-own tables. A call of `commit_writes` is one statement for any number of opens and closes: the server keeps the plans of a
+own tables. A call of `commit_writes` is one statement for any number of opens and closes; `open_attempt` and
+`close_attempt` are the same for a lone one, which they make a quarter faster. The server keeps the plans of a
 PL/pgSQL function for each session by itself, so neither prepared statements nor settings of the session are needed, which a
-pooler in transaction mode would lose. Its statements are so simple, and its planner settings such, that a plan made while a
+pooler in transaction mode would lose. Their statements are so simple, and the planner settings such, that a plan made while a
 table is empty takes the index that is right for millions of rows; joins with the group in one statement scanned them all
-instead, until the next ANALYZE. (For the same reason an open attempt is one without an end here: by its state, the way to
-it could lead through the index of all that runs.) `sql.py` holds the same writes one by one, for all that is rare.
+instead, until the next ANALYZE. (For the same reason an open attempt is one without an end here, and a state is put into an
+expression: a condition like that of a partial index would open a way through all that this index holds.) `sql.py` holds the
+same writes one by one, for all that is rare.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
 import psycopg
 
 from otelexec.errors import StoreNotFound, StoreVersionError
 from otelexec.store import schema
-from otelexec.store.sql import OPENED, QUEUED_AGAIN, TERMINAL
+from otelexec.store.sql import OPENED, QUEUED_AGAIN
 
 if TYPE_CHECKING:
     from otelexec.store.postgres_pool import Session
@@ -51,64 +55,96 @@ _OWN: Final = (
     "ALTER TABLE attempt ALTER COLUMN span_start SET STORAGE EXTERNAL",
 )
 
-_COMMIT_WRITES: Final = f"""
-CREATE OR REPLACE FUNCTION commit_writes(opens json, closes json, more json, durable boolean, server bigint)
-RETURNS TABLE (r_place integer, r_number integer, r_duplicate integer, r_text text, r_requested bigint, r_terminate integer)
-LANGUAGE plpgsql
-SET search_path = {SCHEMA}, pg_temp SET enable_seqscan = off SET plan_cache_mode = force_generic_plan
-AS $body$
-DECLARE
-    moment bigint := {NOW};
-    w record;
-BEGIN
+# The fields of an open and of a close on their way: of the JSON rows of a group, and of the parameters of a lone one.
+OPEN_FIELDS: Final = (
+    *(("i", "integer"), ("e", "text"), ("n", "text"), ("q", "text"), ("s", "text"), ("c", "text"), ("p", "text"), ("t", "text")),
+    *(("w", "text"), ("b", "bigint"), ("d", "bigint"), ("ti", "text"), ("si", "text"), ("sb", "text"), ("ot", "text"), ("oi", "text")),
+    *(("oti", "text"), ("ob", "text"), ("os", "bigint")),
+)
+CLOSE_FIELDS: Final = (
+    *(("i", "integer"), ("e", "text"), ("t", "text"), ("st", "text"), ("en", "bigint"), ("et", "text"), ("em", "text"), ("fb", "text")),
+    *(("cl", "text"), ("rc", "bigint"), ("pr", "text"), ("ou", "text"), ("nn", "text"), ("xs", "text"), ("xe", "bigint")),
+    *(("sk", "integer"), ("sn", "text"), ("rq", "text"), ("ct", "integer")),
+)
+
+# What is done for one of them; `w_` stands before its fields.
+_OPEN: Final = f"""
+    INSERT INTO execution (execution_id, name, state, request_id, source, correlation, parent_execution_id,
+                           started_unix_ns, attempts, latest)
+    VALUES (w_e, w_n, 'running', w_q, w_s, w_c, w_p, w_b, 1, 1)
+    {OPENED.replace("state, snapshot", "(state = 'succeeded')::integer, snapshot")}
+    INTO r_number, r_duplicate, r_text, r_requested, r_terminate;
+    INSERT INTO attempt (execution_id, attempt, token, process_id, state, duplicate, trace_id, span_id, span_start,
+                         started_unix_ns, deadline_unix_ns, outer_token, outer_span_id, outer_trace_id,
+                         outer_start, outer_started_unix_ns)
+    VALUES (w_e, r_number, w_t, w_w, 'running', r_duplicate, w_ti, w_si, decode(w_sb, 'base64'),
+            w_b, w_d, w_ot, w_oi, w_oti, decode(w_ob, 'base64'), w_os);
+    r_place := w_i;
+    RETURN NEXT;"""
+
+_CLOSE: Final = f"""
+    UPDATE attempt SET state = w_st, ended_unix_ns = w_en, error_type = w_et, error_message = w_em,
+        finalized_by = w_fb, classification = w_cl, reconciled_unix_ns = w_rc, progress = COALESCE(w_pr, progress),
+        output = w_ou, nonce = w_nn, span_start = NULL
+    WHERE execution_id = w_e AND token = w_t AND ended_unix_ns IS NULL
+    RETURNING attempt, duplicate, span_id INTO r_number, r_duplicate, r_text;
+    IF FOUND THEN
+        IF w_st = 'succeeded' THEN
+            UPDATE execution SET state = w_xs, ended_unix_ns = w_xe, snapshot = NULL
+            WHERE execution_id = w_e AND state || '' <> 'succeeded';
+        ELSIF r_duplicate = 0 THEN
+            UPDATE execution SET state = w_xs, ended_unix_ns = w_xe, sticky = w_sk, snapshot = COALESCE(w_sn, snapshot)
+            WHERE execution_id = w_e AND latest = r_number AND NOT (state || '' = 'succeeded' OR sticky = 1);
+        END IF;
+        IF w_rq IS NOT NULL THEN
+            INSERT INTO outbox (request, count, execution_id, written_unix_ns) VALUES (decode(w_rq, 'base64'), w_ct, w_e, {NOW});
+        END IF;
+        r_place := w_i;
+        RETURN NEXT;
+    END IF;"""
+
+_GIVES: Final = "(r_place integer, r_number integer, r_duplicate integer, r_text text, r_requested bigint, r_terminate integer)"
+_PLANS: Final = f"SET search_path = {SCHEMA}, pg_temp SET enable_seqscan = off SET plan_cache_mode = force_generic_plan"
+_BEGINS: Final = f"""
     IF {STARTED} <> server THEN
         RAISE EXCEPTION 'another server' USING ERRCODE = '{SERVER_CHANGED}';
     END IF;
     IF NOT durable THEN
         PERFORM set_config('synchronous_commit', 'off', true);
-    END IF;
-    FOR w IN SELECT * FROM json_to_recordset(opens) AS r (
-        i integer, e text, n text, q text, s text, c text, p text, t text, w text, b bigint, d bigint,
-        ti text, si text, sb text, ot text, oi text, oti text, ob text, os bigint)
-    LOOP
-        INSERT INTO execution (execution_id, name, state, request_id, source, correlation, parent_execution_id,
-                               started_unix_ns, attempts, latest)
-        VALUES (w.e, w.n, 'running', w.q, w.s, w.c, w.p, w.b, 1, 1)
-        {OPENED.replace("state, snapshot", "(state = 'succeeded')::integer, snapshot")}
-        INTO r_number, r_duplicate, r_text, r_requested, r_terminate;
-        INSERT INTO attempt (execution_id, attempt, token, process_id, state, duplicate, trace_id, span_id, span_start,
-                             started_unix_ns, deadline_unix_ns, outer_token, outer_span_id, outer_trace_id,
-                             outer_start, outer_started_unix_ns)
-        VALUES (w.e, r_number, w.t, w.w, 'running', r_duplicate, w.ti, w.si, decode(w.sb, 'base64'),
-                w.b, w.d, w.ot, w.oi, w.oti, decode(w.ob, 'base64'), w.os);
-        r_place := w.i;
-        RETURN NEXT;
-    END LOOP;
+    END IF;"""
+
+
+def _alone(name: str, fields: Sequence[tuple[str, str]], body: str) -> str:
+    parameters = ", ".join(f"w_{field} {kind}" for field, kind in fields)
+    return f"""
+CREATE OR REPLACE FUNCTION {name}(durable boolean, server bigint, {parameters}) RETURNS TABLE {_GIVES}
+LANGUAGE plpgsql {_PLANS} AS $body$
+BEGIN{_BEGINS}{body}
+END
+$body$"""
+
+
+def _each(rows: str, fields: Sequence[tuple[str, str]], body: str) -> str:
+    columns = ", ".join(f"{field} {kind}" for field, kind in fields)
+    once = re.sub(r"\bw_", "w.", body)
+    return f"""
+    FOR w IN SELECT * FROM json_to_recordset({rows}) AS r ({columns})
+    LOOP{once}
+    END LOOP;"""
+
+
+_FUNCTIONS: Final = (
+    _alone("open_attempt", OPEN_FIELDS, _OPEN),
+    _alone("close_attempt", CLOSE_FIELDS, _CLOSE),
+    f"""
+CREATE OR REPLACE FUNCTION commit_writes(durable boolean, server bigint, opens json, closes json, more json) RETURNS TABLE {_GIVES}
+LANGUAGE plpgsql {_PLANS} AS $body$
+DECLARE
+    moment bigint := {NOW};
+    w record;
+BEGIN{_BEGINS}{_each("opens", OPEN_FIELDS, _OPEN)}
     r_requested := NULL;
-    r_terminate := NULL;
-    FOR w IN SELECT * FROM json_to_recordset(closes) AS r (
-        i integer, e text, t text, st text, en bigint, et text, em text, fb text, cl text, rc bigint, pr text, ou text,
-        nn text, xs text, xe bigint, sk integer, sn text, rq text, ct integer)
-    LOOP
-        UPDATE attempt SET state = w.st, ended_unix_ns = w.en, error_type = w.et, error_message = w.em,
-            finalized_by = w.fb, classification = w.cl, reconciled_unix_ns = w.rc, progress = COALESCE(w.pr, progress),
-            output = w.ou, nonce = w.nn, span_start = NULL
-        WHERE execution_id = w.e AND token = w.t AND ended_unix_ns IS NULL
-        RETURNING attempt, duplicate, span_id INTO r_number, r_duplicate, r_text;
-        CONTINUE WHEN NOT FOUND;
-        IF w.st = 'succeeded' THEN
-            UPDATE execution SET state = w.xs, ended_unix_ns = w.xe, snapshot = NULL
-            WHERE execution_id = w.e AND state <> 'succeeded';
-        ELSIF r_duplicate = 0 THEN
-            UPDATE execution SET state = w.xs, ended_unix_ns = w.xe, sticky = w.sk, snapshot = COALESCE(w.sn, snapshot)
-            WHERE execution_id = w.e AND latest = r_number AND NOT ({TERMINAL});
-        END IF;
-        IF w.rq IS NOT NULL THEN
-            INSERT INTO outbox (request, count, execution_id, written_unix_ns) VALUES (decode(w.rq, 'base64'), w.ct, w.e, moment);
-        END IF;
-        r_place := w.i;
-        RETURN NEXT;
-    END LOOP;
+    r_terminate := NULL;{_each("closes", CLOSE_FIELDS, _CLOSE)}
     IF more IS NULL THEN
         RETURN;
     END IF;
@@ -149,7 +185,8 @@ BEGIN
         UPDATE attempt SET progress = w.pr, last_seen_unix_ns = w.at WHERE execution_id = w.e AND token = w.t AND ended_unix_ns IS NULL;
     END LOOP;
 END
-$body$"""
+$body$""",
+)
 
 
 def version_of(session: Session) -> int:
@@ -216,5 +253,6 @@ def _upgrade(session: Session, version: int, url: str) -> None:
     session.execute(f"SET LOCAL search_path TO {SCHEMA}, pg_temp")
     for statement in steps:
         session.execute(statement.format(**_TYPES))
-    session.execute(_COMMIT_WRITES)
+    for function in _FUNCTIONS:
+        session.execute(function)
     session.execute("UPDATE schema_version SET version = $1", (schema.SCHEMA_VERSION,))

@@ -62,4 +62,4 @@ class Tail:
     def writes(self) -> list[Write]:
         """Give what to write again, in order; each may be there already."""
         kept = [write for _, _, write in list(self._kept)]
-        return [replace(write, repeated=True) if isinstance(write, OpenAttempt) else write for write in kept]
+        return [replace(write, repeated=True) if isinstance(write, OpenAttempt | RecordQueued) else write for write in kept]

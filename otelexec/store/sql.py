@@ -51,7 +51,7 @@ from otelexec.store.writes import (
 
 _MAX_PARAMETERS = 512  # with the others of a statement still below 999, SQLite's limit before 3.32
 
-TERMINAL = "state = 'succeeded' OR sticky = 1"
+_TERMINAL = "state = 'succeeded' OR sticky = 1"
 
 # Of the texts in capitals without an underscore, each is a part of a statement that has another form in `postgres_schema.py`.
 
@@ -61,8 +61,8 @@ OPENED = f"""ON CONFLICT (execution_id) DO UPDATE SET
     name = CASE WHEN execution.attempts = 0 THEN excluded.name ELSE execution.name END,
     started_unix_ns = COALESCE(execution.started_unix_ns, excluded.started_unix_ns),
     error_type = NULL, error_message = NULL,
-    ended_unix_ns = CASE WHEN execution.{TERMINAL.replace("OR ", "OR execution.")} THEN execution.ended_unix_ns END,
-    state = CASE WHEN execution.{TERMINAL.replace("OR ", "OR execution.")} THEN execution.state ELSE 'running' END
+    ended_unix_ns = CASE WHEN execution.{_TERMINAL.replace("OR ", "OR execution.")} THEN execution.ended_unix_ns END,
+    state = CASE WHEN execution.{_TERMINAL.replace("OR ", "OR execution.")} THEN execution.state ELSE 'running' END
 RETURNING attempts, state, snapshot,
     (SELECT requested_unix_ns FROM cancellation c WHERE c.execution_id = execution.execution_id) AS requested_unix_ns,
     (SELECT terminate FROM cancellation c WHERE c.execution_id = execution.execution_id) AS terminate"""
@@ -104,7 +104,7 @@ WHERE execution_id = ? AND state <> '{SUCCEEDED}'"""
 
 _END = f"""
 UPDATE execution SET state = ?, ended_unix_ns = ?, sticky = ?, snapshot = COALESCE(?, snapshot)
-WHERE execution_id = ? AND latest = ? AND NOT ({TERMINAL})"""
+WHERE execution_id = ? AND latest = ? AND NOT ({_TERMINAL})"""
 
 QUEUED_AGAIN = """ON CONFLICT (execution_id) DO UPDATE SET
     queued_unix_ns = COALESCE(execution.queued_unix_ns, excluded.queued_unix_ns),
@@ -323,7 +323,7 @@ def close_outer(tx: Transaction, write: CloseOuter) -> bool:
     if rows and write.retrying:
         tx.execute(
             f"""UPDATE execution SET state = '{RETRYING}', ended_unix_ns = NULL
-                WHERE execution_id = ? AND latest = ? AND NOT ({TERMINAL}) AND state <> '{RUNNING}'""",
+                WHERE execution_id = ? AND latest = ? AND NOT ({_TERMINAL}) AND state <> '{RUNNING}'""",
             (write.execution_id, max(row[0] for row in rows)),
         )
     add_spans(tx, write.spans)
@@ -333,6 +333,10 @@ def close_outer(tx: Transaction, write: CloseOuter) -> bool:
 def record_queued(tx: Transaction, write: RecordQueued) -> None:
     """Record an execution as queued unless it is further along, and its PRODUCER span as open."""
     execution, span = write.execution, write.span
+    if write.repeated and span is not None:
+        row = tx.execute("SELECT producer_span_id FROM execution WHERE execution_id = ?", (execution.execution_id,)).fetchone()
+        if row is not None and row[0] == span.span_id:
+            return
     tx.execute(
         f"""INSERT INTO execution (execution_id, name, state, request_id, source, correlation, parent_execution_id,
                                    queued_unix_ns, producer_trace_id, producer_span_id)
@@ -382,12 +386,14 @@ def add_spans(tx: Transaction, write: AddSpans, *, counted: bool = False) -> Non
     """Put ended spans into the outbox; `counted` when the plain ones went in with their execution."""
     if write is NO_SPANS:
         return
-    if write.count and not counted and _is_first(tx, write.nonce):
+    first = counted or _is_first(tx, write.nonce)
+    if write.count and not counted and first:
         _add(tx, write.request, write.count, write.execution_id)
     for span, request in write.recorded:
         if tx.execute("DELETE FROM open_span WHERE trace_id = ? AND span_id = ?", (span.trace_id, span.span_id)).rowcount:
             _add(tx, request, 1, write.execution_id)
-    _record_open(tx, write.opened, write.process_id, write.execution_id)
+    if first:
+        _record_open(tx, write.opened, write.process_id, write.execution_id)
     if write.last_end_unix_ns and write.execution_id is not None:
         tx.execute(
             """UPDATE attempt SET last_seen_unix_ns = ?

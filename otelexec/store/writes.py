@@ -206,8 +206,8 @@ class AddSpans:
         process_id: Who has them open.
         execution_id: Whose spans they are; None when no execution's.
         last_end_unix_ns: When the last of them ended: a sign of life of its attempt.
-        nonce: Names this very write (`mint_nonce`), so that a repeated commit doesn't write the spans of `request` again; empty
-            where nothing is repeated.
+        nonce: Names this very write (`mint_nonce`), so that a repeated commit neither writes the spans of `request` again nor opens
+            what has ended since; empty where it has neither.
     """
 
     request: bytes = b""
@@ -346,6 +346,7 @@ class RecordQueued:
         process_id: The process that sends it.
         queued_unix_ns: When.
         opened: Spans still open between it and the execution around it.
+        repeated: Whether an earlier try may have got through, and the span may have ended since; then the store looks before it writes.
     """
 
     execution: ExecutionRow
@@ -353,6 +354,7 @@ class RecordQueued:
     process_id: str
     queued_unix_ns: int
     opened: tuple[SpanRow, ...] = ()
+    repeated: bool = False
 
 
 @dataclass(frozen=True, slots=True)

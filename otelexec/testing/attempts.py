@@ -340,6 +340,24 @@ class AttemptContract:
             write(store, RecordQueued(execution(name="other"), span("again"), "p", 9))
             assert record(store) == before
 
+    def test_a_repeated_queued_record_opens_no_span_that_has_ended(self, store: Store) -> None:
+        queued = RecordQueued(execution(), span("producer"), "p", 1)
+        again = RecordQueued(execution(), span("producer"), "p", 1, repeated=True)
+        write(store, again)
+        write(store, AddSpans(recorded=((span("producer"), b"producer"),), execution_id="e"))
+        write(store, again)
+        assert store.open_work(["p"], limit=10) == []
+        write(store, queued)
+        assert outbox(store) == [b"producer"]
+
+    def test_a_repeated_open_finds_the_row_and_its_snapshot(self, store: Store) -> None:
+        row, resumed = opening("t1"), opening("t2")
+        opened(store, row)
+        closed(store, closing(row, PAUSED, snapshot='{"block":3}'))
+        first = opened(store, resumed)
+        assert opened(store, changed(resumed, repeated=True)) == first
+        assert states(store) == (RUNNING, [PAUSED, RUNNING])
+
     def test_a_refused_message_is_rejected_unless_it_got_further(self, store: Store) -> None:
         outcome = Outcome(REJECTED, 5, "publisher", error_type="full", error_message="queue is full")
         write(store, RecordQueued(execution(), span("producer"), "p", 1))

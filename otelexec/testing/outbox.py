@@ -5,12 +5,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from otelexec.store.base import Store
-from otelexec.store.writes import FAILED, AddSpans, ClaimOutbox, Heartbeat, Prune, ReleaseClaims, RetryParked, SettleOutbox
+from otelexec.store.writes import (
+    FAILED,
+    AddSpans,
+    ClaimOutbox,
+    ForgetNonces,
+    Heartbeat,
+    Prune,
+    ReleaseClaims,
+    RetryParked,
+    SettleOutbox,
+)
 from otelexec.testing.rows import (
     OpenStore,
     claim,
     closed,
     closing,
+    losing,
     opened,
     opening,
     outbox,
@@ -43,6 +54,27 @@ class OutboxContract:
         write(store, AddSpans(recorded=((span("unknown"), b"never opened"),)))
         assert outbox(store) == [b"a ended", b"b ended"]
         assert store.open_work(["p"], limit=10) == []
+
+    def test_a_repeated_write_is_known_by_its_nonce(self, store: Store) -> None:
+        spans = AddSpans(b"plain", 1, recorded=((span("a"), b"a ended"),), opened=(span("b"),), process_id="p", nonce="0001")
+        write(store, AddSpans(opened=(span("a"),), process_id="p"), spans)
+        write(store, AddSpans(recorded=((span("b"), b"b ended"),)))
+        write(store, spans, spans)
+        assert outbox(store) == [b"plain", b"a ended", b"b ended"]
+        assert store.open_work(["p"], limit=10) == []
+        write(store, ForgetNonces("0001"), spans)
+        assert len(outbox(store)) == 3
+        write(store, ForgetNonces("0002"), AddSpans(b"plain", 1, nonce="0001"))
+        assert outbox(store) == [b"plain", b"a ended", b"b ended", b"plain"]
+
+    def test_the_children_of_a_close_that_lost_are_written_once(self, store: Store) -> None:
+        row = opening()
+        opened(store, row)
+        write(store, losing(row))
+        close = closing(row, spans=AddSpans(b"child", 1, execution_id="e", process_id="p", nonce="0001"))
+        for _ in range(2):
+            assert not closed(store, close).won
+        assert outbox(store) == [b"lost t", b"child"]
 
     def test_claims_are_the_oldest_and_nobody_else_gets_them(self, store: Store) -> None:
         fill(store, *(b"%d" % number for number in range(6)))

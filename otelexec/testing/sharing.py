@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import partial
 
 from otelexec.store.base import Receipt, Store
-from otelexec.store.writes import FAILED, LOST, RUNNING, SUCCEEDED, AddSpans, ClaimOutbox, Closed, SettleOutbox
+from otelexec.store.writes import FAILED, LOST, RUNNING, SUCCEEDED, AddSpans, ClaimOutbox, Closed, RetryParked, SettleOutbox
 from otelexec.testing.rows import OpenStore, claim, closed, closing, losing, opened, opening, outbox, record, span, states, write
 
 _WORKER = """
@@ -115,6 +115,17 @@ class SharingContract:
             at_once(*(partial(write, one, AddSpans(recorded=((row, row.span_id.encode()),))) for one in (store, other)))
         other.close()
         assert Counter(outbox(store)) == {span(f"s{number}").span_id.encode(): 1 for number in range(20)}
+
+    def test_two_who_retry_parked_rows_move_each_row_once(self, store: Store, other_store: OpenStore) -> None:
+        write(store, *(AddSpans(b"%d" % number, 1) for number in range(1200)))
+        rows = claim(store, "relay")
+        write(store, SettleOutbox("relay", parked=[(row.id, "no") for row in rows]))
+        other = other_store()
+        moved: list[object] = []
+        at_once(lambda: moved.extend(write(store, RetryParked())), lambda: moved.extend(write(other, RetryParked())))
+        other.close()
+        assert sum(count for count in moved if isinstance(count, int)) == 1200
+        assert sorted(outbox(store)) == sorted(b"%d" % number for number in range(1200))
 
     def test_many_threads_may_use_one_store(self, store: Store) -> None:
         def work(name: int) -> None:
