@@ -84,8 +84,7 @@ def liveness(process: ProcessRow, now_unix_ns: int) -> Literal["alive", "dead", 
     if is_here(process):
         state, start = _state_and_start(process.pid)
         return "alive" if start == process.pid_start and state not in _DEAD_STATES else "dead"
-    if _boot_id() and process.boot_id and process.host == socket.gethostname() and _rebooted(process):
-        return "dead"
+    # Also after a reboot: another machine may carry the same name, so a boot that differs proves nothing.
     lease_ns = int(process.lease_seconds * 1e9)
     return "alive" if now_unix_ns - process.heartbeat_unix_ns <= lease_ns else "lapsed"
 
@@ -93,12 +92,3 @@ def liveness(process: ProcessRow, now_unix_ns: int) -> Literal["alive", "dead", 
 def is_here(process: ProcessRow) -> bool:
     """Tell whether its pid means something here: the same boot of the same kernel, the same pid namespace."""
     return bool(process.boot_id) and process.boot_id == _boot_id() and process.pid_namespace == _pid_namespace()
-
-
-def _rebooted(process: ProcessRow) -> bool:
-    # Two machines may carry one name (container images do), so a boot that differs proves nothing across namespaces.
-    return process.boot_id != _boot_id() and process.pid_namespace == _INIT_NAMESPACE == _pid_namespace()
-
-
-# The inode of the initial pid namespace (include/linux/proc_ns.h, PROC_PID_INIT_INO): not a container.
-_INIT_NAMESPACE = "pid:[4026531836]"

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, Final, TypeVar
-from urllib.parse import quote, urlencode
+from urllib.parse import quote, urlencode, urlsplit
 
 import psycopg
 from psycopg import conninfo as _conninfo
@@ -44,6 +44,8 @@ _PARAMETERS: Final[Mapping[str, Any]] = {
     "keepalives_count": "3",
     "tcp_user_timeout": "10000",
 }
+
+_LOOK_SECONDS: Final = 0.05
 
 _PLACE: Final = ("host", "hostaddr", "port", "dbname", "service")
 
@@ -134,13 +136,12 @@ class Place:
     """
 
     def __init__(self, url: str, *, writes: bool) -> None:
-        try:
-            given = _conninfo.conninfo_to_dict(url)
-        except psycopg.Error:
+        given = _read(url)
+        if given is None:
             raise SettingsError(
-                "OTELEXEC_STORE: libpq can't read this URL; write postgresql://USER:PASSWORD@HOST:PORT/DATABASE, "
+                "OTELEXEC_STORE: this URL can't be read; write postgresql://USER:PASSWORD@HOST:PORT/DATABASE, "
                 "with special characters percent-encoded"
-            ) from None
+            )
         place = {name: str(given[name]) for name in _PLACE if given.get(name)}
         self.key = hashlib.sha256(repr(sorted(place.items())).encode()).hexdigest()[:12]
         self.shown = _shown(place, str(given.get("user") or ""))
@@ -148,6 +149,17 @@ class Place:
         if writes and "target_session_attrs" not in given and "," in place.get("host", place.get("hostaddr", "")):
             parameters["target_session_attrs"] = "read-write"
         self.conninfo = _conninfo.make_conninfo("", **parameters)
+
+
+def _read(url: str) -> dict[str, Any] | None:
+    """Give libpq's parameters; None where it can't read the URL, or reads a part of a password as something else."""
+    try:
+        given = _conninfo.conninfo_to_dict(url)
+    except psycopg.Error:
+        return None
+    before, _, _ = url.partition("?")
+    ports = str(given.get("port") or "").split(",")
+    return None if before.count("@") > 1 or "@" in urlsplit(before).path or not all(port.isdigit() for port in ports if port) else given
 
 
 def _shown(place: Mapping[str, str], user: str) -> str:
@@ -189,7 +201,7 @@ class Pool:
             timeout_seconds: How long to wait for one; 0: not at all.
 
         Raises:
-            StoreBusy: All are in use, or, without waiting, this thread is inside the pool already.
+            StoreBusy: None was ready in time, or, without waiting, this thread is inside the pool already.
             StoreUnavailable: There is none, since the server can't be reached.
         """
         if timeout_seconds <= 0 and getattr(self._here, "inside", False):
@@ -197,9 +209,7 @@ class Pool:
         pool = self._opened()
         taken: list[Session] = []
         try:
-            with self._inside(pool):
-                # One call into C takes the session and notes it, so that no signal handler can raise in between.
-                taken.extend(map(pool.getconn, (max(timeout_seconds, 0.001),)))
+            self._take(pool, taken, timeout_seconds)
             yield taken[0]
         finally:
             if taken:
@@ -208,28 +218,43 @@ class Pool:
                         taken[0].close()
                     pool.putconn(taken[0])
 
+    def _take(self, pool: ConnectionPool[Session], taken: list[Session], timeout_seconds: float) -> None:
+        deadline = time.monotonic() + max(timeout_seconds, 0.001)
+        self._trouble = None
+        while not taken:
+            left = deadline - time.monotonic()
+            try:
+                with self._inside(pool):
+                    # One call into C takes the session and notes it, so that no signal handler can raise in between.
+                    taken.extend(map(pool.getconn, (max(min(left, _LOOK_SECONDS), 0.001),)))
+            except (PoolTimeout, TooManyRequests, PoolClosed) as error:
+                # The pool waits on although nobody connects any more; why the last one failed is known here.
+                if self._can_not_connect() or left <= _LOOK_SECONDS or isinstance(error, PoolClosed):
+                    raise self._explain(timeout_seconds) from None
+
+    def _can_not_connect(self) -> bool:
+        return self._trouble is not None
+
     @contextmanager
     def _inside(self, pool: ConnectionPool[Session]) -> Iterator[None]:
         before, self._here.inside = getattr(self._here, "inside", False), True
         try:
             yield
-        except (PoolTimeout, TooManyRequests, PoolClosed) as error:
-            raise self._explain(error) from None
+        except (PoolTimeout, TooManyRequests, PoolClosed):
+            raise
         except BaseException:
             self.replace(pool)  # whatever it had in hand is lost to its books
             raise
         finally:
             self._here.inside = before
 
-    def _explain(self, error: Exception) -> StoreError:
+    def _explain(self, waited_seconds: float) -> StoreError:
         trouble = self._trouble
         if isinstance(trouble, StoreError):
             return trouble
         if trouble is not None:
             return StoreUnavailable(f"{self._place.shown}: {first_line(trouble)}")
-        if isinstance(error, PoolClosed):
-            return StoreUnavailable(f"{self._place.shown}: its connections were closed meanwhile")
-        return StoreBusy(f"{self._place.shown}: all {MAX_SESSIONS} connections of this process are in use")
+        return StoreBusy(f"{self._place.shown}: no connection was ready within {waited_seconds:g} s")
 
     def _opened(self) -> ConnectionPool[Session]:
         if self._pool is None:

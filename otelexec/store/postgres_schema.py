@@ -41,7 +41,10 @@ _TYPES: Final = {
 _MIGRATION_LOCK: Final = int.from_bytes(b"otelexec", "big")
 
 NOW: Final = "(extract(epoch FROM clock_timestamp()) * 1000000)::bigint * 1000"
-STARTED: Final = "(extract(epoch FROM pg_postmaster_start_time()) * 1000000)::bigint"
+
+# When the server's present life began. A crash of one of its processes ends all sessions and forgets what was committed without
+# fsync, under the same postmaster; the statistics are reset then, and not in a clean restart.
+STARTED: Final = "(extract(epoch FROM greatest(pg_postmaster_start_time(), pg_stat_get_bgwriter_stat_reset_time())) * 1000000)::bigint"
 
 SERVER_CHANGED: Final = "OX001"
 """SQLSTATE of `commit_writes` where the server is not the one that it was when the caller last looked."""
