@@ -199,9 +199,9 @@ def forked(body: Callable[[], object], *, seconds: int = CHILD_SECONDS) -> int:
     return os.waitpid(pid, 0)[1]
 
 
-def answer_of(body: Callable[[], Any], path: Path) -> Any:
+def answer_of(body: Callable[[], Any], path: Path, *, seconds: int = CHILD_SECONDS) -> Any:
     """Run a body in a forked child and give what it returned, as JSON."""
-    status = forked(lambda: path.write_text(json.dumps(body()), encoding="utf-8"))
+    status = forked(lambda: path.write_text(json.dumps(body()), encoding="utf-8"), seconds=seconds)
     if status:
         msg = f"the child of {path.name} ended with status {status}"
         raise RuntimeError(msg)

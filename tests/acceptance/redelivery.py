@@ -400,7 +400,7 @@ def main() -> int:
     with ExitStack() as stack:
         collected = stack.enter_context(collecting(chosen.folder / "collected", address or "127.0.0.1"))
         os.environ["OTEL_EXPORTER_OTLP_ENDPOINT"] = collected.endpoint
-        jobs = answer_of(lambda: produce(chosen.jobs), chosen.folder / "jobs.json")
+        jobs = answer_of(lambda: produce(chosen.jobs), chosen.folder / "jobs.json", seconds=300)
         clocks = {name: float(offset) for name, _, offset in (each.partition("=") for each in chosen.hosts.split(",") if each)}
         hosts = stack.enter_context(running_hosts(Network(bridge, address), chosen.folder, clocks, {})) if clocks else []
         queue = Queue(looked_at, jobs, chosen.kill_seconds, hosts or [Here()])

@@ -111,7 +111,7 @@ def test_a_server_that_is_down_for_a_while_gets_everything_when_it_is_back(own: 
     assert caplog.text.count("otelexec.store.unavailable") == 1
     own.start()
     home()
-    assert caplog.text.count("otelexec.store.recovered") == 1
+    until(lambda: caplog.text.count("otelexec.store.recovered") == 1)
     work.run("after")
     check_all_in(url, work.names, {"waits no more 7"})
     assert spooled(runtime.get().spool.folder) == []
@@ -619,7 +619,8 @@ def test_a_newer_schema_is_left_alone_and_said_clearly(
     code, text = said(capsys, url, "list")
     assert code != 0
     assert "pip install -U otelexec" in text
-    assert len(text.strip().splitlines()) == 1
+    runtime_says = "otelexec.store.unavailable"  # this process's own line, which the command's log handler shows too
+    assert len([line for line in text.strip().splitlines() if runtime_says not in line]) == 1
     with stores.connected(url) as connection:
         connection.execute(f"UPDATE schema_version SET version = {schema.SCHEMA_VERSION}".encode())
     home()
