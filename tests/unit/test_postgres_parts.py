@@ -14,7 +14,7 @@ from otelexec.store.postgres import PostgresStore
 from otelexec.store.postgres_hot import Packed, runs
 from otelexec.store.postgres_pool import Place
 from otelexec.store.postgres_tail import MAX_KEPT, Tail
-from otelexec.store.writes import AddSpans, CloseAttempt, Frozen, OpenAttempt, Outcome, RecordQueued
+from otelexec.store.writes import AddSpans, CloseAttempt, Frozen, OpenAttempt, Outcome, RecordQueued, Write
 from otelexec.testing.rows import closing, execution, opening, span
 
 
@@ -64,7 +64,7 @@ def test_each_database_has_a_spool_of_its_own_whoever_logs_in(tmp_path: Path) ->
 
 
 def test_writes_for_one_execution_keep_their_order_outside_the_packed_ones() -> None:
-    writes = [opening("a", "one"), opening("b", "two"), closing(opening("a", "one")), AddSpans(b"x", 1)]
+    writes: list[Write] = [opening("a", "one"), opening("b", "two"), closing(opening("a", "one")), AddSpans(b"x", 1)]
     assert runs(writes) == [(False, [0]), (True, [1]), (False, [2]), (True, [3])]
     assert runs([opening(takes_over=True)]) == [(False, [0])]
     assert runs([opening("a", "one"), opening("b", "two")]) == [(True, [0, 1])]
