@@ -63,8 +63,13 @@ _stores: weakref.WeakSet[PostgresStore] = weakref.WeakSet()
 # Pools of the process that this one was forked from; kept, so that nothing of them is ever closed here.
 _inherited: list[object] = []
 
-_BEGIN: Final = f"BEGIN; SET LOCAL search_path TO {SCHEMA}, pg_temp; "
-_BEGIN_READING: Final = f"BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; SET LOCAL search_path TO {SCHEMA}, pg_temp; "
+# Without statistics (after a restore, or before the first ANALYZE) the planner takes a few ids for a large part of a table.
+_LOCAL: Final = (
+    f"SET LOCAL search_path TO {SCHEMA}, pg_temp; SET LOCAL enable_seqscan TO off; "
+    "SET LOCAL enable_hashjoin TO off; SET LOCAL enable_bitmapscan TO off; "
+)
+_BEGIN: Final = f"BEGIN; {_LOCAL}"
+_BEGIN_READING: Final = f"BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; {_LOCAL}"
 _LOOK: Final = f"SELECT {NOW}, {STARTED}"
 _GREETING: Final = f"SELECT {NOW}, {STARTED}, extract(epoch FROM current_setting('wal_writer_delay')::interval)::float8"
 
@@ -91,6 +96,9 @@ class _Transaction:
 
     def execute(self, statement: str, parameters: Sequence[Any] = (), /) -> Cursor:
         return self._session.execute(_numbered(statement), [without_nul(each) for each in parameters] or None)
+
+    def read_whole_tables(self) -> None:
+        self._session.execute("SET LOCAL enable_seqscan TO on")
 
     def among(self, values: Sequence[Any]) -> tuple[str, Sequence[Any]]:
         return "= ANY(?)", (list(values),)
@@ -339,6 +347,7 @@ class PostgresStore(SqlReader):
             with self._pool.session(_READ_SECONDS) as session:
                 session.give_up_at = float("inf")
                 with self._transaction(session, durable=True) as tx:
+                    tx.read_whole_tables()
                     yield session, tx
         except _ERRORS as error:
             raise self._failure(error) from error

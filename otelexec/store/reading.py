@@ -180,6 +180,7 @@ class SqlReader(ABC):
     def statistics(self) -> Statistics:
         """Give what `doctor` shows."""
         with self._reading() as tx:
+            tx.read_whole_tables()
             states = tx.execute("SELECT state, COUNT(*) FROM execution GROUP BY state ORDER BY state").fetchall()
             rows, spans, oldest = tx.execute("SELECT COUNT(*), COALESCE(SUM(count), 0), MIN(written_unix_ns) FROM outbox").fetchone()
             parked = tx.execute("SELECT id, count, reason, parked_unix_ns FROM parked ORDER BY id LIMIT 100").fetchall()

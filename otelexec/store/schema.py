@@ -102,6 +102,10 @@ class Transaction(Protocol):
         """Run one statement; placeholders are `?`."""
         ...
 
+    def read_whole_tables(self) -> None:
+        """Let the following statements read tables from end to end, which is never right for one that looks something up."""
+        ...
+
     def among(self, values: Sequence[Any]) -> tuple[str, Sequence[Any]]:
         """Give the end of a condition that is true for any of these values, and its parameters."""
         ...

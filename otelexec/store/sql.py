@@ -563,10 +563,11 @@ def prune(tx: Transaction, write: Prune) -> int:
             tx.execute(f"DELETE FROM {table} WHERE execution_id {among}", ids)
     tx.execute(
         """DELETE FROM process WHERE heartbeat_unix_ns < ?
-           AND process_id NOT IN (SELECT process_id FROM attempt WHERE state = 'running')
-           AND process_id NOT IN (SELECT process_id FROM attempt WHERE outer_token IS NOT NULL AND outer_outcome IS NULL)
-           AND process_id NOT IN (SELECT process_id FROM open_span)
-           AND process_id NOT IN (SELECT owner FROM claim)""",
+           AND NOT EXISTS (SELECT 1 FROM attempt a WHERE a.process_id = process.process_id AND a.state = 'running')
+           AND NOT EXISTS (SELECT 1 FROM attempt a WHERE a.process_id = process.process_id
+                           AND a.outer_token IS NOT NULL AND a.outer_outcome IS NULL)
+           AND NOT EXISTS (SELECT 1 FROM open_span s WHERE s.process_id = process.process_id)
+           AND NOT EXISTS (SELECT 1 FROM claim c WHERE c.owner = process.process_id)""",
         (write.ended_before_unix_ns,),
     )
     tx.execute("DELETE FROM ingested WHERE at_unix_ns < ?", (write.ended_before_unix_ns,))

@@ -48,6 +48,9 @@ class _Transaction:
         self.execute = connection.execute
         self.lock = self.skip_locked = ""  # BEGIN IMMEDIATE took the one lock that there is
 
+    def read_whole_tables(self) -> None:
+        pass
+
     def among(self, values: Sequence[Any]) -> tuple[str, Sequence[Any]]:
         return f"IN ({','.join('?' * len(values))})", values
 
