@@ -69,6 +69,9 @@ _LOCAL: Final = (
     "SET LOCAL enable_hashjoin TO off; SET LOCAL enable_bitmapscan TO off; "
 )
 _BEGIN: Final = f"BEGIN; {_LOCAL}"
+# Also where the server or the role has it switched off; whatever is stronger than `on` stays.
+_DURABLE: Final = "SELECT set_config('synchronous_commit', COALESCE(NULLIF(current_setting('synchronous_commit'), 'off'), 'on'), true); "
+_NOT_DURABLE: Final = "SET LOCAL synchronous_commit TO off; "
 _BEGIN_READING: Final = f"BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; {_LOCAL}"
 _LOOK: Final = f"SELECT {NOW}, {STARTED}"
 _GREETING: Final = f"SELECT {NOW}, {STARTED}, extract(epoch FROM current_setting('wal_writer_delay')::interval)::float8"
@@ -271,9 +274,8 @@ class PostgresStore(SqlReader):
 
     @contextlib.contextmanager
     def _transaction(self, session: Session, *, durable: bool) -> Iterator[_Transaction]:
-        begin = _BEGIN if durable else f"{_BEGIN}SET LOCAL synchronous_commit TO off; "
         try:
-            now, started = _last(session.execute(begin + _LOOK))
+            now, started = _last(session.execute(f"{_BEGIN}{_DURABLE if durable else _NOT_DURABLE}{_LOOK}"))
             if started != self._server:
                 self._saw(now, started)
                 raise _ServerChanged("the server was started anew")

@@ -114,6 +114,8 @@ _BEGINS: Final = f"""
     END IF;
     IF NOT durable THEN
         PERFORM set_config('synchronous_commit', 'off', true);
+    ELSIF current_setting('synchronous_commit') = 'off' THEN
+        PERFORM set_config('synchronous_commit', 'on', true);
     END IF;"""
 
 
