@@ -216,7 +216,8 @@ class Reconciler:
         while work := self._store.open_work([process.process_id], limit=BATCH):
             # In one order, so that two reconcilers never wait for each other crosswise.
             work.sort(key=lambda item: (item.execution_id, item.token))
-            writes = [_write(item, process, classification, death, self._store.now_unix_ns()) for item in work]
+            now = self._store.now_unix_ns()
+            writes = [_write(item, process, classification, death, now) for item in work]
             done = refused = lost = 0
             for item, result in zip(work, self._commit(writes), strict=True):
                 if isinstance(result, StoreError):
