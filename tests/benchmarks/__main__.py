@@ -21,7 +21,21 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from tests.benchmarks import call, freeze, measure, propagation, reconcile, relay, sequential, tasks, threads
+from tests.benchmarks import (
+    call,
+    freeze,
+    measure,
+    postgres_dbos,
+    postgres_executions,
+    postgres_growth,
+    postgres_reconcile,
+    propagation,
+    reconcile,
+    relay,
+    sequential,
+    tasks,
+    threads,
+)
 from tests.benchmarks.measure import Result
 
 if TYPE_CHECKING:
@@ -47,6 +61,10 @@ BENCHMARKS: dict[str, Callable[..., list[Result]]] = {
     "freeze": partial(_repeated, freeze.run, "encode_spans and serialise", freeze.TARGET),
     "relay": relay.run,
     "reconcile": reconcile.run,
+    "postgres": postgres_executions.run,
+    "postgres-dbos": postgres_dbos.run,
+    "postgres-reconcile": postgres_reconcile.run,
+    "postgres-growth": postgres_growth.run,
 }
 
 
@@ -57,14 +75,14 @@ def _figure(value: float) -> str:
 def _row(result: Result) -> Sequence[str]:
     low, high = min(result.values), max(result.values)
     spread = f"{_figure(low)} to {_figure(high)}" if len(result.values) > 1 else "one run"
-    target = f"{'>=' if result.at_least else '<='} {_figure(result.target)}"
+    target = "-" if result.target is None else f"{'>=' if result.at_least else '<='} {_figure(result.target)}"
     return (
         result.work,
         result.against,
         f"{_figure(result.median)} {result.unit}",
         spread,
         target,
-        "yes" if result.reached else "no",
+        "-" if result.target is None else "yes" if result.reached else "no",
     )
 
 
