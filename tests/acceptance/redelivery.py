@@ -22,6 +22,7 @@ import sys
 import time
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -103,12 +104,16 @@ def work(job: dict[str, Any], ledger: Ledger) -> None:
             core(number)
 
 
+def publish(number: int) -> dict[str, Any]:
+    """Publish a job and give its payload."""
+    with otelexec.correlate(source="workflow", workflow_id="w", execution_id=f"job-{number}"), otelexec.publish("job", destination="q"):
+        return otelexec.inject({"n": number})
+
+
 def produce(count: int) -> list[dict[str, Any]]:
-    """Publish the jobs and give their payloads."""
-    jobs = []
-    for number in range(count):
-        with otelexec.correlate(source="workflow", workflow_id="w", execution_id=f"job-{number}"), otelexec.publish("job", destination="q"):
-            jobs.append(otelexec.inject({"n": number}))
+    """Publish the jobs and give their payloads; threads share commits."""
+    with ThreadPoolExecutor(16) as threads:
+        jobs = list(threads.map(publish, range(count)))
     otelexec.shutdown()
     return jobs
 

@@ -70,8 +70,8 @@ def random_kills(folder: Path, server: Server, jobs: int, *, kills: int, seconds
 
 
 @pytest.mark.timeout(200)
-def test_200_jobs_under_random_kills_are_recorded_and_delivered_once_each(tmp_path: Path, postgres: Server) -> None:
-    random_kills(tmp_path, postgres, 200, kills=3, seconds=180)
+def test_120_jobs_under_random_kills_are_recorded_and_delivered_once_each(tmp_path: Path, postgres: Server) -> None:
+    random_kills(tmp_path, postgres, 120, kills=3, seconds=180)
 
 
 @pytest.mark.long
@@ -92,7 +92,7 @@ def many_hosts(folder: Path, postgres_folder: Path, jobs: int, *, kills: int, se
 @pytest.mark.timeout(200)
 def test_workers_on_hosts_whose_clocks_disagree_are_killed_at_random(tmp_path: Path, postgres_folder: Path) -> None:
     """A living worker whose clock is seven minutes behind is not lost, and a dead one whose clock is ahead is."""
-    many_hosts(tmp_path, postgres_folder, 120, kills=3, seconds=180)
+    many_hosts(tmp_path, postgres_folder, 60, kills=3, seconds=180)
 
 
 @pytest.mark.long
@@ -109,7 +109,7 @@ def server_kills(folder: Path, postgres_folder: Path, jobs: int, *, pause: float
         def kill(done: threading.Event) -> None:
             nonlocal killed
             chooser = random.Random(3)
-            until(lambda: started.exists() or done.is_set(), 60)
+            until(lambda: started.exists() or done.is_set(), 300)
             time.sleep(1)  # what was published before is not what is tested, and is on disk by then
             while not done.wait(chooser.uniform(0.2, 1.8) * pause):
                 server.kill9()
@@ -147,7 +147,7 @@ def random_cuts(folder: Path, server: Server, jobs: int, *, share: float, cuts: 
 
 @pytest.mark.timeout(200)
 def test_connections_are_cut_at_random_and_inside_commit(tmp_path: Path, postgres: Server) -> None:
-    random_cuts(tmp_path, postgres, 200, share=0.02, cuts=20, seconds=180)
+    random_cuts(tmp_path, postgres, 100, share=0.03, cuts=15, seconds=180)
 
 
 @pytest.mark.long
@@ -166,7 +166,7 @@ def crews(folder: Path, server: Server, jobs: int, *, kills: int, seconds: float
 
 @pytest.mark.timeout(200)
 def test_two_relays_and_two_reconcilers_share_the_work_of_16_workers(tmp_path: Path, postgres: Server) -> None:
-    crews(tmp_path, postgres, 200, kills=2, seconds=180)
+    crews(tmp_path, postgres, 100, kills=2, seconds=180)
 
 
 @pytest.mark.long

@@ -427,7 +427,7 @@ def test_a_connection_that_is_cut_at_any_request_of_an_execution_doubles_and_los
         if proxy.counts()["requests"] < number:
             break
         assert number < 100
-        assert runtime.get().recover()
+        until(runtime.get().recover)  # the request that is cut may be one of its own
     assert number > 4
     records = Records(url)
     assert Counter(record.name for record in records.all()) == dict.fromkeys(work.names, 1)
