@@ -14,8 +14,8 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, Final, TypeVar
 from urllib.parse import quote, urlencode, urlsplit
 
@@ -46,6 +46,8 @@ _PARAMETERS: Final[Mapping[str, Any]] = {
 }
 
 _LOOK_SECONDS: Final = 0.05
+# If for so long nobody got a connection and none failed either, signal handlers have taken them all out of the pool's books.
+_STARVED_SECONDS: Final = 10.0
 
 _PLACE: Final = ("host", "hostaddr", "port", "dbname", "service")
 
@@ -175,6 +177,26 @@ def _shown(place: Mapping[str, str], user: str) -> str:
     return f"postgresql://{who}{host}{':' + port if port else ''}/{database}" + (f"?{urlencode(rest)}" if rest else "")
 
 
+class Lending:
+    """A session for as long as a `with` block lasts; a generator's context manager takes three times as long."""
+
+    __slots__ = ("_from", "_pool", "_taken", "_timeout_seconds")
+
+    def __init__(self, pool: Pool, timeout_seconds: float) -> None:
+        self._pool = pool
+        self._timeout_seconds = timeout_seconds
+        self._taken: list[Session] = []
+        self._from: ConnectionPool[Session] | None = None
+
+    def __enter__(self) -> Session:
+        self._from = self._pool.take(self._taken, self._timeout_seconds)
+        return self._taken[0]
+
+    def __exit__(self, *_: object) -> None:
+        if self._from is not None:
+            self._pool.give_back(self._from, self._taken[0])
+
+
 class Pool:
     """
     The sessions of one process.
@@ -191,11 +213,11 @@ class Pool:
         self._making = threading.Lock()
         self._here = threading.local()
         self._trouble: Exception | None = None
+        self._taken_at = time.monotonic()
 
-    @contextmanager
-    def session(self, timeout_seconds: float) -> Iterator[Session]:
+    def session(self, timeout_seconds: float) -> Lending:
         """
-        Lend a session; it goes back when the block ends, or away if it is in the middle of something.
+        Lend a session for a `with` block; it goes back when that ends, or away if it is in the middle of something.
 
         Args:
             timeout_seconds: How long to wait for one; 0: not at all.
@@ -204,56 +226,68 @@ class Pool:
             StoreBusy: None was ready in time, or, without waiting, this thread is inside the pool already.
             StoreUnavailable: There is none, since the server can't be reached.
         """
-        if timeout_seconds <= 0 and getattr(self._here, "inside", False):
+        return Lending(self, timeout_seconds)
+
+    def take(self, taken: list[Session], timeout_seconds: float) -> ConnectionPool[Session]:
+        """Put a session into a list, and give the pool that it goes back to; see `session`."""
+        here = self._here
+        before = getattr(here, "inside", False)
+        if before and timeout_seconds <= 0:
             raise StoreBusy(f"{self._place.shown}: this thread is waiting for a connection already")
-        pool = self._opened()
-        taken: list[Session] = []
+        here.inside = True
+        pool = None
         try:
-            self._take(pool, taken, timeout_seconds)
-            yield taken[0]
-        finally:
-            if taken:
-                with self._inside(pool):
-                    if taken[0].pgconn.transaction_status != TransactionStatus.IDLE:
-                        taken[0].close()
-                    pool.putconn(taken[0])
-
-    def _take(self, pool: ConnectionPool[Session], taken: list[Session], timeout_seconds: float) -> None:
-        deadline = time.monotonic() + max(timeout_seconds, 0.001)
-        self._trouble = None
-        while not taken:
-            left = deadline - time.monotonic()
-            try:
-                with self._inside(pool):
-                    # One call into C takes the session and notes it, so that no signal handler can raise in between.
-                    taken.extend(map(pool.getconn, (max(min(left, _LOOK_SECONDS), 0.001),)))
-            except (PoolTimeout, TooManyRequests, PoolClosed) as error:
-                # The pool waits on although nobody connects any more; why the last one failed is known here.
-                if self._can_not_connect() or left <= _LOOK_SECONDS or isinstance(error, PoolClosed):
-                    raise self._explain(timeout_seconds) from None
-
-    def _can_not_connect(self) -> bool:
-        return self._trouble is not None
-
-    @contextmanager
-    def _inside(self, pool: ConnectionPool[Session]) -> Iterator[None]:
-        before, self._here.inside = getattr(self._here, "inside", False), True
-        try:
-            yield
-        except (PoolTimeout, TooManyRequests, PoolClosed):
+            pool = self._opened()
+            self._wait(pool, taken, max(timeout_seconds, 0.001))
+        except StoreError:
             raise
         except BaseException:
             self.replace(pool)  # whatever it had in hand is lost to its books
             raise
         finally:
-            self._here.inside = before
+            here.inside = before
+        return pool
 
-    def _explain(self, waited_seconds: float) -> StoreError:
+    def give_back(self, pool: ConnectionPool[Session], session: Session) -> None:
+        """Give a session back to its pool."""
+        here = self._here
+        before, here.inside = getattr(here, "inside", False), True
+        try:
+            if session.pgconn.transaction_status != TransactionStatus.IDLE:
+                session.close()
+            pool.putconn(session)
+        except BaseException:
+            self.replace(pool)
+            raise
+        finally:
+            here.inside = before
+
+    def _wait(self, pool: ConnectionPool[Session], taken: list[Session], timeout_seconds: float) -> None:
+        deadline = time.monotonic() + timeout_seconds
+        self._trouble = None
+        while not taken:
+            left = deadline - time.monotonic()
+            try:
+                # One call into C takes the session and notes it, so that no signal handler can raise in between.
+                taken.extend(map(pool.getconn, (max(min(left, _LOOK_SECONDS), 0.001),)))
+            except (PoolTimeout, TooManyRequests, PoolClosed) as error:
+                # The pool waits on although nobody connects any more; why the last one failed is known here.
+                if self._can_not_connect() or left <= _LOOK_SECONDS or isinstance(error, PoolClosed):
+                    raise self._explain(pool, timeout_seconds) from None
+        self._taken_at = time.monotonic()
+
+    def _can_not_connect(self) -> bool:
+        return self._trouble is not None
+
+    def _explain(self, pool: ConnectionPool[Session], waited_seconds: float) -> StoreError:
         trouble = self._trouble
         if isinstance(trouble, StoreError):
             return trouble
         if trouble is not None:
             return StoreUnavailable(f"{self._place.shown}: {first_line(trouble)}")
+        if time.monotonic() - self._taken_at > _STARVED_SECONDS:
+            self._taken_at = time.monotonic()
+            self.replace(pool)
         return StoreBusy(f"{self._place.shown}: no connection was ready within {waited_seconds:g} s")
 
     def _opened(self) -> ConnectionPool[Session]:
