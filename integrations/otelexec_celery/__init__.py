@@ -1,0 +1,139 @@
+"""
+otelexec for Celery: every task is an execution.
+
+    from otelexec_celery import CeleryInstrumentor
+    CeleryInstrumentor().instrument()
+
+or nothing at all under `opentelemetry-instrument celery -A app worker`. See the README of `integrations/`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import sys
+from collections.abc import Collection
+from typing import Any, Final
+
+try:
+    import celery
+except ModuleNotFoundError as error:
+    if error.name == "celery":
+        raise ModuleNotFoundError(
+            "No module named 'celery'. Install it with the adapter: pip install 'otelexec[celery]'", name="celery", path=error.path
+        ) from None
+    raise
+from celery import Celery, _state, signals
+from celery.app import amqp as celery_amqp
+from celery.app import trace as celery_trace
+from opentelemetry.instrumentation.instrumentor import BaseInstrumentor
+
+from otelexec import runtime as _runtime
+from otelexec_celery import consume, publish
+from otelexec_celery.patches import Patches
+from otelexec_celery.settings import CHOICES
+
+__all__ = ["CeleryInstrumentor"]
+
+logger = logging.getLogger("otelexec.celery")
+
+REQUIRES: Final = ("celery >= 5.4, < 6",)
+_OTHER: Final = "opentelemetry.instrumentation.celery"
+
+
+class CeleryInstrumentor(BaseInstrumentor):  # type: ignore[misc] # untyped in the versions that are supported
+    """Makes an execution of every Celery task that is sent or run in this process."""
+
+    _patches: Patches | None = None
+
+    def instrumentation_dependencies(self) -> Collection[str]:
+        """Give the versions of Celery that are supported."""
+        return REQUIRES
+
+    def _instrument(self, **kwargs: Any) -> None:
+        """
+        Instrument Celery.
+
+        Args:
+            **kwargs: `use_span_links`: link to the PRODUCER span instead of taking it as the parent; None: as in
+                otelexec's settings. `tracer_provider`: as for `otelexec.configure`.
+        """
+        if not _is_supported():
+            return
+        if kwargs.get("tracer_provider") is not None:
+            _runtime.configure(tracer_provider=kwargs["tracer_provider"])
+        CHOICES.use_span_links = kwargs.get("use_span_links")
+        CHOICES.active = True
+        patches = self._patches = Patches()
+        patches.on_undo(_deactivate)
+        _patch_sending(patches)
+        _patch_running(patches)
+        _warn_of_the_other()
+
+    def _uninstrument(self, **_: Any) -> None:
+        """Leave Celery as it was."""
+        if self._patches is not None:
+            self._patches.undo()
+            self._patches = None
+
+
+def _is_supported() -> bool:
+    """Check again what the loader of `opentelemetry-instrument` skips: version bounds, and the one place we rely on."""
+    found = tuple(int(part) for part in celery.__version__.split(".")[:2] if part.isdecimal())
+    if (5, 4) <= found < (6,) and consume.can_wrap(celery_trace.build_tracer):
+        return True
+    logger.error("otelexec.celery.unsupported: Celery %s is not instrumented; otelexec needs %s", celery.__version__, REQUIRES[0])
+    return False
+
+
+def _deactivate() -> None:
+    CHOICES.active = False
+
+
+def _patch_sending(patches: Patches) -> None:
+    patches.replace(Celery, "send_task", publish.wrap_send_task)
+    patches.replace(celery_amqp.AMQP, "_create_task_sender", publish.wrap_create_task_sender)
+    patches.listen(signals.before_task_publish, publish.on_before_publish)
+    _forget_senders()  # those that were made before: each is made anew when it is next asked for
+    patches.on_undo(_forget_senders)
+
+
+def _forget_senders() -> None:
+    for app in list(_state._get_active_apps()):  # noqa: SLF001 (Celery's own registry of apps)
+        amqp = vars(app).get("amqp")
+        if amqp is not None:
+            vars(amqp).pop("send_task_message", None)
+
+
+def _patch_running(patches: Patches) -> None:
+    patches.replace(celery_trace, "build_tracer", consume.wrap_build_tracer)
+    for name in ("celery.worker.consumer.consumer",):  # imported it by name, if the worker is there already
+        module = sys.modules.get(name)
+        if module is not None:
+            patches.replace(module, "build_tracer", lambda _: celery_trace.build_tracer)
+    for task in _tasks():
+        if task.__trace__ is not None:
+            task.__trace__ = consume.wrap_tracer(task.__trace__, task)
+    patches.on_undo(_unwrap_tracers)
+
+
+def _unwrap_tracers() -> None:
+    for task in _tasks():
+        unwrap = getattr(task.__trace__, "otelexec_unwrap", None)
+        if unwrap is not None:
+            task.__trace__ = unwrap()
+
+
+def _tasks() -> list[Any]:
+    return [task for app in list(_state._get_active_apps()) for task in list(app._tasks.values())]  # noqa: SLF001
+
+
+def _warn_of_the_other() -> None:
+    if _OTHER not in sys.modules:
+        return
+    other = getattr(importlib.import_module(_OTHER), "CeleryInstrumentor", None)
+    if other is not None and other().is_instrumented_by_opentelemetry:
+        logger.warning(
+            "otelexec.celery.twice: opentelemetry-instrumentation-celery is active as well: every task has its spans beside "
+            "otelexec's. Turn it off with OTEL_PYTHON_DISABLED_INSTRUMENTATIONS=celery."
+        )
