@@ -88,7 +88,8 @@ _PROCESSES = f"""
 WITH RECURSIVE {_busy("running", "attempt", "state = 'running'")},
 {_busy("around", "attempt", "outer_token IS NOT NULL AND outer_outcome IS NULL")},
 {_busy("spanning", "open_span", "1 = 1")}
-SELECT process_id, host, boot_id, pid_namespace, pid, pid_start, lease_seconds, resource, scope, heartbeat_unix_ns, ended
+SELECT process_id, host, boot_id, pid_namespace, pid, pid_start, lease_seconds, resource, scope, heartbeat_unix_ns, ended,
+    parent_pid, parent_start
 FROM process WHERE process_id IN (
     SELECT process_id FROM running UNION SELECT process_id FROM around UNION SELECT process_id FROM spanning
     UNION SELECT owner FROM claim)"""
@@ -97,7 +98,7 @@ FROM process WHERE process_id IN (
 def read_processes(tx: Transaction) -> list[ProcessRow]:
     """Give the processes that have something open or hold a claim."""
     rows = tx.execute(_PROCESSES).fetchall()
-    complete: list[Any] = [(*row[:7], bytes(row[7]), bytes(row[8]), row[9], bool(row[10])) for row in rows]
+    complete: list[Any] = [(*row[:7], bytes(row[7]), bytes(row[8]), row[9], bool(row[10]), row[11], row[12]) for row in rows]
     return [ProcessRow(*values) for values in complete]
 
 

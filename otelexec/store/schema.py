@@ -13,6 +13,7 @@ SCHEMA_VERSION = 1
 SCHEMA = (
     """CREATE TABLE process (
         process_id TEXT PRIMARY KEY, host TEXT NOT NULL, boot_id TEXT NOT NULL, pid_namespace TEXT NOT NULL,
+        parent_pid {bigint} NOT NULL DEFAULT 0, parent_start {bigint} NOT NULL DEFAULT 0,
         pid {bigint} NOT NULL, pid_start {bigint} NOT NULL, lease_seconds DOUBLE PRECISION NOT NULL,
         resource {blob} NOT NULL, scope {blob} NOT NULL, heartbeat_unix_ns {bigint} NOT NULL,
         ended INTEGER NOT NULL DEFAULT 0)""",
@@ -40,6 +41,10 @@ SCHEMA = (
     """CREATE TABLE outbox (
         id {serial}, request {blob} NOT NULL, count INTEGER NOT NULL, execution_id TEXT,
         written_unix_ns {bigint} NOT NULL, failures INTEGER NOT NULL DEFAULT 0)""",
+    """CREATE TABLE contribution (
+        join_key TEXT NOT NULL, execution_id TEXT NOT NULL, trace_id TEXT NOT NULL, span_id TEXT NOT NULL,
+        PRIMARY KEY (join_key, execution_id))""",
+    "CREATE INDEX contribution_execution ON contribution (execution_id)",
     "CREATE TABLE claim (id {bigint} PRIMARY KEY, owner TEXT NOT NULL, until_unix_ns {bigint} NOT NULL)",
     """CREATE TABLE parked (
         id {bigint} PRIMARY KEY, request {blob} NOT NULL, count INTEGER NOT NULL, execution_id TEXT,
