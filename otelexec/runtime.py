@@ -134,6 +134,7 @@ class Runtime:
             self._plain_provider()
         self.tracer = self.provider.get_tracer(semconv.SCOPE_NAME, schema_url=semconv.SCHEMA_URL)
         self._process: ProcessRow | None = None
+        self._parent = (0, 0)
         self.executions: dict[str, Execution] = {}
         self.spooling = False
         self._backlog: deque[Write] = deque()
@@ -177,8 +178,18 @@ class Runtime:
                 lease_seconds=self.settings.lease_seconds,
                 resource=otlp.encode_resource(self.provider.resource),
                 scope=otlp.encode_scope(getattr(scope, "_instrumentation_scope", None)),
+                parent=self._parent,
             )
         return self._process
+
+    def is_supervised(self) -> None:
+        """
+        Say that the parent process reports the death of this one, and with it how its attempts ended.
+
+        A reconciler then leaves them to the parent while that lives, for as long as a lease. To be called before the
+        first write.
+        """
+        self._parent = identity.parent_of_this_process()
 
     def _announce(self) -> Sequence[Write]:
         return (Heartbeat(self.process),)
