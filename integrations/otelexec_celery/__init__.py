@@ -23,13 +23,19 @@ except ModuleNotFoundError as error:
             "No module named 'celery'. Install it with the adapter: pip install 'otelexec[celery]'", name="celery", path=error.path
         ) from None
     raise
+from billiard.pool import Pool as BlockingPool
 from celery import Celery, _state, signals
 from celery.app import amqp as celery_amqp
 from celery.app import trace as celery_trace
+from celery.beat import Scheduler
+from celery.concurrency import asynpool, prefork
+from celery.worker import request as celery_request
+from celery.worker import strategy as celery_strategy
+from celery.worker.consumer import consumer as celery_consumer
 from opentelemetry.instrumentation.instrumentor import BaseInstrumentor
 
 from otelexec import runtime as _runtime
-from otelexec_celery import consume, publish
+from otelexec_celery import consume, publish, schedule, worker
 from otelexec_celery.patches import Patches
 from otelexec_celery.settings import CHOICES
 
@@ -68,6 +74,8 @@ class CeleryInstrumentor(BaseInstrumentor):  # type: ignore[misc] # untyped in t
         patches.on_undo(_deactivate)
         _patch_sending(patches)
         _patch_running(patches)
+        _patch_worker(patches)
+        patches.replace(Scheduler, "apply_entry", schedule.wrap_apply_entry)
         _warn_of_the_other()
 
     def _uninstrument(self, **_: Any) -> None:
@@ -107,14 +115,33 @@ def _forget_senders() -> None:
 
 def _patch_running(patches: Patches) -> None:
     patches.replace(celery_trace, "build_tracer", consume.wrap_build_tracer)
-    for name in ("celery.worker.consumer.consumer",):  # imported it by name, if the worker is there already
-        module = sys.modules.get(name)
-        if module is not None:
-            patches.replace(module, "build_tracer", lambda _: celery_trace.build_tracer)
+    patches.replace(celery_consumer, "build_tracer", lambda _: celery_trace.build_tracer)  # which it has imported by name
     for task in _tasks():
         if task.__trace__ is not None:
             task.__trace__ = consume.wrap_tracer(task.__trace__, task)
     patches.on_undo(_unwrap_tracers)
+
+
+def _patch_worker(patches: Patches) -> None:
+    request, consumer = celery_request.Request, celery_consumer.Consumer
+    patches.replace(request, "__init__", worker.wrap_init)
+    patches.replace(request, "on_accepted", worker.before(worker.on_accepted))
+    patches.replace(request, "on_timeout", worker.wrap_on_timeout)
+    patches.replace(request, "on_failure", worker.wrap_on_failure)
+    patches.replace(request, "terminate", worker.before(worker.on_terminate))
+    patches.replace(request, "cancel", worker.before(worker.on_cancel))
+    patches.replace(request, "_announce_revoked", worker.before(worker.on_revoked))
+    patches.replace(celery_strategy, "create_request_cls", worker.wrap_create_request_cls)
+    for name in ("on_unknown_message", "on_unknown_task", "on_invalid_task", "on_decode_error"):
+        patches.replace(consumer, name, worker.before(getattr(worker, name)))
+    patches.replace(prefork.TaskPool, "on_start", worker.before(worker.on_pool_start))
+    patches.replace(prefork.TaskPool, "on_stop", worker.after(worker.on_pool_end))
+    patches.replace(prefork.TaskPool, "on_terminate", worker.after(worker.on_pool_end))
+    for pool in (asynpool.AsynPool, BlockingPool):
+        patches.replace(pool, "process_flush_queues", worker.after(worker.on_process_exit))
+    patches.listen(signals.worker_ready, worker.on_worker_ready)
+    patches.listen(signals.worker_process_init, worker.on_process_init)
+    patches.listen(signals.worker_process_shutdown, worker.on_process_shutdown)
 
 
 def _unwrap_tracers() -> None:

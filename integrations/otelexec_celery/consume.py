@@ -12,34 +12,29 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-import time
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
-from datetime import UTC, datetime
 from types import CellType
 from typing import Any, Final
 
 from celery import states
 from celery.app import trace as celery_trace
 from celery.exceptions import Ignore
-from celery.utils.time import maybe_iso8601
 from opentelemetry import context as otel_context
 from opentelemetry import trace
 from opentelemetry.context import Context
 
 from otelexec import runtime as _runtime
-from otelexec import semconv
-from otelexec.context import EXECUTION_KEY
 from otelexec.drivers import advance, expect
 from otelexec.endings import Ending, raised_by_signal_handler
 from otelexec.errors import ExecutionCancelled
-from otelexec.execution import Execution, Options
+from otelexec.execution import Execution
 from otelexec.lifecycle import Steps, lifecycle
-from otelexec.propagation import incoming
-from otelexec.store.writes import FAILED, SUCCEEDED
+from otelexec.store.writes import SUCCEEDED, AmendAttempt, Contribute, ReadContributions
 from otelexec.w3c import decode_trace
-from otelexec_celery import carrier, endings
-from otelexec_celery.settings import CHOICES, SYSTEM
+from otelexec_celery import carrier, chords, endings
+from otelexec_celery.messages import hard_limit_of, open_context, options_of
+from otelexec_celery.settings import CHOICES
 
 logger = logging.getLogger("otelexec.celery")
 
@@ -48,6 +43,9 @@ BODY: Final = "fun"
 
 TASK_EXECUTION: ContextVar[Execution | None] = ContextVar("otelexec_celery_execution", default=None)
 """The execution of the task that is being run here."""
+
+_early: dict[str, Run | ExecutionCancelled] = {}
+"""Runs that were opened before their message was acknowledged, by delivery."""
 
 _run: ContextVar[Run | None] = ContextVar("otelexec_celery_run", default=None)
 
@@ -62,7 +60,7 @@ class Run:
         request: The request that the tracer was given.
     """
 
-    __slots__ = ("_closed", "_runtime", "_steps", "before", "context", "execution", "reached_body", "task")
+    __slots__ = ("_chord", "_runtime", "_steps", "before", "context", "execution", "reached_body", "task")
 
     context: Context
     execution: Execution
@@ -71,11 +69,18 @@ class Run:
         self.task = task
         self.before = otel_context.get_current()
         self.reached_body = False
-        self._closed = False
         self._runtime = _runtime.get()
         self._steps: Steps | None = None
-        context, options = _prepare(task, task_id, request, self.before)
-        otel_context.attach(context)
+        self._chord = None if request.get("is_eager") else chords.body_id(request.get("chord"))
+        options = options_of(
+            task.name,
+            task_id,
+            request,
+            hard_limit=hard_limit_of(task, request),
+            links=_links(carrier.find(request), self._runtime),
+            accepted=carrier.DELIVERY in request and not task.acks_late,
+        )
+        otel_context.attach(open_context(task_id, request, self.before))
         try:
             steps = lifecycle(self._runtime, options)
             call = expect(advance(self._runtime, steps))
@@ -101,6 +106,12 @@ class Run:
         self.close(None)
         return value
 
+    def _contribute(self, key: str) -> None:
+        """Note the span of a chord's header, before anybody can see that the last of them is done."""
+        span = self.execution.span.get_span_context()
+        if span.is_valid and span.trace_flags.sampled and self._runtime.records:
+            self._runtime.write(Contribute(key, self.execution.id, f"{span.trace_id:032x}", f"{span.span_id:016x}"))
+
     def close(self, error: BaseException | None, ending: Ending | None = None) -> None:
         """Close the attempt, once; an ending goes before what is made of the exception."""
         steps, self._steps = self._steps, None
@@ -108,77 +119,42 @@ class Run:
             return
         if ending is not None:
             self.execution.ending = ending
+        if error is None and self._chord is not None:
+            self._contribute(self._chord)
         advance(self._runtime, steps, error)
 
 
-def _prepare(task: Any, task_id: str, request: Mapping[str, Any], before: Context) -> tuple[Context, Options]:
-    """Make the context that the message asks for, and the options of the attempt."""
-    found = carrier.find(request)
-    eager = bool(request.get("is_eager"))
-    links: list[trace.Link] = []
-    previous = decode_trace(carrier.text_of(found, carrier.PREVIOUS) or "", None)
-    if previous is not None:
-        links.append(trace.Link(previous))
-    enqueued = carrier.time_of(found, carrier.ENQUEUED)
-    context = before
-    if found or not eager:
-        # An eager run without headers is a call like any other, in whatever scope it is made.
-        base = otel_context.set_value(EXECUTION_KEY, None, before) if eager else Context()
-        context, _ = incoming(carrier.carrier_of(found), message_id=task_id, enqueued_unix_ns=enqueued, context=base)
-    hard_limit = _hard_limit(task, request)
-    attributes = attributes_of(task_id, request)
-    latency = queue_latency(enqueued, request)
-    if latency is not None:
-        attributes[semconv.QUEUE_LATENCY] = latency
-    return context, Options(
-        task.name,
-        kind=trace.SpanKind.CONSUMER,
-        attributes=attributes,
-        links=tuple(links),
-        link_carried=CHOICES.use_span_links,
-        classify=endings.classifier(hard_limit),
-        timeout=hard_limit,
-    )
-
-
-def attributes_of(task_id: str | None, request: Mapping[str, Any]) -> dict[str, Any]:
-    """Give the attributes of a CONSUMER span."""
-    delivery = request.get("delivery_info") or {}
-    known = {
-        semconv.MESSAGING_SYSTEM: SYSTEM,
-        semconv.MESSAGING_OPERATION_NAME: "process",
-        semconv.MESSAGING_OPERATION_TYPE: "process",
-        semconv.MESSAGING_DESTINATION_NAME: delivery.get("routing_key"),
-        semconv.MESSAGING_MESSAGE_ID: task_id,
-    }
-    return {key: value for key, value in known.items() if isinstance(value, str) and value}
-
-
-def queue_latency(enqueued_unix_ns: int | None, request: Mapping[str, Any]) -> float | None:
+def open_early(task: Any, task_id: str, request: Mapping[str, Any]) -> Run | None:
     """
-    Give how long a message waited, in seconds, from when it was sent or from when it was due, whichever is later.
+    Open the attempt of a task that this very thread is about to run, before its message is acknowledged.
 
     Args:
-        enqueued_unix_ns: When it was sent; None where it doesn't say.
-        request: Its request.
+        task: The task.
+        task_id: Its id.
+        request: Its request, with the delivery's token.
+
+    Returns:
+        None where somebody cancelled it; then it won't be run.
     """
-    if enqueued_unix_ns is None:
+    token = request[carrier.DELIVERY]
+    try:
+        run = _early[token] = Run(task, task_id, request)
+    except ExecutionCancelled as error:
+        _early[token] = error
         return None
-    since = enqueued_unix_ns / 1e9
-    eta = request.get("eta")
-    if eta:
-        try:
-            due: datetime = maybe_iso8601(eta)
-            since = max(since, (due if due.tzinfo is not None else due.replace(tzinfo=UTC)).timestamp())
-        except (TypeError, ValueError, AttributeError):
-            pass
-    return max(0.0, time.time() - since)
+    return run
 
 
-def _hard_limit(task: Any, request: Mapping[str, Any]) -> float | None:
-    limits = request.get("timelimit") or (None, None)
-    seconds = limits[0] or task.time_limit
-    return float(seconds) if isinstance(seconds, int | float) and seconds > 0 else None
+def _links(found: Mapping[str, Any], runtime: _runtime.Runtime) -> tuple[trace.Link, ...]:
+    """Give the links of a chord's body to its headers."""
+    key = carrier.text_of(found, carrier.JOINS)
+    if key is None or not runtime.records:
+        return ()
+    spans = runtime.write(ReadContributions(key))
+    if not isinstance(spans, list):
+        return ()
+    contexts = [decode_trace(f"00-{trace_id}-{span_id}-01", None) for trace_id, span_id in spans]
+    return tuple(trace.Link(context) for context in contexts if context is not None)
 
 
 def wrap_build_tracer(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -247,8 +223,12 @@ def _body_cell(tracer: Any) -> CellType | None:
 
 def _trace(tracer: Callable[..., Any], task: Any, uuid: str, args: Any, kwargs: Any, request: Any) -> Any:
     before = otel_context.get_current()
+    request = request if isinstance(request, Mapping) else {}
     try:
-        run = Run(task, uuid, request if isinstance(request, Mapping) else {})
+        early = _early.pop(request.get(carrier.DELIVERY, ""), None)
+        if isinstance(early, ExecutionCancelled):
+            raise early
+        run = early or Run(task, uuid, request)
     except ExecutionCancelled as error:
         return _revoked(task, uuid, args, kwargs, request, error)
     except Exception as error:
@@ -302,7 +282,10 @@ def _result_not_stored(run: Run) -> None:
     """Note beside a success that its result could not be kept."""
     ending = run.execution.ending
     if ending is not None and ending.state == SUCCEEDED and ending.classification is None:
-        logger.warning("otelexec.celery.%s: %s %s", endings.RESULT_NOT_STORED, run.task.name, run.execution.id)
+        runtime = _runtime.get()
+        if runtime.records:
+            runtime.write(AmendAttempt(run.execution.id, run.execution.token, endings.RESULT_NOT_STORED))
+        logger.warning("otelexec.celery.result_not_stored: %s %s succeeded", run.task.name, run.execution.id)
 
 
 def _revoked(task: Any, uuid: str, args: Any, kwargs: Any, request: Any, error: ExecutionCancelled) -> Any:
