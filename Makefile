@@ -1,8 +1,10 @@
 # PYTHON  the interpreter that the environment is made with
 # STORE   where `make demo` keeps its records, for example sqlite:////tmp/demo.db
+# BACKEND what `make demo` runs the work with: its own queue, or celery
 # ARGS    passed on to pytest, the benchmarks or Jaeger's script, for example ARGS="-k spool"
 PYTHON ?= python3
 STORE ?=
+BACKEND ?= own
 ARGS ?=
 
 VENV := .venv
@@ -10,12 +12,14 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 RUNTIME := $(VENV)/.runtime
 DEV := $(VENV)/.dev
+CELERY := $(VENV)/.celery
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint types bench jaeger clean
 
 help:
 	@echo "make demo    run webhooks and a schedule through workers, kill one, show every record and its span"
+	@echo "             (BACKEND=celery: the same on Celery, with a Valkey that comes along)"
 	@echo "make test    run the tests (ARGS=... goes to pytest; OTELEXEC_TEST_LONG=1 adds the long sweeps)"
 	@echo "make lint    ruff check and ruff format --check"
 	@echo "make types   mypy and pyright"
@@ -23,8 +27,8 @@ help:
 	@echo "make jaeger  run a real Jaeger on loopback, without Docker (needs Go; built once)"
 	@echo "make clean   remove the environment, builds and caches of this folder"
 
-demo: $(RUNTIME)
-	$(if $(STORE),OTELEXEC_STORE='$(STORE)') $(BIN)/otelexec demo
+demo: $(if $(filter celery,$(BACKEND)),$(CELERY),$(RUNTIME))
+	$(if $(STORE),OTELEXEC_STORE='$(STORE)') $(BIN)/otelexec demo --backend $(BACKEND)
 
 test: $(DEV)
 	$(BIN)/python -m pytest $(ARGS)
@@ -62,6 +66,10 @@ $(VENV)/.pip: constraints.txt
 
 $(RUNTIME): $(VENV)/.pip pyproject.toml
 	@$(PIP) --constraint constraints.txt --build-constraint constraints.txt --editable .
+	@touch $@
+
+$(CELERY): $(RUNTIME)
+	@$(PIP) --constraint constraints.txt --build-constraint constraints.txt --editable '.[celery]' --group demo
 	@touch $@
 
 $(DEV): $(RUNTIME)

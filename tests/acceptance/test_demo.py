@@ -19,7 +19,9 @@ from typing import Any
 import psutil
 import pytest
 
-from otelexec.cli.demo import EXPECTED, KILL_AT_SEGMENT, STORIES, WORKERS
+from otelexec.cli.demo import KILL_AT_SEGMENT
+from otelexec.cli.demo_crew import WORKERS
+from otelexec.cli.demo_stories import STORIES
 from otelexec.decoded import DecodedSpan
 from otelexec.receiver import OtlpReceiver
 from tests.records import until
@@ -103,7 +105,7 @@ def test_every_story_ends_as_told(alone: Shown) -> None:
     ended = Counter(
         (record["name"], tuple(attempt["state"] for attempt in record["attempts"])) for record in alone.records if record["name"] in jobs
     )
-    assert ended == EXPECTED
+    assert ended == Counter((story.job, story.attempts) for story in STORIES)
 
 
 def test_it_shows_every_kind_of_ending_that_an_attempt_can_have(alone: Shown) -> None:

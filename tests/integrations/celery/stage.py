@@ -38,6 +38,8 @@ ALONE = ("--without-gossip", "--without-mingle", "--without-heartbeat")
 # Not these: a task's own traceback is in the log too.
 TROUBLE = ("Failed to detach context", "otelexec.execution.inherited", "otelexec.store", "CRITICAL", "Signal handler")
 """What must not stand in a worker's log."""
+OTHERS = "opentelemetry.instrumentation"
+"""The scope of spans that the contrib instrumentation makes with our provider."""
 
 
 class Worker:
@@ -252,7 +254,11 @@ class Stage:
 
     def look(self, task_id: str) -> Seen | None:
         """Give what there is of a task; None when no span names it yet, or its record is not there."""
-        spans = [span for span in self.spans() if span.attributes.get(semconv.MESSAGING_MESSAGE_ID) == task_id]
+        spans = [
+            span
+            for span in self.spans()
+            if span.attributes.get(semconv.MESSAGING_MESSAGE_ID) == task_id and not span.scope.startswith(OTHERS)
+        ]
         ids = {span.attributes[semconv.EXECUTION_ID] for span in spans}
         if not ids:
             return None

@@ -31,6 +31,7 @@ BASE: Mapping[str, Any] = {
     "broker_connection_timeout": 2.0,
     "worker_cancel_long_running_tasks_on_connection_loss": True,
     "result_expires": 600,
+    "worker_lost_wait": 1.0,  # seconds in which a dead child's result may still come; 10 by default
 }
 LATE: Mapping[str, Any] = {"acks_late": True}
 LOST_AGAIN: Mapping[str, Any] = {"acks_late": True, "reject_on_worker_lost": True}

@@ -17,7 +17,6 @@ from tests.records import until
 
 RESULT_SECONDS = 20.0
 LOST_SECONDS = 40.0
-"""billiard looks for 10 s whether a dead child's result is still on its way."""
 
 
 def send(stage: Stage, name: str, *arguments: Any, **options: Any) -> Any:
