@@ -12,7 +12,16 @@ import pytest
 from tests.integrations.celery.stage import Broker, Stage, each_open
 from tests.queue_servers import running_rabbitmq, running_valkey
 
-pytestmark = pytest.mark.timeout(180)
+HERE = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if HERE in item.path.parents:
+            item.add_marker(pytest.mark.timeout(180))
+            # Celery's result backends leave their sockets to the garbage collector.
+            item.add_marker(pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning"))
+            item.add_marker(pytest.mark.filterwarnings("ignore:.*unclosed <socket:pytest.PytestUnraisableExceptionWarning"))
 
 
 @pytest.fixture(scope="session")

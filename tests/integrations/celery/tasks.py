@@ -163,6 +163,17 @@ task("sleep.late", **LATE)(sleep)
 task("sleep.again", **LOST_AGAIN)(sleep)
 
 
+@task("meet", **LATE)
+def meet(mark: str) -> str:
+    """Go on until it runs a second time."""
+    count(mark)
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline and len(Path(mark).read_text(encoding="utf-8").splitlines()) < 2:
+        time.sleep(0.02)
+    time.sleep(0.3)
+    return "met"
+
+
 @task("stuck")
 def stuck(mark: str) -> None:
     """Heed no soft limit, nor anything else that raises."""

@@ -35,8 +35,7 @@ def check_three_retries(stage: Stage, result: Any, request_id: str) -> Seen:
     assert [each["baggage"]["tenant"] for each in told] == ["blue"] * 4
     assert {each["request_id"] for each in told} == {request_id}
     assert {each["execution_id"] for each in told} == {seen.record.execution_id}
-    # No stale parent: each attempt is below the message that brought it.
-    assert [seen.consumer(number).parent_span_id for number in range(1, 5)] == [span.span_id for span in seen.producers]
+    assert {attempt.trace_id for attempt in seen.attempts} == {span.trace_id for span in seen.producers} == {seen.record.producer_trace_id}
     return seen
 
 
@@ -48,7 +47,9 @@ def test_retries_beside_sentry_keep_their_baggage_and_have_no_stale_parent(fresh
         result = stage.task("flaky").apply_async(
             (3,), headers={"sentry-trace": "1-2", "headers": {"sentry-trace": "1-2", "baggage": "sentry-release=1"}}
         )
-    check_three_retries(stage, result, correlation.request_id)
+    seen = check_three_retries(stage, result, correlation.request_id)
+    # No stale parent: each attempt is below the message that brought it.
+    assert [seen.consumer(number).parent_span_id for number in range(1, 5)] == [span.span_id for span in seen.producers]
     failing = stage.task("fail").delay()
     stage.ended(failing.id, "failed")
     assert worker.stop() == 0
