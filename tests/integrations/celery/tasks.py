@@ -206,6 +206,14 @@ def killed_early() -> None:
     """Never get to run: see `worker_app.py`."""
 
 
+@task("brief.again", **LOST_AGAIN)
+def brief_again(tenths: int) -> int:
+    """Work for a moment, so that a kill finds somebody at it."""
+    with trace.get_tracer("user").start_as_current_span("work"):
+        time.sleep(0.01 * tenths)
+    return tenths
+
+
 # Retries
 
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 
 import pytest
 from celery.exceptions import TaskRevokedError
 
 import otelexec
 from tests.integrations.celery.conftest import Fresh
-from tests.integrations.celery.stage import ROOT, Stage
+from tests.integrations.celery.stage import Stage
 
 TERMINATED_SECONDS = 20.0
 RESULT_SECONDS = 20.0
@@ -43,15 +41,7 @@ def test_with_terminate_the_worker_stops_it_as_revoke_does(common: Stage, task: 
     with otelexec.correlate(source="test") as correlation:
         result = common.task(task).delay(60, mark)
     common.wait_for_run(mark)
-    asked = subprocess.run(
-        [sys.executable, "-m", "otelexec", "cancel", correlation.execution_id, "--terminate"],
-        env=common.environment,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=30,
-        check=False,
-    )
+    asked = common.command("cancel", correlation.execution_id, "--terminate")
     assert asked.returncode == 0, asked.stderr
     seen = common.ended(result.id, "cancelled", seconds=TERMINATED_SECONDS)
     assert (seen.record.state, seen.attempt.classification) == ("cancelled", None)

@@ -379,6 +379,9 @@ def test_with_acks_late_the_record_is_closed_before_the_message_is_acknowledged(
         send(common, "add.late", 1, 2)
     broker = keys(common.settings["broker_url"])
 
+    # The transport takes a message from the queue before it notes it as unacknowledged, so that for a moment it is in neither.
+    until(lambda: (record := common.record(correlation.execution_id)) is not None and record.started_unix_ns is not None, 10)
+
     def acknowledged() -> bool:
         held = [json.loads(value)[0]["headers"]["task"] for value in broker.hvals("unacked")]
         return "add.late" not in held and broker.llen("common") == 0
