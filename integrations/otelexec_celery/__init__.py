@@ -9,9 +9,7 @@ or nothing at all under `opentelemetry-instrument celery -A app worker`. See the
 
 from __future__ import annotations
 
-import importlib
 import logging
-import sys
 from collections.abc import Collection
 from typing import Any, Final
 
@@ -35,7 +33,7 @@ from celery.worker.consumer import consumer as celery_consumer
 from opentelemetry.instrumentation.instrumentor import BaseInstrumentor
 
 from otelexec import runtime as _runtime
-from otelexec_celery import consume, publish, schedule, worker
+from otelexec_celery import coexistence, consume, publish, schedule, worker
 from otelexec_celery.patches import Patches
 from otelexec_celery.settings import CHOICES
 
@@ -44,7 +42,6 @@ __all__ = ["CeleryInstrumentor"]
 logger = logging.getLogger("otelexec.celery")
 
 REQUIRES: Final = ("celery >= 5.4, < 6",)
-_OTHER: Final = "opentelemetry.instrumentation.celery"
 
 
 class CeleryInstrumentor(BaseInstrumentor):  # type: ignore[misc] # untyped in the versions that are supported
@@ -76,7 +73,8 @@ class CeleryInstrumentor(BaseInstrumentor):  # type: ignore[misc] # untyped in t
         _patch_running(patches)
         _patch_worker(patches)
         patches.replace(Scheduler, "apply_entry", schedule.wrap_apply_entry)
-        _warn_of_the_other()
+        coexistence.warn()
+        patches.listen(signals.worker_ready, coexistence.warn)  # again, where the worker's log is set up
 
     def _uninstrument(self, **_: Any) -> None:
         """Leave Celery as it was."""
@@ -153,14 +151,3 @@ def _unwrap_tracers() -> None:
 
 def _tasks() -> list[Any]:
     return [task for app in list(_state._get_active_apps()) for task in list(app._tasks.values())]  # noqa: SLF001
-
-
-def _warn_of_the_other() -> None:
-    if _OTHER not in sys.modules:
-        return
-    other = getattr(importlib.import_module(_OTHER), "CeleryInstrumentor", None)
-    if other is not None and other().is_instrumented_by_opentelemetry:
-        logger.warning(
-            "otelexec.celery.twice: opentelemetry-instrumentation-celery is active as well: every task has its spans beside "
-            "otelexec's. Turn it off with OTEL_PYTHON_DISABLED_INSTRUMENTATIONS=celery."
-        )

@@ -9,17 +9,17 @@ the outer wrapper.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import inspect
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
-from types import CellType
+from types import CellType, FunctionType
 from typing import Any, Final
 
 from celery import states
 from celery.app import trace as celery_trace
-from celery.exceptions import Ignore
+from celery.exceptions import Ignore, Retry
 from opentelemetry import context as otel_context
 from opentelemetry import trace
 from opentelemetry.context import Context
@@ -30,8 +30,9 @@ from otelexec.endings import Ending, raised_by_signal_handler
 from otelexec.errors import ExecutionCancelled
 from otelexec.execution import Execution
 from otelexec.lifecycle import Steps, lifecycle
+from otelexec.propagation import entries
 from otelexec.store.writes import SUCCEEDED, AmendAttempt, Contribute, ReadContributions
-from otelexec.w3c import decode_trace
+from otelexec.w3c import decode_trace, encode_traceparent
 from otelexec_celery import carrier, chords, endings
 from otelexec_celery.messages import hard_limit_of, open_context, options_of
 from otelexec_celery.settings import CHOICES
@@ -40,6 +41,9 @@ logger = logging.getLogger("otelexec.celery")
 
 BODY: Final = "fun"
 """The name under which the closure that `build_tracer` makes holds the task's body."""
+
+MAX_WRAPPERS: Final = 64
+"""Functions looked at in search of the body: nobody wraps that deep."""
 
 TASK_EXECUTION: ContextVar[Execution | None] = ContextVar("otelexec_celery_execution", default=None)
 """The execution of the task that is being run here."""
@@ -101,10 +105,23 @@ class Run:
             otel_context.attach(around)
         except BaseException as error:
             otel_context.attach(around)
+            if isinstance(error, Retry) and error.is_eager and error.sig is not None:
+                self._carry_on(error)
             self.close(error)
             raise
         self.close(None)
         return value
+
+    def _carry_on(self, retry: Retry) -> None:
+        """Have an eager retry, which is not sent, name its execution and this attempt all the same."""
+        span = self.execution.span.get_span_context()
+        options = retry.sig.options
+        headers = dict(options.get("headers") or {})
+        carried = entries(self.context, self.execution.correlation, message_id=options.get("task_id"))
+        if span.is_valid:
+            carried[carrier.PREVIOUS] = encode_traceparent(span)
+        carrier.write(headers, carried)
+        options["headers"] = headers
 
     def _contribute(self, key: str) -> None:
         """Note the span of a chord's header, before anybody can see that the last of them is done."""
@@ -169,8 +186,7 @@ def wrap_build_tracer(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def can_wrap(build_tracer: Any) -> bool:
     """Tell whether the tracers of this Celery hold the task's body where it is looked for."""
-    code = getattr(inspect.unwrap(build_tracer), "__code__", None)
-    return code is not None and BODY in code.co_cellvars
+    return any(BODY in function.__code__.co_cellvars for function in _inside(build_tracer))
 
 
 def wrap_tracer(tracer: Callable[..., Any], task: Any) -> Callable[..., Any]:
@@ -209,16 +225,27 @@ def wrap_tracer(tracer: Callable[..., Any], task: Any) -> Callable[..., Any]:
 
 
 def _body_cell(tracer: Any) -> CellType | None:
-    """Find the cell of a tracer's closure that holds the task's body; other libraries may have wrapped the tracer."""
-    seen = 0
-    while tracer is not None and seen < 16:  # noqa: PLR2004 (nobody wraps that often; it ends a circle)
-        code, closure = getattr(tracer, "__code__", None), getattr(tracer, "__closure__", None)
-        if code is not None and closure and BODY in code.co_freevars and "task" in code.co_freevars:
-            cell: CellType = closure[code.co_freevars.index(BODY)]
-            return cell
-        tracer = getattr(tracer, "__wrapped__", None)
-        seen += 1
+    """Find the cell of a tracer's closure that holds the task's body."""
+    for function in _inside(tracer):
+        names = function.__code__.co_freevars
+        if BODY in names and "task" in names and function.__closure__ is not None:
+            return function.__closure__[names.index(BODY)]
     return None
+
+
+def _inside(function: Any) -> Iterator[FunctionType]:
+    """Give a function and those that it wraps, in whatever way: other libraries wrap tracers as well."""
+    found, seen = [function], set[int]()
+    while found and len(seen) < MAX_WRAPPERS:
+        candidate = found.pop(0)
+        if not isinstance(candidate, FunctionType) or id(candidate) in seen:
+            continue
+        seen.add(id(candidate))
+        yield candidate
+        found.append(getattr(candidate, "__wrapped__", None))
+        for cell in candidate.__closure__ or ():
+            with contextlib.suppress(ValueError):  # not filled yet
+                found.append(cell.cell_contents)
 
 
 def _trace(tracer: Callable[..., Any], task: Any, uuid: str, args: Any, kwargs: Any, request: Any) -> Any:

@@ -47,9 +47,11 @@ class _Sending:
 class _Outgoing:
     """The message that is being published here."""
 
-    __slots__ = ("joins", "message", "previous", "task_id")
+    __slots__ = ("context", "joins", "message", "previous", "task_id")
 
     def __init__(self, message: Message, task_id: str | None, previous: str | None, joins: str | None) -> None:
+        # Of now: a receiver of somebody else's may make a span of its own the current one.
+        self.context = otel_context.get_current()
         self.message = message
         self.task_id = task_id
         self.previous = previous
@@ -206,7 +208,7 @@ def on_before_publish(headers: Any = None, **_: Any) -> None:
     outgoing = _outgoing.get()
     if outgoing is None or not isinstance(headers, dict):
         return
-    carried = entries(otel_context.get_current(), outgoing.message.correlation, message_id=outgoing.task_id)
+    carried = entries(outgoing.context, outgoing.message.correlation, message_id=outgoing.task_id)
     carried[carrier.ENQUEUED] = str(time.time_ns())
     if outgoing.previous is not None:
         carried[carrier.PREVIOUS] = outgoing.previous
