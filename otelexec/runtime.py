@@ -184,12 +184,13 @@ class Runtime:
 
     def is_supervised(self) -> None:
         """
-        Say that the parent process reports the death of this one, and with it how its attempts ended.
+        Say that the parent process looks after this one: it reports its death, and relays and reconciles for it.
 
-        A reconciler then leaves them to the parent while that lives, for as long as a lease. To be called before the
-        first write.
+        A reconciler then leaves this process's attempts to the parent while that lives, for as long as a lease. To be
+        called before the first write.
         """
         self._parent = identity.parent_of_this_process()
+        self.settings = self.settings.model_copy(update={"relay": False, "reconcile": False})
 
     def _announce(self) -> Sequence[Write]:
         return (Heartbeat(self.process),)

@@ -133,6 +133,7 @@ def _patch_worker(patches: Patches) -> None:
     for name in ("on_unknown_message", "on_unknown_task", "on_invalid_task", "on_decode_error"):
         patches.replace(consumer, name, worker.before(getattr(worker, name)))
     patches.replace(prefork.TaskPool, "on_start", worker.before(worker.on_pool_start))
+    patches.replace(prefork.TaskPool, "on_start", worker.after(worker.on_pool_started))
     patches.replace(prefork.TaskPool, "on_stop", worker.after(worker.on_pool_end))
     patches.replace(prefork.TaskPool, "on_terminate", worker.after(worker.on_pool_end))
     for pool in (asynpool.AsynPool, BlockingPool):

@@ -317,6 +317,11 @@ def on_pool_start(_: Any) -> None:
     MAIN.supervisor = Supervisor()
 
 
+def on_pool_started(_: Any) -> None:
+    """Relay and reconcile here for the children, from when they are there."""
+    _runtime.get().heartbeat.ensure()
+
+
 def on_worker_ready(sender: Any = None, **_: Any) -> None:
     """Learn the consumer, in whose loop requests are terminated."""
     MAIN.consumer = sender
