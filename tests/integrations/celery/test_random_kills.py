@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
-from pathlib import Path
 
 import pytest
 
@@ -23,7 +22,7 @@ from tests.acceptance.agreement import disagreements
 from tests.integrations.celery.conftest import Fresh
 from tests.integrations.celery.stage import Stage, Worker
 from tests.records import until
-from tests.servers import JaegerSpan, read_trace, running_jaeger
+from tests.servers import Jaeger, JaegerSpan, read_trace, running_jaeger
 
 SHORT, LONG = 150, 2_000
 SEED = 20261125
@@ -99,26 +98,29 @@ def test_every_task_is_accounted_for(fresh: Fresh) -> None:
         check_accounted_for(stage, task_ids, kills, receiver.spans)
 
 
+@pytest.fixture(scope="module")
+def jaeger(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jaeger]:
+    with running_jaeger(tmp_path_factory.mktemp("jaeger")) as running:
+        yield running
+
+
 @pytest.mark.long
 @pytest.mark.timeout(1500)
-def test_two_thousand_tasks_read_back_from_a_real_jaeger(fresh: Fresh, tmp_path: Path) -> None:
+def test_two_thousand_tasks_read_back_from_a_real_jaeger(fresh: Fresh, jaeger: Jaeger) -> None:
     stage = fresh()
     kills, task_ids = run_all(stage, LONG, 1200)
-    # The receiver's bytes are compared with the records first; then the same store goes to Jaeger.
     spans = stage.spans()
-    with running_jaeger(tmp_path) as jaeger:
-        drain(stage, jaeger.otlp_http_url)
-        records = check_accounted_for(stage, task_ids, kills, spans)
-        for record in records:
-            traced = until(partial(whole, jaeger.base_url, record), 30)
-            by_id = {span.span_id: span for span in traced}
-            assert len(by_id) == len(traced)
-            for attempt in record.attempts:
-                span = by_id[attempt.span_id or ""]
-                assert span.attributes[semconv.OUTCOME] == attempt.state
-                assert (span.started_unix_ns, span.ended_unix_ns) == (attempt.started_unix_ns, attempt.ended_unix_ns)
-                assert span.status == ("error" if attempt.state == "lost" else "unset")
-                assert not span.warnings
+    drain(stage, jaeger.otlp_http_url)
+    for record in check_accounted_for(stage, task_ids, kills, spans):
+        traced = until(partial(whole, jaeger.base_url, record), 30)
+        by_id = {span.span_id: span for span in traced}
+        assert len(by_id) == len(traced)
+        for attempt in record.attempts:
+            span = by_id[attempt.span_id or ""]
+            assert span.attributes[semconv.OUTCOME] == attempt.state
+            assert (span.started_unix_ns, span.ended_unix_ns) == (attempt.started_unix_ns, attempt.ended_unix_ns)
+            assert span.status == ("error" if attempt.state == "lost" else "unset")
+            assert not span.warnings
 
 
 def whole(base_url: str, record: ExecutionRecord) -> list[JaegerSpan]:
