@@ -56,10 +56,11 @@ class Delivery:
 
     Attributes:
         pid: The child that runs it; None as long as none does.
+        accepted: Whether its attempt was opened here.
         ending: What the parent made of it, such as that it was stopped at a limit; None when it did nothing.
     """
 
-    __slots__ = ("_context", "_execution", "_stop", "ending", "options", "pid", "stopped")
+    __slots__ = ("_context", "_execution", "_stop", "accepted", "ending", "options", "pid", "stopped")
 
     def __init__(self, context: Context, options: Options, stop: Callable[[], None] | None = None) -> None:
         self._context = context
@@ -67,6 +68,7 @@ class Delivery:
         self._stop = stop
         self.options = options
         self.pid: int | None = None
+        self.accepted = False
         self.ending: Ending | None = None
         self.stopped = False
 
@@ -86,6 +88,7 @@ class Delivery:
 
     def accept(self) -> None:
         """Open its attempt on behalf of the child; survives the death of both, but not power loss."""
+        self.accepted = True
         runtime = _runtime.get()
         if runtime.records:
             runtime.write(replace(self.execution(runtime).attempt_row, repeated=True))

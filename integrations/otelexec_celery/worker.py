@@ -22,7 +22,7 @@ from opentelemetry.context import Context
 from otelexec import runtime as _runtime
 from otelexec.endings import Ending
 from otelexec.ids import random_word
-from otelexec.store.writes import CANCELLED, REJECTED, Cancellation, RequestCancel
+from otelexec.store.writes import CANCELLED, REJECTED, Cancellation, Heartbeat, RequestCancel
 from otelexec.supervision import Delivery, Supervisor
 from otelexec_celery import carrier, consume, endings
 from otelexec_celery.messages import hard_limit_of, open_context, options_of
@@ -134,16 +134,26 @@ def delivery_of(request: Any) -> Delivery:
 
 
 def on_accepted(request: Any, pid: int, *_: Any) -> None:
-    """Open the attempt before the message is acknowledged."""
+    """Learn that a child has begun; where the task runs in this process, open the attempt."""
     if MAIN.supervises and MAIN.supervisor is not None:
-        delivery = delivery_of(request)
-        MAIN.supervisor.started(pid, delivery)
-        if not request.task.acks_late:
-            delivery.accept()
+        MAIN.supervisor.started(pid, delivery_of(request))
         return
     run = consume.open_early(request.task, request.id, request.request_dict)
     if run is not None and getattr(getattr(MAIN.consumer, "pool", None), "is_green", False):
         run.execution.stop = functools.partial(_terminate, request)
+
+
+def on_acknowledge(request: Any) -> None:
+    """
+    Open the attempt of a message that is acknowledged early, for the child.
+
+    Not before Celery counts the request as active: its signal handlers run a whole shutdown in the middle of whatever
+    this process does, and would leave out a request that is not.
+    """
+    if MAIN.supervises and not request.acknowledged and request.worker_pid is not None and not request.task.acks_late:
+        delivery = delivery_of(request)
+        if not delivery.accepted and delivery.ending is None:
+            delivery.accept()
 
 
 def on_success(request: Any, *_: Any, **__: Any) -> None:
@@ -318,8 +328,11 @@ def on_pool_start(_: Any) -> None:
 
 
 def on_pool_started(_: Any) -> None:
-    """Relay and reconcile here for the children, from when they are there."""
-    _runtime.get().heartbeat.ensure()
+    """Relay and reconcile here for the children, and have the store open before the first acceptance."""
+    runtime = _runtime.get()
+    if runtime.records:
+        runtime.write(Heartbeat(runtime.process))
+        runtime.heartbeat.ensure()
 
 
 def on_worker_ready(sender: Any = None, **_: Any) -> None:
