@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from tests.benchmarks import call, freeze, measure, propagation, reconcile, relay, sequential, tasks, threads
+from tests.benchmarks import call, celery_tasks, freeze, measure, propagation, reconcile, relay, sequential, tasks, threads
 from tests.benchmarks.measure import Result
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ BENCHMARKS: dict[str, Callable[..., list[Result]]] = {
     "freeze": partial(_repeated, freeze.run, "encode_spans and serialise", freeze.TARGET),
     "relay": relay.run,
     "reconcile": reconcile.run,
+    "celery": celery_tasks.run,
 }
 
 
