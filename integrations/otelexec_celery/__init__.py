@@ -30,7 +30,7 @@ from celery.concurrency import asynpool, prefork
 from celery.worker import request as celery_request
 from celery.worker import strategy as celery_strategy
 from celery.worker.consumer import consumer as celery_consumer
-from opentelemetry.instrumentation.instrumentor import BaseInstrumentor
+from opentelemetry.instrumentation.instrumentor import BaseInstrumentor  # type: ignore[attr-defined] # untyped
 
 from otelexec import runtime as _runtime
 from otelexec_celery import coexistence, consume, publish, schedule, worker

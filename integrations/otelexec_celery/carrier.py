@@ -79,8 +79,13 @@ def carrier_of(found: Mapping[str, Any]) -> Carrier:
     """Give the W3C part of what `find` gave."""
     if not found:
         return NOTHING
-    ours = {name: found[name] for name in HEADERS if name in found}
-    return read_headers(ours or found)
+    get = found.get
+    carried = Carrier(
+        get(semconv.HEADER_TRACEPARENT), get(semconv.HEADER_TRACESTATE), get(semconv.HEADER_BAGGAGE), get(semconv.HEADER_SIGNATURE)
+    )
+    if all(value is None or type(value) is str for value in carried):
+        return carried
+    return read_headers({name: found[name] for name in HEADERS if name in found})  # bytes, or whatever somebody else wrote
 
 
 def text_of(found: Mapping[str, Any], name: str) -> str | None:

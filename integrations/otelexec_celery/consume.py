@@ -214,7 +214,7 @@ def wrap_tracer(tracer: Callable[..., Any], task: Any) -> Callable[..., Any]:
     def trace_task(uuid: str, args: Any, kwargs: Any, request: Any = None) -> Any:
         if not CHOICES.active:
             return tracer(uuid, args, kwargs, request)
-        return _trace(tracer, task, uuid, args, kwargs, request)
+        return _trace(tracer, task, (uuid, args, kwargs, request))
 
     def unwrap() -> Callable[..., Any]:
         cell.cell_contents = body
@@ -248,26 +248,26 @@ def _inside(function: Any) -> Iterator[FunctionType]:
                 found.append(cell.cell_contents)
 
 
-def _trace(tracer: Callable[..., Any], task: Any, uuid: str, args: Any, kwargs: Any, request: Any) -> Any:
+def _trace(tracer: Callable[..., Any], task: Any, call: tuple[str, Any, Any, Any]) -> Any:
     before = otel_context.get_current()
-    request = request if isinstance(request, Mapping) else {}
+    uuid, request = call[0], call[3] if isinstance(call[3], Mapping) else {}
     try:
         early = _early.pop(request.get(carrier.DELIVERY, ""), None)
         if isinstance(early, ExecutionCancelled):
             raise early
         run = early or Run(task, uuid, request)
     except ExecutionCancelled as error:
-        return _revoked(task, uuid, args, kwargs, request, error)
+        return _revoked(task, call, error)
     except Exception as error:
         if raised_by_signal_handler(error):
             raise
         logger.exception("otelexec.celery.open: %s[%s] runs without a record", task.name, uuid)
-        return tracer(uuid, args, kwargs, request)
+        return tracer(*call)
     run_token = _run.set(run)
     execution_token = TASK_EXECUTION.set(run.execution)
     otel_context.attach(run.context)
     try:
-        result = tracer(uuid, args, kwargs, request)
+        result = tracer(*call)
     except BaseException as error:
         _left(run, error)
         raise
@@ -315,8 +315,9 @@ def _result_not_stored(run: Run) -> None:
         logger.warning("otelexec.celery.result_not_stored: %s %s succeeded", run.task.name, run.execution.id)
 
 
-def _revoked(task: Any, uuid: str, args: Any, kwargs: Any, request: Any, error: ExecutionCancelled) -> Any:
+def _revoked(task: Any, call: tuple[str, Any, Any, Any], error: ExecutionCancelled) -> Any:
     """Give what the tracer of a revoked task would: its execution was cancelled before it started, and is not run."""
+    uuid, args, kwargs, request = call
     context = celery_trace.Context(request or {}, args=args, kwargs=kwargs, called_directly=False)
     try:
         store = not celery_trace.get_actual_ignore_result(task, context) if hasattr(celery_trace, "get_actual_ignore_result") else True

@@ -35,7 +35,7 @@ def _due(entry: Any) -> str | None:
     """Give when an entry was due; None where its schedule can't say."""
     try:
         now: datetime = entry.default_now()
-        due = now + entry.schedule.remaining_estimate(entry.last_run_at)
+        due: datetime = now + entry.schedule.remaining_estimate(entry.last_run_at)
         return min(due, now).isoformat()
     except Exception:  # schedules are the user's
         return None
