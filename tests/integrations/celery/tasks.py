@@ -207,11 +207,11 @@ def killed_early() -> None:
 
 
 @task("brief.again", **LOST_AGAIN)
-def brief_again(tenths: int) -> int:
+def brief_again(twentieths: int) -> int:
     """Work for a moment, so that a kill finds somebody at it."""
     with trace.get_tracer("user").start_as_current_span("work"):
-        time.sleep(0.01 * tenths)
-    return tenths
+        time.sleep(0.05 * twentieths)
+    return twentieths
 
 
 # Retries

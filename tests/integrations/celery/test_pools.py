@@ -76,19 +76,20 @@ def test_links_instead_of_parents(fresh: Fresh) -> None:
     assert before in {(link.trace_id, link.span_id) for link in seen.consumer(2).links}
 
 
-def test_children_that_are_recycled_after_each_task_leave_everything(fresh: Fresh) -> None:
+@pytest.mark.parametrize("tasks", [30, pytest.param(100, marks=pytest.mark.long)])
+def test_children_that_are_recycled_after_each_task_leave_everything(fresh: Fresh, tasks: int) -> None:
     """Scenario 1."""
     stage = fresh()
     worker = stage.worker("recycled", "prefork", 2, arguments=("--max-tasks-per-child", "1"))
-    results = [stage.task("add").delay(number, 1) for number in range(100)]
-    assert [result.get(timeout=60) for result in results] == list(range(1, 101))
+    results = [stage.task("add").delay(number, 1) for number in range(tasks)]
+    assert [result.get(timeout=60) for result in results] == list(range(1, tasks + 1))
     assert worker.stop() == 0
     records = stage.records()
-    assert len(records) == 100
+    assert len(records) == tasks
     assert {(record.state, len(record.attempts)) for record in records} == {("succeeded", 1)}
-    assert len({record.attempts[0].pid for record in records}) == 100
+    assert len({record.attempts[0].pid for record in records}) == tasks
     consumers = [span for span in stage.spans() if span.kind == "consumer"]
-    assert len(consumers) == 100
+    assert len(consumers) == tasks
     stage.check_agreement()
     worker.check_log()
 

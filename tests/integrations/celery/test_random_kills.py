@@ -55,7 +55,7 @@ def killing(worker: Worker, every_seconds: float) -> Iterator[list[int]]:
 def run_all(stage: Stage, tasks: int, seconds: float) -> tuple[int, list[str]]:
     """Run tasks while their processes die; gives how many kills there were, and the tasks' ids."""
     worker = stage.worker("doomed", "prefork", 4)
-    results = [stage.task("brief.again").delay(number % 7) for number in range(tasks)]
+    results = [stage.task("brief.again").delay(number % 5) for number in range(tasks)]
     with killing(worker, 0.35) as killed:
         # A kill delays what the child had by worker_lost_wait, and the message is then delivered again.
         until(lambda: ended_and_open(stage) == (tasks, 0), seconds)
