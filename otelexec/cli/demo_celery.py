@@ -75,14 +75,15 @@ class CeleryCrew(Crew):
         yield from ()
 
     def end_schedule(self) -> None:
-        """Let beat end."""
-        if self._beat is not None:
-            self._end(self._beat)
-            self._beat = None
+        """Tell beat to end, without waiting for it: there is more to look after."""
+        if self._beat is not None and self._beat.stdin is not None:
+            self._beat.stdin.close()
 
     def stop(self) -> None:
         """Let every process finish what it has in hand and end, the broker last."""
-        self.end_schedule()
+        if self._beat is not None:
+            self._end(self._beat)
+            self._beat = None
         super().stop()
         if self._broker is not None:
             self._end(self._broker)
