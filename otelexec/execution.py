@@ -72,6 +72,8 @@ class Options:
         classify: Knows exceptions that are not failures; None means the default for all.
         cancel_wins: Whether a cancellation that was asked for makes the attempt `cancelled` although the code returned.
         finalized_by: Which path is named on the record.
+        token: The attempt's fencing token, where another process knows it as well; None mints one.
+        accepted: Whether a parent process may have opened the attempt under the token: then it becomes this one's.
 
     Raises:
         SettingsError: The timeout is no number of seconds above 0.
@@ -87,6 +89,8 @@ class Options:
     classify: Classifier | None = None
     cancel_wins: bool = False
     finalized_by: str = "executor"
+    token: str | None = None
+    accepted: bool = False
 
     def __post_init__(self) -> None:
         """Refuse a timeout that is none; a name that UTF-8 can't hold is written as near as it can be."""

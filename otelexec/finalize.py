@@ -97,7 +97,7 @@ def finalize(runtime: Runtime, execution: Execution, ending: Ending, ended_ns: i
     end_span(execution, ending, ended_ns)
     if not runtime.records:
         return False
-    write = execution.closing or _closing(runtime, execution, ending, ended_ns)
+    write = execution.closing or closing(runtime, execution, ending, ended_ns)
     execution.closing = write
     patience = runtime.settings.finalize_timeout_seconds
     # The end of an outer executor is no promise: the core's success stands whatever becomes of it.
@@ -134,7 +134,8 @@ def _lost(runtime: Runtime, execution: Execution, write: Any, closed: Closed) ->
         yield from persist(runtime, found, durable=True, patience_seconds=runtime.settings.finalize_timeout_seconds)
 
 
-def _closing(runtime: Runtime, execution: Execution, ending: Ending, ended_ns: int) -> CloseAttempt | CloseOuter:
+def closing(runtime: Runtime, execution: Execution, ending: Ending, ended_ns: int) -> CloseAttempt | CloseOuter:
+    """Make the write that closes an attempt or, where a core had taken it over, the executor around that."""
     children = runtime.collector.take_children(execution, runtime.process_id)
     row = execution.attempt_row
     if execution.had_core:

@@ -41,7 +41,7 @@ def _state_and_start(pid: int) -> tuple[str, int]:
     return (fields[0], int(fields[19])) if len(fields) > 19 else ("", 0)  # noqa: PLR2004 (field 22 of the file)
 
 
-def this_process(process_id: str, *, lease_seconds: float, resource: bytes, scope: bytes) -> ProcessRow:
+def this_process(process_id: str, *, lease_seconds: float, resource: bytes, scope: bytes, parent: tuple[int, int] = (0, 0)) -> ProcessRow:
     """
     Describe this process for the store.
 
@@ -50,6 +50,7 @@ def this_process(process_id: str, *, lease_seconds: float, resource: bytes, scop
         lease_seconds: How long it may count as alive where nobody can look at it.
         resource: Its encoded OTLP resource.
         scope: Its encoded OTLP scope.
+        parent: Pid and start time of the parent that reports its death; zeros when none does.
     """
     pid = os.getpid()
     return ProcessRow(
@@ -62,6 +63,8 @@ def this_process(process_id: str, *, lease_seconds: float, resource: bytes, scop
         lease_seconds=lease_seconds,
         resource=resource,
         scope=scope,
+        parent_pid=parent[0],
+        parent_start=parent[1],
     )
 
 
@@ -87,6 +90,26 @@ def liveness(process: ProcessRow, now_unix_ns: int) -> Literal["alive", "dead", 
     # Also after a reboot: another machine may carry the same name, so a boot that differs proves nothing.
     lease_ns = int(process.lease_seconds * 1e9)
     return "alive" if now_unix_ns - process.heartbeat_unix_ns <= lease_ns else "lapsed"
+
+
+def parent_of_this_process() -> tuple[int, int]:
+    """Give the parent's pid and its start time in clock ticks since boot; 0 for the latter where it can't be seen."""
+    pid = os.getppid()
+    return pid, _state_and_start(pid)[1]
+
+
+def is_alive(pid: int) -> bool:
+    """Tell whether a pid of this namespace is a process that runs; one that nobody has waited for yet does not."""
+    state, _ = _state_and_start(pid)
+    return bool(state) and state not in _DEAD_STATES
+
+
+def has_living_parent(process: ProcessRow) -> bool:
+    """Tell whether a process of this host has a parent that reports its death, and that lives."""
+    if not process.parent_pid or not is_here(process):
+        return False
+    state, start = _state_and_start(process.parent_pid)
+    return start == process.parent_start and state not in _DEAD_STATES
 
 
 def is_here(process: ProcessRow) -> bool:

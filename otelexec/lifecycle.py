@@ -144,7 +144,7 @@ def begin(runtime: Runtime, options: Options) -> tuple[Execution, Context]:
     outer = parent if role is not None else None
     takes_over = role == "takes_over"
     correlation = correlate_call(parent, scope, keeps_id=outer is not None)
-    token = outer.token if takes_over and outer is not None else f"{random_word():016x}{random_word():016x}"
+    token = outer.token if takes_over and outer is not None else options.token or f"{random_word():016x}{random_word():016x}"
     execution = Execution(runtime, options, correlation, token, outer)
     scope_is_near = scope is not None and (parent is None or scope.execution is parent)
     execution.span = _start_span(execution, runtime, scope if scope_is_near else None, base)
@@ -171,7 +171,7 @@ def _describe(execution: Execution, runtime: Runtime, base: Context, *, takes_ov
         outer_token=None if outer is None else outer.token,
         outer=None if outer is None else outer.attempt_row.span,
         outer_started_unix_ns=None if outer is None else outer.started_unix_ns,
-        takes_over=takes_over,
+        takes_over=takes_over or execution.options.accepted,
         opened=runtime.collector.open_ancestors(base),
     )
 

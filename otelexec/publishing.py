@@ -146,11 +146,13 @@ class publish(Block[Message]):  # noqa: N801 (read as a verb: `with publish(...)
         refused = isinstance(raised, Exception) and not message.unknown
         if refused:
             outcome = Outcome(REJECTED, ended, "publisher", error_type=error_type, error_message=error_message)
-            write: RefuseQueued | AddSpans = RefuseQueued(correlation.execution_id, outcome, spans)
-        else:
-            write = spans
-        if refused or spans:
-            yield from persist(runtime, write, durable=refused, patience_seconds=patience)
+            refusal = RefuseQueued(correlation.execution_id, outcome, spans)
+            yield from persist(runtime, refusal, durable=True, patience_seconds=patience)
+        elif spans and runtime.spooling:
+            yield from persist(runtime, spans, durable=False, patience_seconds=patience)
+        elif spans:
+            # The message has left; a commit of its own for the end of the span would cost as much as the record did.
+            runtime.defer(spans)
 
 
 def _message_context(

@@ -13,20 +13,33 @@ import logging
 import signal
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
 from opentelemetry.proto.trace.v1.trace_pb2 import Span as SpanMessage
 
 from otelexec import identity, otlp, semconv
+from otelexec.endings import Ending
 from otelexec.errors import StoreError
 from otelexec.freeze import status_of
 from otelexec.ids import nonce_at
 from otelexec.store.base import Store
 from otelexec.store.records import OpenWork
 from otelexec.store.spool import Spool, encode
-from otelexec.store.writes import LOST, AddSpans, CloseLost, CloseOuter, ForgetNonces, Frozen, Outcome, ProcessRow, ReleaseClaims, Write
+from otelexec.store.writes import (
+    CANCELLED,
+    LOST,
+    AddSpans,
+    CloseLost,
+    CloseOuter,
+    ForgetNonces,
+    Frozen,
+    Outcome,
+    ProcessRow,
+    ReleaseClaims,
+    Write,
+)
 
 logger = logging.getLogger("otelexec.reconcile")
 
@@ -55,12 +68,15 @@ class Death:
         signal: The signal that killed it; None without one.
         exit_code: Its exit code; None when a signal killed it.
         oom: Whether the kernel killed it for want of memory.
+        endings: How attempts ended that the parent knows more of, such as that it stopped them at a limit: by fencing
+            token. All others are `lost`.
     """
 
     seen_unix_ns: int
     signal: int | None = None
     exit_code: int | None = None
     oom: bool = False
+    endings: Mapping[str, Ending] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,6 +208,8 @@ class Reconciler:
                     yield process, OOM if death.oom else KILLED, death
                 continue
             state = identity.liveness(process, now)
+            if state == "dead" and self._is_left_to_parent(process, now):
+                continue
             if state == "dead":
                 yield process, KILLED if identity.is_here(process) else WORKER_LOST, None
             elif state == "lapsed" and (process.ended or self._lease_counts(process, now)):
@@ -203,6 +221,11 @@ class Reconciler:
         if since is not None and self._monotonic() - since < process.lease_seconds:
             return False
         return now - self._store.up_since_unix_ns() >= process.lease_seconds * 1e9
+
+    @staticmethod
+    def _is_left_to_parent(process: ProcessRow, now: int) -> bool:
+        # It knows the signal, and whether it sent it itself. What it has not said within a lease it won't say.
+        return now - process.heartbeat_unix_ns <= process.lease_seconds * 1e9 and identity.has_living_parent(process)
 
     def _close(
         self,
@@ -229,8 +252,9 @@ class Reconciler:
                 if item.kind == "attempt" and result is True:
                     lost += 1
                     if lost <= MAX_LINES:
-                        text = "otelexec.reconcile.lost: execution %s attempt %d of process %d on %s is lost (%s)"
-                        logger.warning(text, item.execution_id, item.number, process.pid, process.host, classification)
+                        state = _state_of(item, death)
+                        text = "otelexec.reconcile.lost: execution %s attempt %d of process %d on %s is %s (%s)"
+                        logger.warning(text, item.execution_id, item.number, process.pid, process.host, state, classification)
             if lost > MAX_LINES:
                 text = "otelexec.reconcile.lost: and %d more attempts of process %d on %s; `otelexec list --state lost` has them all"
                 logger.warning(text, lost - MAX_LINES, process.pid, process.host)
@@ -275,16 +299,23 @@ def _write(item: OpenWork, process: ProcessRow, classification: str, death: Deat
     ended = max(seen, started)
     if classification != OOM and item.deadline_unix_ns is not None and ended >= item.deadline_unix_ns:
         classification = DEADLINE_EXCEEDED
-    message = _explain(process, death, ended)
     outcome = Outcome(
         state=LOST,
         ended_unix_ns=ended,
         finalized_by="reconciler" if death is None else "parent",
         classification=classification,
         error_type=classification,
-        error_message=message,
+        error_message=_explain(process, death, ended),
         reconciled_unix_ns=now,
     )
+    ending = None if death is None else death.endings.get(item.token)
+    if ending is not None:
+        outcome.state, outcome.classification = ending.state, ending.classification
+        outcome.error_type = ending.error_type
+        outcome.error_message = ending.error_message or outcome.error_message
+        outcome.retrying = ending.retrying
+        # What was interrupted without anybody having asked for it says so in its classification.
+        outcome.sticky = ending.state == CANCELLED and ending.classification is None
     frozen = Frozen(outcome, _synthesize(item, process, outcome))
     if item.kind == "attempt":
         return CloseLost(item.execution_id, item.token, frozen)
@@ -295,29 +326,39 @@ def _write(item: OpenWork, process: ProcessRow, classification: str, death: Deat
     return AddSpans(recorded=((item.span, frozen.request),), execution_id=item.execution_id or None)
 
 
+def _state_of(item: OpenWork, death: Death | None) -> str:
+    ending = None if death is None else death.endings.get(item.token)
+    return LOST if ending is None else ending.state
+
+
 def _explain(process: ProcessRow, death: Death | None, ended: int) -> str:
-    who = f"worker process {process.pid} on {process.host}"
-    if death is None:
-        at = datetime.fromtimestamp(ended / 1e9, UTC).isoformat(timespec="milliseconds")
-        return f"{who} died without a word; last sign of life {at}"
+    if death is not None:
+        return explain(process.host, process.pid, death)
+    at = datetime.fromtimestamp(ended / 1e9, UTC).isoformat(timespec="milliseconds")
+    return f"worker process {process.pid} on {process.host} died without a word; last sign of life {at}"
+
+
+def explain(host: str, pid: int, death: Death) -> str:
+    """Say in one sentence how a process died, as its parent saw it."""
+    who = f"worker process {pid} on {host}"
     if death.signal is not None:
         try:
             name = signal.Signals(death.signal).name
         except ValueError:
             name = f"signal {death.signal}"
         return f"{who} was killed by {name}" + (" (out of memory)" if death.oom else "")
-    return f"{who} exited with code {death.exit_code}"
+    return f"{who} exited" + ("" if death.exit_code is None else f" with code {death.exit_code}")
 
 
 def _synthesize(item: OpenWork, process: ProcessRow, outcome: Outcome) -> bytes:
     """End the span that the process could not end, under its own ids."""
     if item.span is None:
         return b""
-    attributes: dict[str, Any] = {
-        semconv.CLASSIFICATION: outcome.classification,
-        semconv.ERROR_TYPE: outcome.error_type,
-        semconv.RECONCILED_AT: outcome.reconciled_unix_ns,
-    }
+    attributes: dict[str, Any] = {semconv.RECONCILED_AT: outcome.reconciled_unix_ns}
+    if outcome.classification is not None:
+        attributes[semconv.CLASSIFICATION] = outcome.classification
+    if outcome.error_type is not None:
+        attributes[semconv.ERROR_TYPE] = outcome.error_type
     if item.kind == "attempt":
         attributes[semconv.OUTCOME] = outcome.state
         attributes[semconv.ATTEMPT] = item.number
@@ -325,7 +366,7 @@ def _synthesize(item: OpenWork, process: ProcessRow, outcome: Outcome) -> bytes:
             attributes[semconv.PROGRESS] = item.progress
     elif item.kind == "outer":
         attributes[semconv.OUTER_OUTCOME] = outcome.state
-    code, message = status_of(LOST, outcome.error_message)
+    code, message = status_of(outcome.state, outcome.error_message)
     span = otlp.complete_start(
         item.span.start, end_unix_ns=outcome.ended_unix_ns, attributes=attributes, status_code=code, status_message=message
     )

@@ -141,6 +141,7 @@ class Runtime:
             self._plain_provider()
         self.tracer = self.provider.get_tracer(semconv.SCOPE_NAME, schema_url=semconv.SCHEMA_URL)
         self._process: ProcessRow | None = None
+        self._parent = (0, 0)
         self.executions: dict[str, Execution] = {}
         self.spooling = False
         self._backlog: deque[Write] = deque()
@@ -184,8 +185,19 @@ class Runtime:
                 lease_seconds=self.settings.lease_seconds,
                 resource=otlp.encode_resource(self.provider.resource),
                 scope=otlp.encode_scope(getattr(scope, "_instrumentation_scope", None)),
+                parent=self._parent,
             )
         return self._process
+
+    def is_supervised(self) -> None:
+        """
+        Say that the parent process looks after this one: it reports its death, and relays and reconciles for it.
+
+        A reconciler then leaves this process's attempts to the parent while that lives, for as long as a lease. To be
+        called before the first write.
+        """
+        self._parent = identity.parent_of_this_process()
+        self.settings = self.settings.model_copy(update={"relay": False, "reconcile": False})
 
     def _announce(self) -> Sequence[Write]:
         return (Heartbeat(self.process),)
@@ -202,14 +214,21 @@ class Runtime:
 
     def leave(self, write: Write, *, durable: bool) -> None:
         """Commit a write without waiting for anything, or leave it for the next commit."""
+        self._leave(write, durable=durable)
+        self.group.flush(wait=False)
+        self.heartbeat.nudge()
 
+    def defer(self, write: Write) -> None:
+        """Leave a write for the next commit: somebody's, or the background thread's within `cancel_poll_seconds`."""
+        self._leave(write, durable=False)
+        self.heartbeat.ensure()
+
+    def _leave(self, write: Write, *, durable: bool) -> None:
         def keep_if_refused(entry: Entry) -> None:
             if entry.error is not None:
                 self.keep(entry.write, durable=durable)
 
         self.group.leave(write, keep_if_refused, durable=durable, timeout_seconds=self.settings.finalize_timeout_seconds)
-        self.group.flush(wait=False)
-        self.heartbeat.nudge()
 
     def in_thread(self, loop: asyncio.AbstractEventLoop, function: Callable[[], Any]) -> asyncio.Future[Any]:
         """Call a function that may block on a thread of our own: the loop's pool may be full of the user's work."""

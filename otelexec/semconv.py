@@ -29,6 +29,7 @@ PROGRESS: Final = "otelexec.progress"
 DEADLINE: Final = "otelexec.deadline_unix_ns"
 OUTER_OUTCOME: Final = "otelexec.outer_outcome"
 OBSERVED_OF: Final = "otelexec.observed_of"
+QUEUE_LATENCY: Final = "otelexec.queue_latency_seconds"
 
 ERROR_TYPE: Final = "error.type"
 EXCEPTION_EVENT: Final = "exception"

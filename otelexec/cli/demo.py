@@ -1,8 +1,9 @@
 """
 `otelexec demo`: webhooks and a schedule come in, workers run them, one is killed, and every record has its span.
 
-Around it stand `demo_jobs.py` (what a user writes), `demo_process.py` (the web process and the workers),
-`demo_queue.py` (the queue between them), `demo_crew.py` (starts and ends the processes) and `demo_view.py` (the table).
+Around it stand `demo_stories.py` (what should come of it), `demo_jobs.py` (what a user writes), `demo_process.py` (the web
+process and the workers), `demo_queue.py` (the queue between them), `demo_crew.py` (starts and ends the processes) and
+`demo_view.py` (the table). With `--backend celery` the jobs, the processes and the crew are those of `demo_celery*.py`.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ import tempfile
 import time
 import uuid
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -30,73 +31,53 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 import otelexec
 from otelexec import runtime as _runtime
 from otelexec import settings as _settings
-from otelexec.cli import demo_jobs, demo_postgres, demo_result
+from otelexec.cli import demo_celery, demo_postgres, demo_result, options
 from otelexec.cli.console import STYLES, lines, plural
+from otelexec.cli.demo_celery import CeleryCrew
 from otelexec.cli.demo_crew import Crew, CrewError
+from otelexec.cli.demo_stories import CELERY_STORIES, SCHEDULE, SCHEDULE_TIMES, SCHEDULED, SEGMENTS, STORIES, Story, unexpected
 from otelexec.reconcile import Death, Reconciler
 from otelexec.store.base import Store
 from otelexec.store.records import AttemptRecord, ExecutionRecord
 from otelexec.store.writes import ENDED_STATES, PAUSED, RUNNING
 
-WORKERS = 3
 PATIENCE_SECONDS = 25.0
 POLL_SECONDS = 0.05
 PIPE_WIDTH = 130
 KILL_AT_SEGMENT = 2
 
 
-@dataclass(frozen=True, slots=True)
-class Story:
-    """
-    What the demo asks for, and how that should end.
+class Backend(StrEnum):
+    """What stands between the web process and the workers."""
 
-    Attributes:
-        job: The executor.
-        provider: Who sends the webhook; None for what is not asked for by one.
-        attempts: How the attempts should end.
-        payload: What the webhook says.
-    """
-
-    job: str
-    provider: str | None
-    attempts: tuple[str, ...] = ("succeeded",)
-    payload: dict[str, Any] = field(default_factory=dict)
+    OWN = "own"
+    CELERY = "celery"
 
 
-STORIES = (
-    Story("video.encode", "studio", ("lost", "succeeded")),
-    Story("export.build", "crm", ("cancelled",), {"rows": 200}),
-    Story("order.import", "shop", payload={"order": 7, "items": ["tea", "pot"]}),
-    Story("contract.sign", "legal", ("paused", "succeeded"), {"party": "ACME"}),
-    Story("card.charge", "bank", ("failed",), {"card": "4242"}),
-    Story("report.render", "crm", ("failed", "succeeded")),
-    Story("feed.sync", "press", ("timed_out",)),
-    Story("newsletter.send", "crm"),
-    Story("newsletter.send", "crm", ("rejected",)),
-    # A schedule asks for these, and another execution for that.
-    Story("cache.clean", None),
-    Story("cache.clean", None),
-    Story("receipt.send", None),
-)
-EXPECTED = Counter((story.job, story.attempts) for story in STORIES)
-
-
-def demo() -> None:
+def demo(
+    *,
+    backend: Annotated[
+        Backend,
+        typer.Option(help="What runs the work: a small queue of the demo's own, or Celery with a Valkey that the demo brings."),
+    ] = Backend.OWN,
+) -> None:
     """
     See it all in seconds: webhooks, a schedule, a queue, workers, one of them killed, and every record with its span.
 
     No service is needed. The records go to OTELEXEC_STORE if it is set, else to a new store of the demo's own; with
     `postgres`, to an embedded PostgreSQL that runs as long as the demo.
     """
+    if backend is Backend.CELERY and (install := demo_celery.missing()) is not None:
+        raise options.Failure(f"this demo needs more than is installed: {install}", code=2)
     with contextlib.ExitStack() as around:
         url = os.environ.get("OTELEXEC_STORE")
         if url == "postgres":
             url = around.enter_context(demo_postgres.running())
             around.callback(demo_postgres.wait_for_the_reader)
-        _perform(url)
+        _perform(url, backend)
 
 
-def _perform(url: str | None) -> None:
+def _perform(url: str | None, backend: Backend) -> None:
     # A pipe or a file has no width of its own; COLUMNS sets another one.
     width = None if sys.stdout.isatty() or os.environ.get("COLUMNS", "").isdigit() else PIPE_WIDTH
     console = Console(width=width, highlight=False, emoji=False)
@@ -107,7 +88,8 @@ def _perform(url: str | None) -> None:
     console.print(f"The store of this demo: [bold]{escape(store.url.removeprefix('sqlite:///'))}[/]", soft_wrap=True)
     others = store.statistics().processes > 0  # killed ones count too, since they never said goodbye
     with tempfile.TemporaryDirectory(prefix="otelexec-demo-") as folder:
-        stage = Stage(console, runtime, store, Path(folder))
+        make_crew, stories = (CeleryCrew, CELERY_STORIES) if backend is Backend.CELERY else (Crew, STORIES)
+        stage = Stage(console, runtime, store, make_crew(Path(folder), runtime.settings.store, uuid.uuid4().hex[:8]), stories)
         try:
             stage.perform()
         except KeyboardInterrupt:
@@ -119,7 +101,7 @@ def _perform(url: str | None) -> None:
         finally:
             stage.crew.stop()
         records = stage.records()
-        wrong = [*_unexpected(records), *demo_result.show(console, runtime, records, complete=not others)]
+        wrong = [*unexpected(records, stage.stories), *demo_result.show(console, runtime, records, complete=not others)]
         logged = stage.crew.log_tail()
     if wrong and logged:
         wrong.append(f"The processes logged: {logged}")
@@ -156,16 +138,6 @@ def fresh_store() -> Path:
     raise AssertionError
 
 
-def _unexpected(records: Sequence[ExecutionRecord]) -> list[str]:
-    """Give a line for each story that ended in another way than it should."""
-    jobs = {story.job for story in STORIES}
-    ended = Counter((record.name, tuple(attempt.state for attempt in record.attempts)) for record in records if record.name in jobs)
-    missing, surprising = EXPECTED - ended, ended - EXPECTED
-    return [f"{name} should have ended as {', then '.join(states)}, and did not" for name, states in missing] + [
-        f"{name} ended as {', then '.join(states) or 'nothing'}, which nobody expected" for name, states in surprising
-    ]
-
-
 class Stage:
     """
     One run of the demo.
@@ -174,33 +146,37 @@ class Stage:
         console: Where it is told.
         runtime: This process's runtime.
         store: The store.
-        folder: For queue and logs.
+        crew: The other processes.
+        stories: What is asked for.
     """
 
-    def __init__(self, console: Console, runtime: _runtime.Runtime, store: Store, folder: Path) -> None:
+    def __init__(self, console: Console, runtime: _runtime.Runtime, store: Store, crew: Crew, stories: Sequence[Story]) -> None:
         self._console = console
         self._runtime = runtime
         self._store = store
-        self._run = uuid.uuid4().hex[:8]
         self._told: set[tuple[str, int]] = set()
         self._done: set[str] = set()
         self._killed_unix_ns = 0
-        self.crew = Crew(folder, runtime.settings.store, self._run)
+        self.stories = stories
+        self.crew = crew
         newest = next(iter(store.executions(limit=1)), None)
         self._before = 0 if newest is None else newest.seq
 
     def records(self) -> list[ExecutionRecord]:
         """Give the executions of this run, the oldest first."""
         newer = itertools.takewhile(lambda record: record.seq > self._before, self._store.executions())
-        return [record for record in newer if json.loads(record.correlation).get("demo_run") == self._run][::-1]
+        return [record for record in newer if self._asked_for(json.loads(record.correlation))][::-1]
+
+    def _asked_for(self, fields: Mapping[str, Any]) -> bool:
+        # Nobody can tell Celery's beat the name of this run.
+        return fields.get("demo_run") == self.crew.run or fields.get("schedule_id") == SCHEDULE
 
     def perform(self) -> None:
         """Send everything, and do what has to be done until all of it has ended, or patience has."""
-        self.crew.start(WORKERS)
-        self._say(f"A web process listens on http://127.0.0.1:{self.crew.port}; a queue and {WORKERS} worker processes stand behind it.")
+        self._say(self.crew.start())
         columns = (SpinnerColumn(), TextColumn("executions closed"), BarColumn(), MofNCompleteColumn())
         with Progress(*columns, console=self._console, transient=True, disable=not self._console.is_terminal) as progress:
-            task = progress.add_task("", total=len(STORIES))
+            task = progress.add_task("", total=len(self.stories))
             lines.console = progress.console
             try:
                 self._send_webhooks()
@@ -209,7 +185,7 @@ class Stage:
                 lines.console = None
 
     def _send_webhooks(self) -> None:
-        for number, story in enumerate(STORIES, start=1):
+        for number, story in enumerate(self.stories, start=1):
             if story.provider is not None:
                 path = f"/hooks/{story.provider}/{story.job}"
                 status, _ = self.crew.request("POST", path, story.payload, x_webhook_id=f"wh_{number}")
@@ -217,7 +193,6 @@ class Stage:
 
     def _attend(self, progress: Progress, task: TaskID) -> None:
         deadline = time.monotonic() + PATIENCE_SECONDS
-        jobs = {story.job for story in STORIES}
         while time.monotonic() < deadline:
             records = self.records()
             for record in records:
@@ -225,9 +200,12 @@ class Stage:
                 if record.attempts:
                     self._act(record, record.attempts[-1])
             self._look_after_workers()
-            ended = sum(record.state in ENDED_STATES and record.name in jobs for record in records)
-            progress.update(task, completed=ended)
-            if ended >= len(STORIES):
+            ended = Counter(record.name for record in records if record.state in ENDED_STATES)
+            if ended[SCHEDULED] >= SCHEDULE_TIMES:
+                self.crew.end_schedule()
+            closed = (ended & Counter(story.job for story in self.stories)).total()
+            progress.update(task, completed=closed)
+            if closed >= len(self.stories):
                 return
             time.sleep(POLL_SECONDS)
 
@@ -251,7 +229,7 @@ class Stage:
             self._done.add(record.name)
             self._killed_unix_ns = time.time_ns()
             if self.crew.kill(attempt.pid):
-                middle = f"after segment {done} of {demo_jobs.SEGMENTS}"
+                middle = f"after segment {done} of {SEGMENTS}"
                 self._say(f"  [bold]SIGKILL[/] to worker {attempt.pid}, in the middle of video.encode ({middle})")
         elif record.name == "contract.sign" and attempt.state == PAUSED:
             self._done.add(record.name)

@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from otelexec.cli.demo_queue import Queue
+from otelexec.cli.demo_stories import QUEUE
 
+WORKERS = 3
 START_SECONDS = 20.0
 STOP_SECONDS = 10.0
 REQUEST_SECONDS = 10.0
@@ -38,37 +40,43 @@ class CrewError(Exception):
 
 class Crew:
     """
-    A web process and workers.
+    A web process, with the schedule in it, and workers.
 
     Args:
         folder: Where queue and logs go.
         store: Their store.
         run: Names this run of the demo.
+
+    Attributes:
+        module: What its processes run.
     """
+
+    module = "otelexec.cli.demo_process"
 
     def __init__(self, folder: Path, store: str, run: str) -> None:
         self.folder = folder
-        self.queue = Queue(folder / "queue.db")
+        self.queue = Queue(folder / QUEUE)
         self.port = 0
-        self._run = run
+        self.run = run
         self._environment = {name: value for name, value in os.environ.items() if name not in _CLEARED} | _SET | {"OTELEXEC_STORE": store}
         self._web: subprocess.Popen[bytes] | None = None
         self._workers: dict[int, subprocess.Popen[bytes]] = {}
 
-    def start(self, workers: int) -> None:
+    def start(self) -> str:
         """
         Start all of them; the web process takes requests when this returns.
 
+        Returns:
+            What there is, for whoever watches.
+
         Raises:
-            CrewError: It doesn't.
+            CrewError: One of them does not start.
         """
-        self._web = self._start("web")
-        for _ in range(workers):
+        self._web = self._start("web", answers=True)
+        for _ in range(WORKERS):
             self.start_worker()
-        answer = self._web.stdout
-        if answer is None or not select.select([answer], [], [], START_SECONDS)[0] or not (line := answer.readline()):
-            raise CrewError(f"the web process did not start:\n{self.log_tail()}")
-        self.port = int(line)
+        self.port = int(self._answer(self._web))
+        return f"A web process listens on http://127.0.0.1:{self.port}; a queue and {WORKERS} worker processes stand behind it."
 
     def start_worker(self) -> int:
         """Start one more worker; gives its pid."""
@@ -76,17 +84,24 @@ class Crew:
         self._workers[worker.pid] = worker
         return worker.pid
 
-    def _start(self, role: str) -> subprocess.Popen[bytes]:
+    def _start(self, role: str, *, answers: bool = False) -> subprocess.Popen[bytes]:
         # A session of its own: Ctrl-C is the demo's, which then ends its processes by closing their input.
         with (self.folder / f"{role}.log").open("ab") as log:
             return subprocess.Popen(  # noqa: S603 (a fixed command)
-                [sys.executable, "-m", "otelexec.cli.demo_process", role, str(self.queue.path), self._run],
+                [sys.executable, "-m", self.module, role, str(self.folder), self.run],
                 stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE if role == "web" else log,
+                stdout=subprocess.PIPE if answers else log,
                 stderr=log,
                 env=self._environment,
                 start_new_session=True,
             )
+
+    def _answer(self, process: subprocess.Popen[bytes]) -> str:
+        """Wait for the one line with which a process says where it can be reached."""
+        answer = process.stdout
+        if answer is None or not select.select([answer], [], [], START_SECONDS)[0] or not (line := answer.readline()):
+            raise CrewError(f"one of the demo's processes did not start:\n{self.log_tail()}")
+        return line.decode().strip()
 
     def request(self, method: str, path: str, body: Mapping[str, Any] | None = None, **headers: str) -> tuple[int, dict[str, Any]]:
         """Send a real HTTP request to the web process; gives status and answer."""
@@ -116,9 +131,17 @@ class Crew:
                 _close(worker)
                 yield pid, code
 
+    def end_schedule(self) -> None:
+        """Ask for no more by schedule; the web process has stopped by itself."""
+
     def stop(self) -> None:
         """Let every process finish what it has in hand and end; one that doesn't is killed."""
-        processes = [*self._workers.values(), *([self._web] if self._web is not None else [])]
+        self._end(*self._workers.values(), *([self._web] if self._web is not None else []))
+        self._workers.clear()
+        self._web = None
+
+    @staticmethod
+    def _end(*processes: subprocess.Popen[bytes]) -> None:
         for process in processes:
             if process.stdin is not None:
                 process.stdin.close()
@@ -129,8 +152,6 @@ class Crew:
                 process.kill()
                 process.wait()
             _close(process)
-        self._workers.clear()
-        self._web = None
 
     def log_tail(self) -> str:
         """Give the end of what the processes logged."""

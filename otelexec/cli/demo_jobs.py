@@ -12,8 +12,8 @@ from opentelemetry import trace
 import otelexec
 from otelexec.cli import demo_queue
 from otelexec.cli.demo_queue import Queue
+from otelexec.cli.demo_stories import SEGMENTS
 
-SEGMENTS = 4
 STUCK_SECONDS = 10.0
 TIMEOUT_SECONDS = 0.4
 

@@ -1,5 +1,5 @@
 """
-The demo's other processes: `python -m otelexec.cli.demo_process web|worker QUEUE RUN`.
+The demo's other processes: `python -m otelexec.cli.demo_process web|worker FOLDER RUN`.
 
 Each ends when its standard input does, so that none outlives the demo, however that ends.
 """
@@ -14,7 +14,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -26,35 +26,40 @@ import otelexec
 from otelexec.cli import demo_queue
 from otelexec.cli.demo_jobs import JOBS, publish
 from otelexec.cli.demo_queue import Message, Queue
+from otelexec.cli.demo_stories import QUEUE, RATE_LIMITED, SCHEDULE, SCHEDULE_SECONDS, SCHEDULE_TIMES, SCHEDULED
 
 POLL_SECONDS = 0.05
 RATE_LIMIT_SECONDS = 60.0
-RATE_LIMITED = "newsletter.send"
-SCHEDULED = "cache.clean"
-SCHEDULE_SECONDS = 1.0
-SCHEDULE_TIMES = 2
 
 tracer = trace.get_tracer("shop")
 
 
 def main() -> None:
     """Be the process that the arguments name."""
-    role, path, run = sys.argv[1:]
-    queue = Queue(Path(path))
+    role, folder, run = sys.argv[1:]
+    queue = Queue(Path(folder) / QUEUE)
     stop = threading.Event()
-    threading.Thread(target=_wait_for_end_of_input, args=(stop,), daemon=True).start()
+    at_end_of_input(stop.set)
     otelexec.configure(service_name=f"demo-{role}")
     if role == "web":
-        serve(queue, run, stop)
+        schedule = threading.Thread(target=keep_schedule, args=(queue, run, stop))
+        schedule.start()
+        serve(lambda job, payload: publish(job, payload, queue), run, stop, release=queue.release)
+        schedule.join()
     else:
         work(queue, stop)
 
 
-def _wait_for_end_of_input(stop: threading.Event) -> None:
-    # Not sys.stdin: a daemon thread that holds its lock would abort the interpreter's exit.
-    while os.read(0, 64):
-        pass
-    stop.set()
+def at_end_of_input(then: Callable[[], object]) -> None:
+    """Call something once standard input ends."""
+
+    def wait() -> None:
+        # Not sys.stdin: a daemon thread that holds its lock would abort the interpreter's exit.
+        while os.read(0, 64):
+            pass
+        then()
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 # The worker
@@ -94,32 +99,31 @@ async def _finish(running: Any) -> None:
 # The web process, with the schedule in it
 
 
-def serve(queue: Queue, run: str, stop: threading.Event) -> None:
+def serve(
+    send: Callable[[str, Mapping[str, Any]], object], run: str, stop: threading.Event, *, release: Callable[[str], int] = lambda _: 0
+) -> None:
     """
-    Take webhooks on a free loopback port, which is printed, and run the schedule.
+    Take webhooks on a free loopback port, which is printed.
 
     Args:
-        queue: Where the work goes.
+        send: Sends a job with its payload to the workers.
         run: Names this run of the demo on every record.
         stop: Ends it.
+        release: Lets a paused execution go on, and gives how many messages that were.
     """
 
     class Handler(WebhookHandler):
         pass
 
-    Handler.queue, Handler.run, Handler.accepted = queue, run, {}
+    Handler.send, Handler.release = staticmethod(send), staticmethod(release)
+    Handler.run, Handler.accepted = run, {}
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threads = [
-            threading.Thread(target=server.serve_forever, args=(POLL_SECONDS,)),
-            threading.Thread(target=keep_schedule, args=(queue, run, stop)),
-        ]
-        for thread in threads:
-            thread.start()
+        serving = threading.Thread(target=server.serve_forever, args=(POLL_SECONDS,))
+        serving.start()
         print(server.server_port, flush=True)  # noqa: T201 (the demo reads it)
         stop.wait()
         server.shutdown()
-        for thread in threads:
-            thread.join()
+        serving.join()
 
 
 def keep_schedule(queue: Queue, run: str, stop: threading.Event) -> None:
@@ -127,7 +131,7 @@ def keep_schedule(queue: Queue, run: str, stop: threading.Event) -> None:
     for _ in range(SCHEDULE_TIMES):
         due = datetime.now(UTC).isoformat(timespec="seconds")
         attributes = {"demo_run": run}
-        with otelexec.correlate(source="schedule", schedule_id="every-second", scheduled_for=due, attributes=attributes):
+        with otelexec.correlate(source="schedule", schedule_id=SCHEDULE, scheduled_for=due, attributes=attributes):
             publish(SCHEDULED, {}, queue)
         if stop.wait(SCHEDULE_SECONDS):
             return
@@ -142,7 +146,8 @@ class WebhookHandler(BaseHTTPRequestHandler):
         DELETE /executions/EXECUTION_ID  cancel one
     """
 
-    queue: Queue
+    send: Callable[[str, Mapping[str, Any]], object]
+    release: Callable[[str], int]
     run: str
     accepted: dict[str, float]
 
@@ -156,7 +161,7 @@ class WebhookHandler(BaseHTTPRequestHandler):
                 provider, _, job = rest.partition("/")
                 self._webhook(provider, job, json.loads(body))
             else:
-                self._answer(200 if self.queue.release(rest) else 404, {})
+                self._answer(200 if self.release(rest) else 404, {})
 
     def do_DELETE(self) -> None:
         """Take the wish to cancel an execution."""
@@ -172,14 +177,15 @@ class WebhookHandler(BaseHTTPRequestHandler):
             provider=provider,
             attributes={"demo_run": self.run},
         )
-        with correlated:
+        with correlated as correlation:
             if job == RATE_LIMITED:
                 now = time.monotonic()
                 if provider in self.accepted and now < self.accepted[provider] + RATE_LIMIT_SECONDS:
                     self._answer(429, {"execution_id": otelexec.reject("rate_limited", name=job)})
                     return
                 self.accepted[provider] = now
-            self._answer(202, {"execution_id": publish(job, payload, self.queue)})
+            self.send(job, payload)
+            self._answer(202, {"execution_id": correlation.execution_id})
 
     def _server_span(self, name: str) -> Any:
         attributes = {"http.request.method": self.command, "url.path": self.path}

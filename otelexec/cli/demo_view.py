@@ -82,7 +82,7 @@ def _what_happened(attempt: AttemptRecord) -> str:
         marker = json.loads(attempt.progress) if attempt.progress else {}
         at = f" after {marker['message']} of {marker['total']}" if "message" in marker and "total" in marker else ""
         return f"{attempt.classification}{at}; closed for it"
-    if attempt.state == "rejected":
+    if attempt.state == "rejected" and attempt.finalized_by == "reject":
         return f"at the webhook: {attempt.error_type}"
     if attempt.state == "paused":
         return f"{attempt.classification}, with a snapshot"

@@ -30,6 +30,7 @@ TABLES: Final = (
     ("outbox", "id"),
     ("parked", "id"),
     ("cancellation", "execution_id"),
+    ("contribution", "join_key"),
     ("ingested", "segment"),
     ("written", "nonce"),
 )

@@ -10,12 +10,22 @@ from dataclasses import replace
 from itertools import count
 from typing import Final
 
-from otelexec.store.writes import AddSpans, CloseOuter, OpenAttempt, RecordProgress, RecordQueued, RefuseQueued, Write
+from otelexec.store.writes import (
+    AddSpans,
+    AmendAttempt,
+    CloseOuter,
+    Contribute,
+    OpenAttempt,
+    RecordProgress,
+    RecordQueued,
+    RefuseQueued,
+    Write,
+)
 
 MAX_KEPT: Final = 4096
 """Writes kept at the most: a process that writes so much has commits with fsync among them, or is one of many."""
 
-_KEPT: Final = (OpenAttempt, RecordQueued, AddSpans, CloseOuter, RefuseQueued, RecordProgress)
+_KEPT: Final = (OpenAttempt, RecordQueued, AddSpans, AmendAttempt, CloseOuter, Contribute, RefuseQueued, RecordProgress)
 
 # The log is flushed at the latest after three times wal_writer_delay
 # (https://www.postgresql.org/docs/current/wal-async-commit.html); the rest is for a server that is busy.

@@ -47,7 +47,7 @@ def _busy(name: str, table: str, condition: str) -> str:
 
 
 _PROCESS = """SELECT process_id, host, boot_id, pid_namespace, pid, pid_start, lease_seconds, resource, scope, heartbeat_unix_ns, ended,
-    clock_unix_ns FROM process"""
+    clock_unix_ns, parent_pid, parent_start FROM process"""
 
 _PROCESSES = f"""
 WITH RECURSIVE {_busy("running", "attempt", "state = 'running'")},
@@ -125,7 +125,7 @@ class SqlReader(ABC):
     def _processes(self, query: str) -> list[ProcessRow]:
         with self._reading() as tx:
             rows = tx.execute(query).fetchall()
-            complete: list[Any] = [(*row[:7], bytes(row[7]), bytes(row[8]), row[9], bool(row[10]), row[11]) for row in rows]
+            complete: list[Any] = [(*row[:7], bytes(row[7]), bytes(row[8]), row[9], bool(row[10]), *row[11:]) for row in rows]
             return [ProcessRow(*values) for values in complete]
 
     def open_work(self, process_ids: Sequence[str], *, limit: int) -> list[OpenWork]:

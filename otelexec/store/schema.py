@@ -16,7 +16,8 @@ SCHEMA = (
         process_id {name} PRIMARY KEY, host TEXT NOT NULL, boot_id TEXT NOT NULL, pid_namespace TEXT NOT NULL,
         pid {bigint} NOT NULL, pid_start {bigint} NOT NULL, lease_seconds DOUBLE PRECISION NOT NULL,
         resource {blob} NOT NULL, scope {blob} NOT NULL, heartbeat_unix_ns {bigint} NOT NULL,
-        ended INTEGER NOT NULL DEFAULT 0, clock_unix_ns {bigint} NOT NULL DEFAULT 0)""",
+        ended INTEGER NOT NULL DEFAULT 0, clock_unix_ns {bigint} NOT NULL DEFAULT 0,
+        parent_pid {bigint} NOT NULL DEFAULT 0, parent_start {bigint} NOT NULL DEFAULT 0)""",
     """CREATE TABLE execution (
         seq {key}, execution_id {name} NOT NULL UNIQUE, name TEXT NOT NULL, state TEXT NOT NULL,
         sticky INTEGER NOT NULL DEFAULT 0, request_id TEXT NOT NULL, source TEXT NOT NULL, correlation TEXT NOT NULL,
@@ -43,6 +44,10 @@ SCHEMA = (
         id {serial}, request {blob} NOT NULL, count INTEGER NOT NULL, execution_id {name},
         written_unix_ns {bigint} NOT NULL, failures INTEGER NOT NULL DEFAULT 0)""",
     "CREATE INDEX outbox_execution ON outbox (execution_id) WHERE execution_id IS NOT NULL",
+    """CREATE TABLE contribution (
+        join_key {name} NOT NULL, execution_id {name} NOT NULL, trace_id TEXT NOT NULL, span_id TEXT NOT NULL,
+        PRIMARY KEY (join_key, execution_id))""",
+    "CREATE INDEX contribution_execution ON contribution (execution_id)",
     "CREATE TABLE claim (id {bigint} PRIMARY KEY, owner {name} NOT NULL, until_unix_ns {bigint} NOT NULL)",
     """CREATE TABLE parked (
         id {bigint} PRIMARY KEY, request {blob} NOT NULL, count INTEGER NOT NULL, execution_id {name},
@@ -55,6 +60,12 @@ SCHEMA = (
 UPGRADES: Mapping[int, Sequence[str]] = {
     1: (
         "ALTER TABLE process ADD COLUMN clock_unix_ns {bigint} NOT NULL DEFAULT 0",
+        "ALTER TABLE process ADD COLUMN parent_pid {bigint} NOT NULL DEFAULT 0",
+        "ALTER TABLE process ADD COLUMN parent_start {bigint} NOT NULL DEFAULT 0",
+        """CREATE TABLE contribution (
+            join_key {name} NOT NULL, execution_id {name} NOT NULL, trace_id TEXT NOT NULL, span_id TEXT NOT NULL,
+            PRIMARY KEY (join_key, execution_id))""",
+        "CREATE INDEX contribution_execution ON contribution (execution_id)",
         "CREATE UNIQUE INDEX attempt_token ON attempt (execution_id, token)",
         "CREATE INDEX outbox_execution ON outbox (execution_id) WHERE execution_id IS NOT NULL",
         "CREATE TABLE written (nonce {name} PRIMARY KEY)",

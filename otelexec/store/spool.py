@@ -36,8 +36,10 @@ _ROWS = {
     cls.__name__: cls
     for cls in (
         writes.AddSpans,
+        writes.AmendAttempt,
         writes.CloseAttempt,
         writes.CloseOuter,
+        writes.Contribute,
         writes.ExecutionRow,
         writes.Frozen,
         writes.Heartbeat,

@@ -23,12 +23,14 @@ from otelexec.store.writes import (
     RUNNING,
     SUCCEEDED,
     AddSpans,
+    AmendAttempt,
     Cancellation,
     ClaimOutbox,
     CloseAttempt,
     Closed,
     CloseLost,
     CloseOuter,
+    Contribute,
     ForgetNonces,
     Heartbeat,
     Ingested,
@@ -37,6 +39,7 @@ from otelexec.store.writes import (
     OutboxRow,
     Outcome,
     Prune,
+    ReadContributions,
     RecordObserved,
     RecordProgress,
     RecordQueued,
@@ -80,7 +83,7 @@ INSERT INTO attempt (execution_id, attempt, token, process_id, state, duplicate,
 VALUES (?, ?, ?, ?, 'running', ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
 
 _TAKE_OVER = """
-UPDATE attempt SET trace_id = ?, span_id = ?, span_start = ?, started_unix_ns = ?, deadline_unix_ns = ?,
+UPDATE attempt SET process_id = ?, trace_id = ?, span_id = ?, span_start = ?, started_unix_ns = ?, deadline_unix_ns = ?,
     outer_token = ?, outer_span_id = ?, outer_trace_id = ?, outer_start = ?, outer_started_unix_ns = ?
 WHERE execution_id = ? AND token = ? AND state = 'running'"""
 
@@ -126,7 +129,7 @@ def _outer(write: OpenAttempt) -> tuple[str | None, str | None, str | None, byte
 
 
 def open_attempt(tx: Transaction, write: OpenAttempt) -> Opened:
-    """Open an attempt, or hand an open one over to its core."""
+    """Open an attempt, or hand an open one over to its core, or to the process that runs it."""
     execution = write.execution
     if write.takes_over:
         _take_over(tx, write)
@@ -179,6 +182,7 @@ def _take_over(tx: Transaction, write: OpenAttempt) -> None:
     changed = tx.execute(
         _TAKE_OVER,
         (
+            write.process_id,
             *_span(write.span),
             write.started_unix_ns,
             write.deadline_unix_ns,
@@ -301,6 +305,35 @@ def close_lost(tx: Transaction, write: CloseLost) -> bool:
     return True
 
 
+def amend_attempt(tx: Transaction, write: AmendAttempt) -> bool:
+    """Note what was found out about a closed attempt after its close."""
+    changed = tx.execute(
+        f"""UPDATE attempt SET classification = ?
+            WHERE execution_id = ? AND token = ? AND state <> '{RUNNING}' AND classification IS NULL""",
+        (write.classification, write.execution_id, write.token),
+    ).rowcount
+    return bool(changed)
+
+
+def contribute(tx: Transaction, write: Contribute) -> None:
+    """Note the span of an execution that something waits for."""
+    tx.execute(
+        """INSERT INTO contribution (join_key, execution_id, trace_id, span_id) VALUES (?, ?, ?, ?)
+           ON CONFLICT (join_key, execution_id) DO UPDATE SET trace_id = excluded.trace_id, span_id = excluded.span_id""",
+        (write.key, write.execution_id, write.trace_id, write.span_id),
+    )
+
+
+def read_contributions(tx: Transaction, write: ReadContributions) -> list[tuple[str, str]]:
+    """Give the spans of all that contributed."""
+    rows = tx.execute(
+        """SELECT c.trace_id, c.span_id FROM contribution c JOIN execution e ON e.execution_id = c.execution_id
+           WHERE c.join_key = ? ORDER BY e.seq""",
+        (write.key,),
+    ).fetchall()
+    return [(row[0], row[1]) for row in rows]
+
+
 def close_outer(tx: Transaction, write: CloseOuter) -> bool:
     """Record how the code around the cores ended; once, whoever comes first."""
     outcome = write.frozen.outcome
@@ -420,8 +453,8 @@ def heartbeat(tx: Transaction, write: Heartbeat) -> None:
     process = write.process
     tx.execute(
         """INSERT INTO process (process_id, host, boot_id, pid_namespace, pid, pid_start, lease_seconds, resource,
-                                scope, heartbeat_unix_ns, ended, clock_unix_ns)
-           VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+                                scope, heartbeat_unix_ns, ended, clock_unix_ns, parent_pid, parent_start)
+           VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
            ON CONFLICT (process_id) DO UPDATE SET heartbeat_unix_ns = excluded.heartbeat_unix_ns,
                ended = excluded.ended, clock_unix_ns = excluded.clock_unix_ns""",
         (
@@ -437,6 +470,8 @@ def heartbeat(tx: Transaction, write: Heartbeat) -> None:
             tx.now_unix_ns(),
             int(write.ended),
             write.clock_unix_ns,
+            process.parent_pid,
+            process.parent_start,
         ),
     )
 
@@ -559,7 +594,7 @@ def prune(tx: Transaction, write: Prune) -> int:
         (write.ended_before_unix_ns, write.limit),
     ).fetchall()
     for among, ids in _chunks(tx, [row[0] for row in rows]):
-        for table in ("attempt", "cancellation", "execution"):
+        for table in ("attempt", "cancellation", "contribution", "execution"):
             tx.execute(f"DELETE FROM {table} WHERE execution_id {among}", ids)
     tx.execute(
         """DELETE FROM process WHERE heartbeat_unix_ns < ?
@@ -579,6 +614,9 @@ _APPLY: dict[type, Callable[[Transaction, Any], object]] = {
     CloseAttempt: close_attempt,
     RecordObserved: record_observed,
     CloseLost: close_lost,
+    AmendAttempt: amend_attempt,
+    Contribute: contribute,
+    ReadContributions: read_contributions,
     CloseOuter: close_outer,
     RecordQueued: record_queued,
     RefuseQueued: refuse_queued,

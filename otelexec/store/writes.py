@@ -48,6 +48,8 @@ class ProcessRow:
         heartbeat_unix_ns: Last sign of life on the store's clock; 0 when it is being written.
         ended: Whether it said goodbye.
         clock_unix_ns: What its own clock said at that sign of life: its machine may go by another time than the store.
+        parent_pid: Process id of the parent that reports its death; 0 when none does.
+        parent_start: Start time of that pid in clock ticks since boot.
     """
 
     process_id: str
@@ -62,6 +64,8 @@ class ProcessRow:
     heartbeat_unix_ns: int = 0
     ended: bool = False
     clock_unix_ns: int = 0
+    parent_pid: int = 0
+    parent_start: int = 0
 
 
 @dataclass(slots=True)
@@ -107,7 +111,8 @@ class OpenAttempt:
         outer_token: Names the outer executor around a core, the same for every core in it; None without one.
         outer: The outer executor's span; None without one, or when unsampled.
         outer_started_unix_ns: When the outer executor started.
-        takes_over: Whether the row under this token exists and now becomes the core's.
+        takes_over: Whether a row under this token may exist and then becomes this one's: the outer executor's a core's,
+            and the one that a parent process opened before it handed the work over, the child's.
         repeated: Whether an earlier try may have got through; then the store looks before it writes.
         opened: Spans still open between it and the execution around it: their ids leave with this one.
     """
@@ -316,6 +321,49 @@ class CloseLost:
 
 
 @dataclass(frozen=True, slots=True)
+class AmendAttempt:
+    """
+    Note what was found out about a closed attempt after its close. Gives whether that was noted.
+
+    Only a classification where there is none: the outcome is write-once.
+
+    Attributes:
+        execution_id: The execution.
+        token: The attempt's fencing token.
+        classification: What was found out.
+    """
+
+    execution_id: str
+    token: str
+    classification: str
+
+
+@dataclass(frozen=True, slots=True)
+class Contribute:
+    """
+    Note the span of work that other work waits for, so that the latter can link to it. Gives None.
+
+    Attributes:
+        key: Names what waits for it.
+        execution_id: The execution that contributes; its last contribution counts.
+        trace_id: Of its span, lowercase hex.
+        span_id: Likewise.
+    """
+
+    key: str
+    execution_id: str
+    trace_id: str
+    span_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class ReadContributions:
+    """Give the (trace id, span id) of everything that contributed under a key, in the order in which it first did."""
+
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
 class CloseOuter:
     """
     Record how the outer executor around one or more cores ended. Gives whether this write did it.
@@ -515,6 +563,9 @@ Write: TypeAlias = (
     | CloseAttempt
     | RecordObserved
     | CloseLost
+    | AmendAttempt
+    | Contribute
+    | ReadContributions
     | CloseOuter
     | RecordQueued
     | RefuseQueued

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from otelexec.testing.attempts import AttemptContract
+from otelexec.testing.family import FamilyContract
 from otelexec.testing.model import check_against_model
 from otelexec.testing.outbox import OutboxContract
 from otelexec.testing.reading import ReadingContract
@@ -10,7 +11,7 @@ from otelexec.testing.rows import OpenStore
 from otelexec.testing.sharing import SharingContract
 
 
-class StoreContract(AttemptContract, OutboxContract, ReadingContract, SharingContract):
+class StoreContract(AttemptContract, FamilyContract, OutboxContract, ReadingContract, SharingContract):
     """
     Tests that a store inherits. The class that inherits them has two fixtures.
 

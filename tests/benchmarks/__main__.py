@@ -23,6 +23,7 @@ from rich.table import Table
 
 from tests.benchmarks import (
     call,
+    celery_tasks,
     freeze,
     measure,
     postgres_dbos,
@@ -65,6 +66,7 @@ BENCHMARKS: dict[str, Callable[..., list[Result]]] = {
     "postgres-dbos": postgres_dbos.run,
     "postgres-reconcile": postgres_reconcile.run,
     "postgres-growth": postgres_growth.run,
+    "celery": celery_tasks.run,
 }
 
 

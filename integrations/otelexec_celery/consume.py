@@ -1,0 +1,333 @@
+"""
+The running side: an attempt around each task, closed with its span where the body ends.
+
+The tracer that Celery builds for a task does much after the body: callbacks, the result, signals. What wraps it gets
+control only after the backend shows success. So the body itself is wrapped as well, inside the tracer; there the attempt
+is closed, and what goes on afterwards finds its context still in place. A run that never reaches the body is closed by
+the outer wrapper.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
+from types import CellType, FunctionType
+from typing import Any, Final
+
+from celery import states
+from celery.app import trace as celery_trace
+from celery.exceptions import Ignore, Retry
+from opentelemetry import context as otel_context
+from opentelemetry import trace
+from opentelemetry.context import Context
+
+from otelexec import runtime as _runtime
+from otelexec.drivers import advance, expect
+from otelexec.endings import Ending, raised_by_signal_handler
+from otelexec.errors import ExecutionCancelled
+from otelexec.execution import Execution
+from otelexec.lifecycle import Steps, lifecycle
+from otelexec.propagation import entries
+from otelexec.store.writes import SUCCEEDED, AmendAttempt, Contribute, ReadContributions
+from otelexec.w3c import decode_trace, encode_traceparent
+from otelexec_celery import carrier, chords, endings
+from otelexec_celery.messages import hard_limit_of, open_context, options_of
+from otelexec_celery.settings import CHOICES
+
+logger = logging.getLogger("otelexec.celery")
+
+BODY: Final = "fun"
+"""The name under which the closure that `build_tracer` makes holds the task's body."""
+
+MAX_WRAPPERS: Final = 64
+"""Functions looked at in search of the body: nobody wraps that deep."""
+
+TASK_EXECUTION: ContextVar[Execution | None] = ContextVar("otelexec_celery_execution", default=None)
+"""The execution of the task that is being run here."""
+
+_early: dict[str, Run | ExecutionCancelled] = {}
+"""Runs that were opened before their message was acknowledged, by delivery."""
+
+_run: ContextVar[Run | None] = ContextVar("otelexec_celery_run", default=None)
+
+
+class Run:
+    """
+    One run of a task's tracer.
+
+    Args:
+        task: The task.
+        task_id: Its id.
+        request: The request that the tracer was given.
+    """
+
+    __slots__ = ("_chord", "_runtime", "_steps", "before", "context", "execution", "reached_body", "task")
+
+    context: Context
+    execution: Execution
+
+    def __init__(self, task: Any, task_id: str, request: Mapping[str, Any]) -> None:
+        self.task = task
+        self.before = otel_context.get_current()
+        self.reached_body = False
+        self._runtime = _runtime.get()
+        self._steps: Steps | None = None
+        self._chord = None if request.get("is_eager") else chords.body_id(request.get("chord"))
+        options = options_of(
+            task.name,
+            task_id,
+            request,
+            hard_limit=hard_limit_of(task, request),
+            links=_links(carrier.find(request), self._runtime),
+            accepted=carrier.DELIVERY in request and not task.acks_late,
+        )
+        otel_context.attach(open_context(task_id, request, self.before))
+        try:
+            steps = lifecycle(self._runtime, options)
+            call = expect(advance(self._runtime, steps))
+        finally:
+            otel_context.attach(self.before)
+        self._steps = steps
+        self.context = call.context
+        self.execution = call.subject
+
+    def call(self, body: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Call the task's body, and close the attempt with its end."""
+        self.reached_body = True
+        around = otel_context.get_current()
+        # Not what the tracer left current: another instrumentation may have replaced it in `task_prerun`.
+        otel_context.attach(self.context)
+        try:
+            value = body(*args, **kwargs)
+            otel_context.attach(around)
+        except BaseException as error:
+            otel_context.attach(around)
+            if isinstance(error, Retry) and error.is_eager and error.sig is not None:
+                self._carry_on(error)
+            self.close(error)
+            raise
+        self.close(None)
+        return value
+
+    def _carry_on(self, retry: Retry) -> None:
+        """Have an eager retry, which is not sent, name its execution and this attempt all the same."""
+        span = self.execution.span.get_span_context()
+        options = retry.sig.options
+        headers = dict(options.get("headers") or {})
+        carried = entries(self.context, self.execution.correlation, message_id=options.get("task_id"))
+        if span.is_valid:
+            carried[carrier.PREVIOUS] = encode_traceparent(span)
+        carrier.write(headers, carried)
+        options["headers"] = headers
+
+    def _contribute(self, key: str) -> None:
+        """Note the span of a chord's header, before anybody can see that the last of them is done."""
+        span = self.execution.span.get_span_context()
+        if span.is_valid and span.trace_flags.sampled and self._runtime.records:
+            self._runtime.write(Contribute(key, self.execution.id, f"{span.trace_id:032x}", f"{span.span_id:016x}"))
+
+    def close(self, error: BaseException | None, ending: Ending | None = None) -> None:
+        """Close the attempt, once; an ending goes before what is made of the exception."""
+        steps, self._steps = self._steps, None
+        if steps is None:
+            return
+        if ending is not None:
+            self.execution.ending = ending
+        if error is None and self._chord is not None:
+            self._contribute(self._chord)
+        advance(self._runtime, steps, error)
+
+
+def open_early(task: Any, task_id: str, request: Mapping[str, Any]) -> Run | None:
+    """
+    Open the attempt of a task that this very thread is about to run, before its message is acknowledged.
+
+    Args:
+        task: The task.
+        task_id: Its id.
+        request: Its request, with the delivery's token.
+
+    Returns:
+        None where somebody cancelled it; then it won't be run.
+    """
+    token = request[carrier.DELIVERY]
+    try:
+        run = _early[token] = Run(task, task_id, request)
+    except ExecutionCancelled as error:
+        _early[token] = error
+        return None
+    return run
+
+
+def _links(found: Mapping[str, Any], runtime: _runtime.Runtime) -> tuple[trace.Link, ...]:
+    """Give the links of a chord's body to its headers."""
+    key = carrier.text_of(found, carrier.JOINS)
+    if key is None or not runtime.records:
+        return ()
+    spans = runtime.write(ReadContributions(key))
+    if not isinstance(spans, list):
+        return ()
+    contexts = [decode_trace(f"00-{trace_id}-{span_id}-01", None) for trace_id, span_id in spans]
+    return tuple(trace.Link(context) for context in contexts if context is not None)
+
+
+def wrap_build_tracer(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `build_tracer`, so that every tracer runs its task as an attempt."""
+
+    @functools.wraps(original)
+    def build_tracer(name: str, task: Any, *args: Any, **kwargs: Any) -> Any:
+        return wrap_tracer(original(name, task, *args, **kwargs), task)
+
+    return build_tracer
+
+
+def can_wrap(build_tracer: Any) -> bool:
+    """Tell whether the tracers of this Celery hold the task's body where it is looked for."""
+    return any(BODY in function.__code__.co_cellvars for function in _inside(build_tracer))
+
+
+def wrap_tracer(tracer: Callable[..., Any], task: Any) -> Callable[..., Any]:
+    """
+    Wrap a tracer, and the body of its task inside it.
+
+    Args:
+        tracer: What `build_tracer` gave.
+        task: Its task.
+    """
+    cell = _body_cell(tracer)
+    if cell is None or getattr(tracer, "otelexec_unwrap", None) is not None:
+        return tracer
+    body = cell.cell_contents
+
+    def run_body(*args: Any, **kwargs: Any) -> Any:
+        run = _run.get()
+        if run is None or run.task is not task or run.reached_body:
+            return body(*args, **kwargs)
+        return run.call(body, args, kwargs)
+
+    cell.cell_contents = run_body
+
+    @functools.wraps(tracer)
+    def trace_task(uuid: str, args: Any, kwargs: Any, request: Any = None) -> Any:
+        if not CHOICES.active:
+            return tracer(uuid, args, kwargs, request)
+        return _trace(tracer, task, (uuid, args, kwargs, request))
+
+    def unwrap() -> Callable[..., Any]:
+        cell.cell_contents = body
+        return tracer
+
+    trace_task.otelexec_unwrap = unwrap  # type: ignore[attr-defined]
+    return trace_task
+
+
+def _body_cell(tracer: Any) -> CellType | None:
+    """Find the cell of a tracer's closure that holds the task's body."""
+    for function in _inside(tracer):
+        names = function.__code__.co_freevars
+        if BODY in names and "task" in names and function.__closure__ is not None:
+            return function.__closure__[names.index(BODY)]
+    return None
+
+
+def _inside(function: Any) -> Iterator[FunctionType]:
+    """Give a function and those that it wraps, in whatever way: other libraries wrap tracers as well."""
+    found, seen = [function], set[int]()
+    while found and len(seen) < MAX_WRAPPERS:
+        candidate = found.pop(0)
+        if not isinstance(candidate, FunctionType) or id(candidate) in seen:
+            continue
+        seen.add(id(candidate))
+        yield candidate
+        found.append(getattr(candidate, "__wrapped__", None))
+        for cell in candidate.__closure__ or ():
+            with contextlib.suppress(ValueError):  # not filled yet
+                found.append(cell.cell_contents)
+
+
+def _trace(tracer: Callable[..., Any], task: Any, call: tuple[str, Any, Any, Any]) -> Any:
+    before = otel_context.get_current()
+    uuid, request = call[0], call[3] if isinstance(call[3], Mapping) else {}
+    try:
+        early = _early.pop(request.get(carrier.DELIVERY, ""), None)
+        if isinstance(early, ExecutionCancelled):
+            raise early
+        run = early or Run(task, uuid, request)
+    except ExecutionCancelled as error:
+        return _revoked(task, call, error)
+    except Exception as error:
+        if raised_by_signal_handler(error):
+            raise
+        logger.exception("otelexec.celery.open: %s[%s] runs without a record", task.name, uuid)
+        return tracer(*call)
+    run_token = _run.set(run)
+    execution_token = TASK_EXECUTION.set(run.execution)
+    otel_context.attach(run.context)
+    try:
+        result = tracer(*call)
+    except BaseException as error:
+        _left(run, error)
+        raise
+    else:
+        _returned(run, result)
+        return result
+    finally:
+        TASK_EXECUTION.reset(execution_token)
+        _run.reset(run_token)
+        # By value: others may have attached and detached in between, in any order.
+        otel_context.attach(before)
+
+
+def _left(run: Run, error: BaseException) -> None:
+    """Close what an exception left the tracer with."""
+    if run.reached_body:
+        _result_not_stored(run)
+    else:
+        run.close(error)
+
+
+def _returned(run: Run, result: Any) -> None:
+    """Close the attempt of a tracer that returned without its body, and look what became of the body's result."""
+    info = getattr(result, "info", None)
+    state = getattr(info, "state", None)
+    if run.reached_body:
+        if state == states.FAILURE:
+            _result_not_stored(run)
+        return
+    if info is None:
+        # Celery found the result of an earlier delivery (`worker_deduplicate_successful_tasks`).
+        run.close(None, Ending(SUCCEEDED, endings.DEDUPLICATED))
+        return
+    error = info.retval
+    run.close(error if isinstance(error, BaseException) else RuntimeError(f"the task ended as {state} before its body"))
+
+
+def _result_not_stored(run: Run) -> None:
+    """Note beside a success that its result could not be kept."""
+    ending = run.execution.ending
+    if ending is not None and ending.state == SUCCEEDED and ending.classification is None:
+        runtime = _runtime.get()
+        if runtime.records:
+            runtime.write(AmendAttempt(run.execution.id, run.execution.token, endings.RESULT_NOT_STORED))
+        logger.warning("otelexec.celery.result_not_stored: %s %s succeeded", run.task.name, run.execution.id)
+
+
+def _revoked(task: Any, call: tuple[str, Any, Any, Any], error: ExecutionCancelled) -> Any:
+    """Give what the tracer of a revoked task would: its execution was cancelled before it started, and is not run."""
+    uuid, args, kwargs, request = call
+    context = celery_trace.Context(request or {}, args=args, kwargs=kwargs, called_directly=False)
+    try:
+        store = not celery_trace.get_actual_ignore_result(task, context) if hasattr(celery_trace, "get_actual_ignore_result") else True
+        task.backend.mark_as_revoked(uuid, str(error), request=context, store_result=store)
+    except Exception:
+        logger.exception("otelexec.celery.revoke: the result backend did not take that %s[%s] was cancelled", task.name, uuid)
+    ignored = Ignore(str(error))
+    try:
+        raise ignored
+    except Ignore:
+        einfo = celery_trace.ExceptionInfo(internal=True)
+    logger.info("otelexec.celery.cancelled: %s[%s] was cancelled before it started", task.name, uuid)
+    return celery_trace.trace_ok_t(einfo, celery_trace.TraceInfo(states.IGNORED, ignored), 0.0, None)

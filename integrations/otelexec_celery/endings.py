@@ -1,0 +1,91 @@
+"""How Celery's own exceptions end an attempt."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Final
+
+from celery.exceptions import Ignore, Reject, Retry, SoftTimeLimitExceeded
+
+from otelexec.endings import Classifier, Ending, describe, raised_by_signal_handler
+from otelexec.store.writes import CANCELLED, FAILED, REJECTED, SUCCEEDED, TIMED_OUT
+
+RETRY: Final = "retry"
+IGNORED: Final = "ignored"
+REQUEUED: Final = "requeued"
+SOFT_LIMIT: Final = "soft_limit"
+HARD_LIMIT: Final = "hard_limit"
+EXPIRED: Final = "expired"
+REVOKED: Final = "revoked"
+TERMINATED: Final = "terminated"
+UNKNOWN_TASK: Final = "unknown_task"
+MALFORMED: Final = "malformed"
+DEDUPLICATED: Final = "deduplicated"
+RESULT_NOT_STORED: Final = "result_not_stored"
+INTERRUPTED: Final = "interrupted"
+
+HARD_LIMIT_ERROR: Final = "billiard.exceptions.TimeLimitExceeded"
+
+_EARLY_SECONDS: Final = 0.5
+"""The limit's clock starts with the acceptance, a little before the body's; a signal this early is still the limit's."""
+
+_MAX_CHARS: Final = 4096
+
+
+def classifier(hard_limit_seconds: float | None) -> Classifier:
+    """
+    Make the classifier of one attempt.
+
+    Args:
+        hard_limit_seconds: The task's hard limit, counted from now; None without one.
+    """
+    if hard_limit_seconds is None:
+        return classify
+    due = time.monotonic() + hard_limit_seconds - _EARLY_SECONDS
+
+    def with_limit(error: BaseException) -> Ending | None:
+        if isinstance(error, SystemExit) and time.monotonic() >= due and raised_by_signal_handler(error):
+            return hard_limit(hard_limit_seconds)
+        return classify(error)
+
+    return with_limit
+
+
+def hard_limit(seconds: float | None) -> Ending:
+    """Give the ending of a task that was stopped at its hard limit."""
+    return Ending(TIMED_OUT, HARD_LIMIT, HARD_LIMIT_ERROR, f"stopped at its hard time limit of {seconds:g} s" if seconds else None)
+
+
+def classify(error: BaseException) -> Ending | None:
+    """Give the ending of an exception that Celery knows; None leaves it to the default."""
+    if isinstance(error, Retry):
+        cause = error.exc if isinstance(error.exc, BaseException) else error
+        error_type, message = describe(cause, _MAX_CHARS)
+        return Ending(FAILED, RETRY, error_type, message, cause if cause is not error else None, retrying=True)
+    if isinstance(error, Reject):
+        error_type, message = describe(error, _MAX_CHARS)
+        requeue = bool(error.requeue)
+        return Ending(REJECTED, REQUEUED if requeue else None, error_type, message, retrying=requeue)
+    if isinstance(error, Ignore):
+        return Ending(SUCCEEDED, IGNORED)
+    if isinstance(error, SoftTimeLimitExceeded):
+        error_type, message = describe(error, _MAX_CHARS)
+        return Ending(TIMED_OUT, SOFT_LIMIT, error_type, message, error)
+    return None if isinstance(error, Exception) else _of_greenlets(error)
+
+
+def _of_greenlets(error: BaseException) -> Ending | None:
+    """Give the ending of what gevent and eventlet stop their greenlets with."""
+    error_type, message = describe(error, _MAX_CHARS)
+    if _is(error, "greenlet", "GreenletExit"):
+        return Ending(CANCELLED, INTERRUPTED, error_type, message, depends_on_cancellation=True)
+    if _is(error, "gevent", "Timeout") or _is(error, "eventlet", "Timeout"):
+        return Ending(TIMED_OUT, HARD_LIMIT, error_type, message)
+    return None
+
+
+def _is(error: BaseException, module: str, name: str) -> bool:
+    # Without an import: nobody who does not use them has them.
+    cls = getattr(sys.modules.get(module), name, None)
+    return isinstance(cls, type) and isinstance(error, cls)

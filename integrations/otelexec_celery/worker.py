@@ -1,0 +1,367 @@
+"""
+The worker's main process: what it accepts, what never reaches a task's body, and how its children end.
+
+Every message has a fencing token, made here and handed to whoever runs it. With a pool of processes the attempt is opened
+here before the message is acknowledged early, and closed here when the child can't do it any more. With the other pools
+the task runs in this process, and its attempt is opened right before the acknowledgement.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from billiard.exceptions import Terminated, TimeLimitExceeded, WorkerLostError
+from opentelemetry import context as otel_context
+from opentelemetry.context import Context
+
+from otelexec import runtime as _runtime
+from otelexec.endings import Ending
+from otelexec.ids import random_word
+from otelexec.store.writes import CANCELLED, REJECTED, Cancellation, Heartbeat, RequestCancel
+from otelexec.supervision import Delivery, Supervisor
+from otelexec_celery import carrier, consume, endings
+from otelexec_celery.messages import hard_limit_of, open_context, options_of
+from otelexec_celery.settings import CHOICES
+
+logger = logging.getLogger("otelexec.celery")
+
+STOP_SECONDS = 5.0
+"""How long the main process waits at its end for what it has to report."""
+
+_DELIVERY = "otelexec_delivery"
+
+
+class Main:
+    """
+    What the main process of a worker has.
+
+    Attributes:
+        supervisor: Watches the children; None with a pool that has none.
+        consumer: Celery's consumer, whose loop acknowledges; None until it is ready.
+    """
+
+    def __init__(self) -> None:
+        self.supervisor: Supervisor | None = None
+        self.consumer: Any = None
+
+    @property
+    def supervises(self) -> bool:
+        """Whether tasks run in children of this process."""
+        return self.supervisor is not None and self.supervisor.pid == os.getpid()
+
+
+MAIN = Main()
+
+
+def _guarded(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Keep what goes wrong in here away from the worker."""
+
+    @functools.wraps(function)
+    def guarded(*args: Any, **kwargs: Any) -> Any:
+        if not CHOICES.active:
+            return None
+        try:
+            return function(*args, **kwargs)
+        except Exception:
+            logger.exception("otelexec.celery.worker: %s", function.__name__)
+            return None
+
+    return guarded
+
+
+def before(first: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Make a wrapper that calls something of ours, with the same arguments, before the original."""
+    guarded = _guarded(first)
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            guarded(*args, **kwargs)
+            return original(*args, **kwargs)
+
+        return wrapper
+
+    return make
+
+
+def after(then: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Make a wrapper that calls something of ours, with the same arguments, after the original."""
+    guarded = _guarded(then)
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return original(*args, **kwargs)
+            finally:
+                guarded(*args, **kwargs)
+
+        return wrapper
+
+    return make
+
+
+# --- Requests: `celery.worker.request.Request` -------------------------------------------------------------------
+
+
+def wrap_init(original: Callable[..., None]) -> Callable[..., None]:
+    """Wrap `Request.__init__`, so that each delivery has a name."""
+
+    @functools.wraps(original)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        if CHOICES.active:
+            self._request_dict[carrier.DELIVERY] = f"{random_word():016x}{random_word():016x}"
+
+    return init
+
+
+def delivery_of(request: Any) -> Delivery:
+    """Give the delivery that a request stands for."""
+    delivery: Delivery | None = vars(request).get(_DELIVERY)
+    if delivery is None:
+        found = request.request_dict
+        task = request.task
+        options = options_of(task.name, request.id, found, hard_limit=hard_limit_of(task, found), finalized_by="parent")
+        delivery = Delivery(open_context(request.id, found, Context()), options, functools.partial(_terminate, request))
+        setattr(request, _DELIVERY, delivery)
+    return delivery
+
+
+def on_accepted(request: Any, pid: int, *_: Any) -> None:
+    """Learn that a child has begun; where the task runs in this process, open the attempt."""
+    if MAIN.supervises and MAIN.supervisor is not None:
+        MAIN.supervisor.started(pid, delivery_of(request))
+        return
+    run = consume.open_early(request.task, request.id, request.request_dict)
+    if run is not None and getattr(getattr(MAIN.consumer, "pool", None), "is_green", False):
+        run.execution.stop = functools.partial(_terminate, request)
+
+
+def on_acknowledge(request: Any) -> None:
+    """
+    Open the attempt of a message that is acknowledged early, for the child.
+
+    Not before Celery counts the request as active: its signal handlers run a whole shutdown in the middle of whatever
+    this process does, and would leave out a request that is not.
+    """
+    if MAIN.supervises and not request.acknowledged and request.worker_pid is not None and not request.task.acks_late:
+        delivery = delivery_of(request)
+        if not delivery.accepted and delivery.ending is None:
+            delivery.accept()
+
+
+def on_success(request: Any, *_: Any, **__: Any) -> None:
+    """Learn that the child is done with a request."""
+    _ended(request)
+
+
+def _ended(request: Any) -> None:
+    delivery = vars(request).get(_DELIVERY)
+    if delivery is not None and MAIN.supervises and MAIN.supervisor is not None:
+        MAIN.supervisor.ended(delivery)
+
+
+def on_timeout(request: Any, soft: bool, timeout: float) -> None:  # noqa: FBT001 # Celery's own
+    """Learn that a child is about to be stopped at the hard limit."""
+    if not soft and MAIN.supervises:
+        delivery_of(request).ending = endings.hard_limit(timeout)
+
+
+def wrap_on_failure(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `Request.on_failure`, which calls errbacks here for a child that can't: in the context of its task."""
+
+    @functools.wraps(original)
+    def on_failure(self: Any, exc_info: Any, *args: Any, **kwargs: Any) -> Any:
+        context = _failure_context(self, exc_info, kwargs.get("return_ok", False))
+        if context is None:
+            return original(self, exc_info, *args, **kwargs)
+        token = otel_context.attach(context)
+        try:
+            return original(self, exc_info, *args, **kwargs)
+        finally:
+            otel_context.detach(token)
+
+    return on_failure
+
+
+@_guarded
+def _failure_context(request: Any, exc_info: Any, return_ok: bool) -> Context | None:  # noqa: FBT001
+    if return_ok:
+        _ended(request)
+        return None
+    error = getattr(exc_info, "exception", None)
+    error = getattr(error, "exc", error)
+    if not MAIN.supervises or not isinstance(error, TimeLimitExceeded | WorkerLostError | Terminated | SystemExit):
+        return None
+    delivery = delivery_of(request)
+    if isinstance(error, TimeLimitExceeded):
+        delivery.ending = endings.hard_limit(hard_limit_of(request.task, request.request_dict))
+    return delivery.context()
+
+
+def wrap_on_timeout(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `Request.on_timeout`, which calls errbacks and handlers as `on_failure` does."""
+
+    @functools.wraps(original)
+    def timed_out(self: Any, soft: bool, timeout: float) -> Any:  # noqa: FBT001 # Celery's own
+        _guarded(on_timeout)(self, soft, timeout)
+        context = None if soft or not MAIN.supervises else _guarded(lambda: delivery_of(self).context())()
+        if context is None:
+            return original(self, soft, timeout)
+        token = otel_context.attach(context)
+        try:
+            return original(self, soft, timeout)
+        finally:
+            otel_context.detach(token)
+
+    return timed_out
+
+
+def on_terminate(request: Any, *_: Any, **__: Any) -> None:
+    """Record the wish before the signal: a child that sees it coming then knows why, and so does everybody else."""
+    runtime = _runtime.get()
+    delivery = delivery_of(request)
+    if MAIN.supervises:
+        delivery.ending = Ending(CANCELLED)
+        delivery.stopped = True
+    if runtime.records:
+        wish = Cancellation(time.time_ns(), terminate=True)
+        runtime.write(RequestCancel(delivery.execution(runtime).id, wish))
+
+
+def on_cancel(request: Any, *_: Any, **__: Any) -> None:
+    """Learn that a child is stopped because the connection is gone; its message comes again."""
+    if request.time_start and MAIN.supervises:
+        delivery_of(request).ending = Ending(CANCELLED, endings.INTERRUPTED, "interrupted", "the connection was lost", retrying=True)
+
+
+def on_revoked(request: Any, _: str, terminated: bool, __: object, expired: bool) -> None:  # noqa: FBT001 # Celery's own
+    """Close what is revoked or expired before it started, ahead of the acknowledgement."""
+    if terminated:
+        return
+    if expired:
+        delivery_of(request).close(Ending(CANCELLED, endings.EXPIRED, endings.EXPIRED, f"expired at {request.expires}"))
+    else:
+        delivery_of(request).close(Ending(CANCELLED), asked=True)
+
+
+def wrap_create_request_cls(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `create_request_cls`, whose class has an `on_success` of its own."""
+
+    @functools.wraps(original)
+    def create_request_cls(*args: Any, **kwargs: Any) -> Any:
+        cls = original(*args, **kwargs)
+        cls.on_success = before(on_success)(cls.on_success)
+        return cls
+
+    return create_request_cls
+
+
+def _terminate(request: Any) -> None:
+    """Stop a request as `revoke(terminate=True)` does, in the loop that acknowledges."""
+    consumer = MAIN.consumer
+    if consumer is not None:
+        logger.info("otelexec.celery.terminate: %s[%s]", request.name, request.id)
+        consumer.call_soon(request.terminate, consumer.pool)
+
+
+# --- Messages without a request: `celery.worker.consumer.Consumer` ---------------------------------------------------
+
+
+def on_unknown_message(_: Any, __: object, message: Any) -> None:
+    """Close a message that is none of Celery's."""
+    _reject(message, endings.MALFORMED, "no task message")
+
+
+def on_unknown_task(_: Any, __: object, message: Any, exc: BaseException) -> None:
+    """Close a message for a task that this worker does not have."""
+    _reject(message, endings.UNKNOWN_TASK, f"no task is registered as {exc}", error_type="celery.exceptions.NotRegistered")
+
+
+def on_invalid_task(_: Any, __: object, message: Any, exc: BaseException) -> None:
+    """Close a task message that Celery can't make sense of."""
+    _reject(message, endings.MALFORMED, str(exc))
+
+
+def on_decode_error(_: Any, message: Any, exc: BaseException) -> None:
+    """Close a message whose body can't be decoded."""
+    _reject(message, endings.MALFORMED, str(exc))
+
+
+def _reject(message: Any, classification: str, text: str, *, error_type: str | None = None) -> None:
+    headers = message.headers if isinstance(message.headers, Mapping) else {}
+    found = dict(headers)
+    if "id" not in found:  # protocol 1 has everything in the body
+        payload = _payload(message)
+        found.update({name: payload[name] for name in ("id", "task") if name in payload})
+    delivery_info = getattr(message, "delivery_info", None)
+    found["delivery_info"] = delivery_info if isinstance(delivery_info, Mapping) else {}
+    found[carrier.DELIVERY] = None
+    task_id, name = found.get("id"), found.get("task")
+    task_id = task_id if isinstance(task_id, str) else None
+    name = name if isinstance(name, str) and name else "unknown message"
+    options = options_of(name, task_id, found, finalized_by="parent")
+    ending = Ending(REJECTED, classification, error_type or classification, text)
+    Delivery(open_context(task_id, found, Context()), options).close(ending)
+
+
+def _payload(message: Any) -> Mapping[str, Any]:
+    try:
+        payload = message.payload
+    except Exception:  # it is malformed in whatever way
+        return {}
+    return payload if isinstance(payload, Mapping) else {}
+
+
+# --- Pools and processes -----------------------------------------------------------------------------------------
+
+
+def on_pool_start(_: Any) -> None:
+    """Begin to watch, as a pool of processes starts."""
+    MAIN.supervisor = Supervisor()
+
+
+def on_pool_started(_: Any) -> None:
+    """Relay and reconcile here for the children, and have the store open before the first acceptance."""
+    runtime = _runtime.get()
+    if runtime.records:
+        runtime.write(Heartbeat(runtime.process))
+        runtime.heartbeat.ensure()
+
+
+def on_worker_ready(sender: Any = None, **_: Any) -> None:
+    """Learn the consumer, in whose loop requests are terminated."""
+    MAIN.consumer = sender
+
+
+def on_process_exit(_: Any, process: Any) -> None:
+    """Report a child that has exited, once all that it had sent has been read."""
+    if MAIN.supervises and MAIN.supervisor is not None:
+        MAIN.supervisor.died(process.pid, process.exitcode)
+
+
+def on_pool_end(_: Any) -> None:
+    """Report what is left when the pool has stopped."""
+    if MAIN.supervises and MAIN.supervisor is not None:
+        MAIN.supervisor.look()
+        MAIN.supervisor.stop(STOP_SECONDS)
+        MAIN.supervisor = None
+
+
+def on_process_init(**_: Any) -> None:
+    """Say in a child of the pool that its parent reports its death."""
+    forked = MAIN.supervisor is not None and MAIN.supervisor.pid != os.getpid()
+    if CHOICES.active and (forked or os.environ.get("FORKED_BY_MULTIPROCESSING")):
+        _runtime.get().is_supervised()
+
+
+def on_process_shutdown(**_: Any) -> None:
+    """Write what is only in memory: a child of the pool ends without Python's exit handlers."""
+    if CHOICES.active:
+        _runtime.shutdown()

@@ -1,0 +1,128 @@
+"""The Celery demo's tasks: what a user of otelexec and Celery writes, and nothing else."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from celery import Celery
+from opentelemetry import trace
+
+import otelexec
+from otelexec.cli.demo_celery import BROKER
+from otelexec.cli.demo_stories import SCHEDULE, SCHEDULE_SECONDS, SCHEDULED, SEGMENTS
+
+STUCK_SECONDS = 30.0
+SURVIVES = {"acks_late": True, "reject_on_worker_lost": True}
+"""What makes Celery deliver a task once more when its worker dies with it."""
+
+app = Celery("demo", broker=os.environ.get(BROKER), backend=os.environ.get(BROKER))
+app.conf.update(
+    beat_schedule={SCHEDULE: {"task": SCHEDULED, "schedule": SCHEDULE_SECONDS}},
+    broker_connection_retry_on_startup=True,
+    task_default_queue="jobs",
+    worker_lost_wait=1.0,
+    worker_prefetch_multiplier=1,
+)
+tracer = trace.get_tracer("shop")
+
+
+@app.task(name="order.import")
+def import_order(order: int, items: Sequence[str]) -> int:
+    """Leave the work to the job; in a chain, the result goes on to the next task."""
+    return run_import(order, items)
+
+
+@otelexec.execution("order.import", core=True)
+def run_import(order: int, items: Sequence[str]) -> int:
+    """Be the job: it knows nothing of Celery. Its end is the attempt's, whatever the task around it does then."""
+    run = otelexec.current_execution()
+    with tracer.start_as_current_span("GET /inventory", kind=trace.SpanKind.CLIENT):
+        time.sleep(0.12)
+    for count, item in enumerate(items, start=1):
+        reserve_stock(item)
+        run.progress(f"reserved {item}", done=count, total=len(items))
+    run.set_output({"reserved": len(items)})
+    return order
+
+
+@otelexec.execution("stock.reserve")
+def reserve_stock(item: str) -> None:
+    """Be a child execution of whatever calls it: a record and a span of its own."""
+    otelexec.current_execution().set_output(item)
+    time.sleep(0.08)
+
+
+@app.task(name="receipt.send")
+def send_receipt(order: int) -> int:
+    """Be the second link of the chain, in the trace of the webhook that was two processes and two messages ago."""
+    time.sleep(0.1)
+    return order
+
+
+@app.task(name="video.encode", **SURVIVES)
+def encode_video() -> None:
+    """Get stuck in the middle of the first attempt, where the demo kills the process."""
+    run = otelexec.current_execution()
+    with tracer.start_as_current_span("encode segments"):
+        for segment in range(1, SEGMENTS + 1):
+            stuck = run.attempt == 1 and segment > SEGMENTS / 2
+            encode_segment(STUCK_SECONDS if stuck else 0.2)
+            run.progress(f"segment {segment}", done=segment, total=SEGMENTS)
+
+
+@otelexec.execution("video.segment")
+def encode_segment(seconds: float) -> None:
+    """Take so many seconds."""
+    time.sleep(seconds)
+
+
+@app.task(name="card.charge")
+def charge_card(card: str) -> None:
+    """Fail."""
+    time.sleep(0.1)
+    raise ValueError(f"card ending in {card} declined")
+
+
+@app.task(name="report.render", autoretry_for=(ConnectionError,), retry_kwargs={"countdown": 0})
+def render_report() -> None:
+    """Fail once with an error that Celery retries."""
+    time.sleep(0.1)
+    if otelexec.current_execution().attempt == 1:
+        raise ConnectionError("the report server hung up")
+
+
+@app.task(name="feed.sync", soft_time_limit=1)
+def sync_feed() -> None:
+    """Wait for a server that never answers, until the time limit."""
+    time.sleep(STUCK_SECONDS)
+
+
+@app.task(name="export.build")
+def build_export(rows: int) -> None:
+    """Take so long that somebody cancels it: this worker then stops it, as Celery's revoke does."""
+    for count in range(rows):
+        otelexec.current_execution().progress("exporting", done=count, total=rows)
+        time.sleep(0.1)
+
+
+@app.task(name="newsletter.send")
+def send_newsletter() -> None:
+    """Succeed; the web process turns a second one away."""
+    time.sleep(0.05)
+
+
+@app.task(name=SCHEDULED)
+def clean_cache() -> None:
+    """Succeed; Celery's beat asks for it."""
+    time.sleep(0.05)
+
+
+def publish(job: str, payload: Mapping[str, Any]) -> None:
+    """Send what a webhook asks for; a job that no worker knows is sent all the same."""
+    if job == "order.import":
+        (app.signature(job, kwargs=dict(payload)) | app.signature("receipt.send")).delay()
+    else:
+        app.send_task(job, kwargs=dict(payload))

@@ -1,0 +1,267 @@
+"""
+What a parent process does for the children that run its work.
+
+It opens an attempt before it acknowledges the message, so that a child that dies before it does so is not the end of
+every trace of it. It closes what never reaches a child. It reports how a child died: only the parent learns the signal,
+and only it knows whether it sent that itself. And it stops what somebody asked to be terminated, which a child that is
+busy can't always do. The fencing token, which parent and child share, makes one outcome of all they say.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from opentelemetry import context as otel_context
+
+from otelexec import identity
+from otelexec import runtime as _runtime
+from otelexec.context import EXECUTION_KEY
+from otelexec.effects import run
+from otelexec.endings import Ending
+from otelexec.errors import StoreError
+from otelexec.finalize import closing, finalize, persist
+from otelexec.freeze import end_span
+from otelexec.lifecycle import begin
+from otelexec.reconcile import KILLED, OOM, Death, Reconciler, explain
+from otelexec.store.writes import LOST, Cancellation
+
+if TYPE_CHECKING:
+    from opentelemetry.context import Context
+
+    from otelexec.execution import Execution, Options
+    from otelexec.runtime import Runtime
+
+logger = logging.getLogger("otelexec.supervision")
+
+RETRY_SECONDS = 1.0
+"""How long a report waits for a store that is away before it is tried again."""
+
+
+class Delivery:
+    """
+    One message in the hands of a parent process.
+
+    Args:
+        context: What the message asks for: `propagation.incoming`.
+        options: The attempt's options; they hold the fencing token.
+        stop: Stops the child's work on it; called in the supervisor's thread. None where that can't be done.
+
+    Attributes:
+        pid: The child that runs it; None as long as none does.
+        accepted: Whether its attempt was opened here.
+        ending: What the parent made of it, such as that it was stopped at a limit; None when it did nothing.
+    """
+
+    __slots__ = ("_context", "_execution", "_stop", "accepted", "ending", "options", "pid", "stopped")
+
+    def __init__(self, context: Context, options: Options, stop: Callable[[], None] | None = None) -> None:
+        self._context = context
+        self._execution: Execution | None = None
+        self._stop = stop
+        self.options = options
+        self.pid: int | None = None
+        self.accepted = False
+        self.ending: Ending | None = None
+        self.stopped = False
+
+    def execution(self, runtime: Runtime) -> Execution:
+        """Give the parent's own handle of it, with a span that is written only if the child never opens the attempt."""
+        if self._execution is None:
+            token = otel_context.attach(self._context)
+            try:
+                self._execution, _ = begin(runtime, self.options)
+            finally:
+                otel_context.detach(token)
+        return self._execution
+
+    def context(self) -> Context:
+        """Give the context for what the parent does in its name: messages sent there are its children."""
+        return otel_context.set_value(EXECUTION_KEY, self.execution(_runtime.get()), self._context)
+
+    def accept(self) -> None:
+        """Open its attempt on behalf of the child; survives the death of both, but not power loss."""
+        self.accepted = True
+        runtime = _runtime.get()
+        if runtime.records:
+            runtime.write(replace(self.execution(runtime).attempt_row, repeated=True))
+            runtime.heartbeat.ensure()
+
+    def close(self, ending: Ending, *, asked: bool = False) -> None:
+        """
+        Record the end of a message that never reaches a child.
+
+        Args:
+            ending: How it ended.
+            asked: Whether somebody asked for the cancellation, which makes it final.
+        """
+        runtime = _runtime.get()
+        execution = self.execution(runtime)
+        if asked:
+            execution.cancelled_by(Cancellation(time.time_ns(), terminate=None))
+        execution.ending = ending
+        ended_ns = execution.started_unix_ns + time.perf_counter_ns() - execution.clock_started_ns
+        run(runtime, finalize(runtime, execution, ending, ended_ns))
+
+    def settle(self, ending: Ending, ended_unix_ns: int) -> None:
+        """Record its end unless its attempt is closed already, whether the child had opened that or not."""
+        runtime = _runtime.get()
+        execution = self.execution(runtime)
+        execution.closed = True
+        ended = max(ended_unix_ns, execution.started_unix_ns)
+        end_span(execution, ending, ended)
+        patience = runtime.settings.finalize_timeout_seconds
+        run(runtime, persist(runtime, closing(runtime, execution, ending, ended), durable=True, patience_seconds=patience))
+
+    def stop(self) -> None:
+        """Stop the child's work, once."""
+        if self._stop is not None and not self.stopped:
+            self.stopped = True
+            self._stop()
+
+
+@dataclass(slots=True)
+class _Report:
+    pid: int
+    death: Death
+    deliveries: list[Delivery] = field(default_factory=list)
+
+
+class Supervisor:
+    """
+    The thread of a parent process that reports deaths and passes terminations on.
+
+    Attributes:
+        pid: The parent; a forked child has a copy that is not its own.
+    """
+
+    def __init__(self) -> None:
+        self.pid = os.getpid()
+        self._reports: queue.SimpleQueue[_Report | None] = queue.SimpleQueue()
+        self._running: dict[int, Delivery] = {}
+        self._thread: threading.Thread | None = None
+        self._stopping = False
+        self._oom_kills = _oom_kills()
+
+    def started(self, pid: int, delivery: Delivery) -> None:
+        """Learn that a child began to work on a delivery; what it had before is done."""
+        delivery.pid = pid
+        self._running[pid] = delivery
+        self._ensure()
+
+    def ended(self, delivery: Delivery) -> None:
+        """Learn that a child is done with a delivery and lives."""
+        if delivery.pid is not None and self._running.get(delivery.pid) is delivery and delivery.ending is None:
+            del self._running[delivery.pid]
+
+    def died(self, pid: int, exit_code: int | None) -> None:
+        """
+        Learn that a child has exited; what it had in hand is closed soon.
+
+        Args:
+            pid: Its process id.
+            exit_code: As `subprocess` has it: negative for a signal; None when it is not known.
+        """
+        delivery = self._running.pop(pid, None)
+        signal = -exit_code if exit_code is not None and exit_code < 0 else None
+        kills = _oom_kills()
+        oom, self._oom_kills = signal == 9 and kills > self._oom_kills, kills  # noqa: PLR2004 (SIGKILL is what the kernel sends)
+        if delivery is None:
+            return
+        token = delivery.options.token or ""
+        endings = {} if delivery.ending is None else {token: delivery.ending}
+        code = None if signal is not None else exit_code
+        self._reports.put(_Report(pid, Death(time.time_ns(), signal, code, oom, endings), [delivery]))
+        self._ensure()
+
+    def look(self) -> None:
+        """Report children that are gone without a word from whoever waits for them, as in a shutdown that kills them."""
+        for pid in list(self._running):
+            if not identity.is_alive(pid):
+                self.died(pid, None)
+
+    def stop(self, timeout_seconds: float) -> None:
+        """Report what is left, and end the thread; waits no longer than `timeout_seconds`."""
+        if self._thread is None:
+            return
+        self._stopping = True
+        self._reports.put(None)
+        self._thread.join(timeout_seconds)
+
+    def _ensure(self) -> None:
+        if self._thread is None and _runtime.get().records:
+            self._thread = threading.Thread(target=self._serve, name="otelexec-supervisor", daemon=True)
+            self._thread.start()
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                report = self._reports.get(timeout=_runtime.settings().cancel_poll_seconds)
+            except queue.Empty:
+                self._pass_wishes_on()
+                continue
+            if report is None:
+                return
+            self._report(report)
+
+    def _report(self, report: _Report) -> None:
+        runtime = _runtime.get()
+        while True:
+            try:
+                if runtime.store is not None:
+                    Reconciler(runtime.store, runtime.spool, own=runtime.process_id).run_once({report.pid: report.death})
+                break
+            except (StoreError, OSError) as error:
+                # Nobody else speaks for it as long as this process lives and the lease runs.
+                logger.debug("otelexec.supervision.failed: %s", error)
+                if self._stopping:
+                    return
+                time.sleep(RETRY_SECONDS)
+            except Exception:
+                logger.exception("otelexec.supervision.failed")
+                return
+        for delivery in report.deliveries:
+            try:
+                delivery.settle(delivery.ending or _lost(report), report.death.seen_unix_ns)
+            except Exception:
+                logger.exception("otelexec.supervision.failed")
+
+    def _pass_wishes_on(self) -> None:
+        runtime = _runtime.get()
+        running = list(self._running.values())
+        if runtime.store is None or runtime.spooling or not running:
+            return
+        try:
+            wishes = runtime.store.cancellations([delivery.execution(runtime).id for delivery in running])
+            for delivery in running:
+                wish = wishes.get(delivery.execution(runtime).id)
+                if wish is not None and wish.terminate:
+                    delivery.stop()
+        except StoreError as error:
+            logger.debug("otelexec.supervision.failed: %s", error)
+        except Exception:
+            logger.exception("otelexec.supervision.failed")
+
+
+def _lost(report: _Report) -> Ending:
+    classification = OOM if report.death.oom else KILLED
+    return Ending(LOST, classification, classification, explain(_runtime.get().process.host, report.pid, report.death))
+
+
+def _oom_kills() -> int:
+    """Count what the kernel has killed for want of memory since it started; 0 where it doesn't say."""
+    try:
+        for line in Path("/proc/vmstat").read_text(encoding="ascii").splitlines():
+            name, _, value = line.partition(" ")
+            if name == "oom_kill":
+                return int(value)
+    except (OSError, ValueError):
+        pass
+    return 0

@@ -1,0 +1,81 @@
+"""`request_cancel`: in any process on the same store, without a connection to the broker."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from celery.exceptions import TaskRevokedError
+
+import otelexec
+from tests.integrations.celery.conftest import Fresh
+from tests.integrations.celery.stage import Stage
+
+TERMINATED_SECONDS = 20.0
+RESULT_SECONDS = 20.0
+
+
+def test_a_task_that_is_cancelled_in_the_queue_does_not_run(common: Stage) -> None:
+    mark = common.mark()
+    with otelexec.correlate(source="test") as correlation:
+        result = common.task("sleep").apply_async((0, mark), countdown=1)
+    assert otelexec.request_cancel(correlation.execution_id) == "queued"
+    seen = common.ended(result.id, "cancelled")
+    assert (seen.record.state, seen.attempt.classification) == ("cancelled", None)
+    assert common.runs(mark) == 0
+
+
+def test_a_running_task_sees_it(common: Stage) -> None:
+    mark = common.mark()
+    with otelexec.correlate(source="test") as correlation:
+        result = common.task("heeds").delay(mark)
+    common.wait_for_run(mark)
+    assert otelexec.request_cancel(correlation.execution_id) == "running"
+    assert result.get(timeout=RESULT_SECONDS) == "heeded"
+    common.ended(result.id)
+
+
+@pytest.mark.parametrize("task", ["sleep", "sleep.late", "sleep.again"])
+def test_with_terminate_the_worker_stops_it_as_revoke_does(common: Stage, task: str) -> None:
+    mark = common.mark()
+    with otelexec.correlate(source="test") as correlation:
+        result = common.task(task).delay(60, mark)
+    common.wait_for_run(mark)
+    asked = common.command("cancel", correlation.execution_id, "--terminate")
+    assert asked.returncode == 0, asked.stderr
+    seen = common.ended(result.id, "cancelled", seconds=TERMINATED_SECONDS)
+    assert (seen.record.state, seen.attempt.classification) == ("cancelled", None)
+    with pytest.raises(TaskRevokedError):
+        result.get(timeout=RESULT_SECONDS)
+    assert common.runs(mark) == 1
+
+
+def test_a_task_that_has_succeeded_stays_so(common: Stage) -> None:
+    with otelexec.correlate(source="test") as correlation:
+        result = common.task("add").delay(1, 2)
+    result.get(timeout=RESULT_SECONDS)
+    assert otelexec.request_cancel(correlation.execution_id, terminate=True) == "succeeded"
+    assert common.ended(result.id, "succeeded").record.state == "succeeded"
+
+
+def test_between_two_attempts_the_next_one_is_not_run(common: Stage) -> None:
+    with otelexec.correlate(source="test") as correlation:
+        result = common.task("flaky.later").delay()
+    common.ended(result.id, "failed")
+    assert otelexec.request_cancel(correlation.execution_id) == "retrying"
+    seen = common.ended(result.id, "failed", "cancelled")
+    assert seen.record.state == "cancelled"
+
+
+def test_on_threads_which_nobody_can_stop_a_running_task_sees_it(fresh: Fresh) -> None:
+    stage = fresh()
+    worker = stage.worker("threads", "threads", 2)
+    mark = stage.mark()
+    with otelexec.correlate(source="test") as correlation:
+        result = stage.task("heeds").delay(mark)
+    assert stage.wait_for_run(mark) == worker.pid != os.getpid()
+    otelexec.request_cancel(correlation.execution_id, terminate=True)
+    assert result.get(timeout=RESULT_SECONDS) == "heeded"
+    assert worker.stop() == 0
+    worker.check_log()
+    stage.check_agreement()

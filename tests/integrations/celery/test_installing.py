@@ -1,0 +1,121 @@
+"""Getting it in and out: the entry point, what is missing, versions that do not fit, and a Celery that is as it was."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import subprocess
+import sys
+from pathlib import Path
+from types import FunctionType, ModuleType
+from typing import Any
+
+import celery.app.amqp
+import celery.app.base
+import celery.app.task
+import celery.app.trace
+import celery.backends.base
+import celery.beat
+import celery.canvas
+import celery.concurrency.base
+import celery.concurrency.prefork
+import celery.worker.consumer.consumer
+import celery.worker.request
+import celery.worker.strategy
+import pytest
+from celery import signals
+
+ROOT = Path(__file__).resolve().parents[3]
+MODULES = [
+    celery.app.amqp,
+    celery.app.base,
+    celery.app.task,
+    celery.app.trace,
+    celery.backends.base,
+    celery.beat,
+    celery.canvas,
+    celery.concurrency.base,
+    celery.concurrency.prefork,
+    celery.worker.consumer.consumer,
+    celery.worker.request,
+    celery.worker.strategy,
+]
+
+
+def functions_of(module: ModuleType) -> dict[str, Any]:
+    """Give every function of a module and of its classes, and every attribute that might hold a wrapped one."""
+    found: dict[str, Any] = {}
+    for name, value in vars(module).items():
+        found[f"{module.__name__}.{name}"] = value
+        if isinstance(value, type) and value.__module__.startswith("celery."):
+            found |= {f"{value.__module__}.{value.__qualname__}.{key}": held for key, held in vars(value).items() if key[:2] != "__"}
+    return found
+
+
+def state_of_celery() -> tuple[dict[str, int], dict[str, int]]:
+    held = {name: id(value) for module in MODULES for name, value in functions_of(module).items()}
+    receivers = {name: len(getattr(signals, name).receivers) for name in signals.__all__}
+    return held, receivers
+
+
+def test_uninstrument_leaves_celery_as_it_was() -> None:
+    from otelexec_celery import CeleryInstrumentor
+
+    before = state_of_celery()
+    for _ in range(2):
+        CeleryInstrumentor().instrument()
+        during = state_of_celery()
+        assert during != before
+        CeleryInstrumentor().uninstrument()
+        assert state_of_celery() == before
+    assert any(isinstance(value, FunctionType) for value in functions_of(celery.app.trace).values())
+
+
+def test_instrumenting_twice_is_once() -> None:
+    from otelexec_celery import CeleryInstrumentor
+
+    before = state_of_celery()
+    CeleryInstrumentor().instrument()
+    during = state_of_celery()
+    CeleryInstrumentor().instrument()
+    assert state_of_celery() == during
+    CeleryInstrumentor().uninstrument()
+    assert state_of_celery() == before
+
+
+def test_the_entry_point_is_there() -> None:
+    (found,) = [point for point in importlib.metadata.entry_points(group="opentelemetry_instrumentor") if point.name == "otelexec_celery"]
+    assert found.load().__name__ == "CeleryInstrumentor"
+    assert "celery" in importlib.metadata.metadata("otelexec").get_all("Provides-Extra", [])
+
+
+def python(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_without_celery_the_error_says_what_to_install() -> None:
+    done = python("import sys; sys.modules['celery'] = None; import otelexec_celery; otelexec_celery.CeleryInstrumentor().instrument()")
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("ModuleNotFoundError: ")
+    assert "pip install 'otelexec[celery]'" in last
+
+
+@pytest.mark.parametrize("version", ["5.3.6", "4.4.7", "6.0.0"])
+def test_a_celery_that_does_not_fit_is_left_alone_with_an_error(version: str) -> None:
+    """The auto-loader skips the check of the base class, so it is made once more inside."""
+    done = python(
+        "import importlib.metadata as m, logging; logging.basicConfig()\n"
+        "version = m.version\n"
+        f"m.version = lambda name: {version!r} if name.lower() == 'celery' else version(name)\n"
+        "distribution = m.distribution\n"
+        "import celery; before = celery.Celery.send_task\n"
+        f"celery.__version__ = {version!r}\n"
+        "from otelexec_celery import CeleryInstrumentor\n"
+        "try:\n    CeleryInstrumentor().instrument(skip_dep_check=True)\n"
+        "except Exception as error:\n    print('raised', error)\n"
+        "print('unchanged', celery.Celery.send_task is before)\n"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "unchanged True" in done.stdout
+    assert version in done.stdout + done.stderr
+    assert "5.4" in done.stdout + done.stderr
