@@ -345,7 +345,7 @@ class Stage:
     def reconcile(self) -> None:
         """Close what dead workers left open, as `otelexec reconcile --once` does."""
         store = SqliteStore(self.path)
-        reconciler(store).run_once()
+        reconciler(store, store.spool_folder).run_once()
         store.close()
 
     def command(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

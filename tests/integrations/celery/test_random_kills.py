@@ -23,6 +23,7 @@ from tests.integrations.celery.conftest import Fresh
 from tests.integrations.celery.stage import Stage, Worker
 from tests.records import until
 from tests.servers import Jaeger, JaegerSpan, read_trace, running_jaeger
+from tests.stores import beside
 
 SHORT, LONG = 150, 2_000
 SEED = 20261125
@@ -85,7 +86,7 @@ def check_accounted_for(stage: Stage, task_ids: list[str], kills: int, spans: li
     consumers = [span for span in spans if span.kind == "consumer"]
     assert len({span.span_id for span in consumers}) == sum(len(record.attempts) for record in records)
     assert {span.attributes[semconv.MESSAGING_MESSAGE_ID] for span in consumers} == set(task_ids)
-    found = disagreements(stage.path, spans)
+    found = disagreements(beside(stage.path), spans)
     assert found.failures == []
     return records
 
