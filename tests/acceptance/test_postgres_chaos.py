@@ -282,10 +282,18 @@ MISSED = 0.1
 """Share of the points that a run may pass less often than the dry run did: the pool's threads take turns as they like."""
 
 
-@pytest.mark.timeout(200)
-def test_a_kill_at_any_statement_or_line_of_the_store_leaves_every_attempt_one_state_and_one_span(tmp_path: Path, postgres: Server) -> None:
-    counts = killed_anywhere(tmp_path, postgres, "nested", "messages", "--within=store/postgres", seconds=180)
-    assert counts["killed"] >= 0.9 * (counts["lines"] + counts["statements"])
+@pytest.mark.timeout(300)
+def test_a_kill_before_and_behind_any_statement_leaves_every_attempt_one_state_and_one_span(tmp_path: Path, postgres: Server) -> None:
+    counts = killed_anywhere(tmp_path, postgres, "nested", "spooled", "--within=store/postgres_tail", seconds=280)
+    assert counts["statements"] >= 20
+    assert counts["killed"] >= 0.8 * counts["statements"]
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_a_kill_at_any_line_of_the_store_leaves_every_attempt_one_state_and_one_span(tmp_path: Path, postgres: Server) -> None:
+    counts = killed_anywhere(tmp_path, postgres, *SCENARIOS, "--within=store/postgres", seconds=880)
+    assert counts["killed"] >= 0.8 * (counts["lines"] + counts["statements"])
 
 
 @pytest.mark.long

@@ -33,6 +33,7 @@ from tests.postgres_servers import (
     at,
     caught_up,
     database_of,
+    running_pgbouncer,
     running_server,
     running_standby,
 )
@@ -134,31 +135,61 @@ def test_an_open_that_a_crash_took_comes_back_with_its_close(own: Server, crash:
     check_all_in(url, ["before", "across", "after"], set())
 
 
-@pytest.mark.parametrize("crash", ["kill9", "kill_backend"])
-def test_an_open_that_a_crash_took_comes_back_while_its_process_lives(own: Server, crash: str) -> None:
-    """Else the running attempt would be invisible until its end, and lost without a trace if its process died."""
-    url = own.new_database()
+@pytest.fixture
+def bounced(own: Server, postgres_folder: Path) -> Iterator[str]:
+    """Give a database of the server that may be killed, through a PgBouncer, whose clients don't notice when its server dies."""
+    with running_pgbouncer(own, postgres_folder) as port:
+        yield at(own.new_database(), port=port)
+        runtime.shutdown()
+
+
+def check_what_runs_comes_back(server: Server, url: str, crash: str) -> None:
+    """Crash a server that has not flushed an open and a queued record yet; they must be there again while their process lives."""
+    direct = at(url, port=server.port)
     work = configured(url)
     work.run("before")
     with otelexec.publish("queued", destination="q"):
         pass
     with otelexec.execution("running"):
-        getattr(own, crash)()
+        getattr(server, crash)()
         if crash == "kill9":
-            own.start()
+            server.start()
 
         def states() -> dict[str, str]:
             with contextlib.suppress(psycopg.OperationalError):
-                return dict(stores.rows_or_none(url, "SELECT name, state FROM execution") or ())
+                return dict(stores.rows_or_none(direct, "SELECT name, state FROM execution") or ())
             return {}
 
         until(lambda: states() == {"before": "succeeded", "queued": "queued", "running": "running"}, HOME_SECONDS)
     home()
-    records = Records(url)
+    records = Records(direct)
     assert {record.name: record.state for record in records.all()} == {"before": "succeeded", "queued": "queued", "running": "succeeded"}
     assert Counter(span.name for span in records.spans()).most_common(1)[0][1] == 1
     records.check_agreement()
     records.close()
+
+
+@pytest.mark.parametrize("crash", ["kill9", "kill_backend"])
+def test_an_open_that_a_crash_took_comes_back_while_its_process_lives(own: Server, crash: str) -> None:
+    """Else the running attempt would be invisible until its end, and lost without a trace if its process died."""
+    check_what_runs_comes_back(own, own.new_database(), crash)
+
+
+def test_an_open_that_a_crash_took_comes_back_through_pgbouncer_too(own: Server, bounced: str) -> None:
+    check_what_runs_comes_back(own, bounced, "kill9")
+
+
+def test_a_server_behind_pgbouncer_is_away_for_a_while(own: Server, bounced: str) -> None:
+    work = configured(bounced)
+    work.run("before")
+    own.stop_immediate()
+    work.run("during")
+    work.run("during, too", Boom("mine"))
+    assert max(work.seconds) < 2 * SILENCE + OPEN + FINALIZE + SLACK
+    own.start()
+    home()
+    work.run("after")
+    check_all_in(at(bounced, port=own.port), work.names, {"during, too"})
 
 
 def test_refusing_then_read_only_then_writable_as_in_a_failover(
