@@ -259,7 +259,7 @@ class Queue:
             readable, _, _ = select.select([worker.answers for worker in self._workers], [], [], max(0.0, next_kill - time.monotonic()))
             for worker in self._workers:
                 if worker.answers in readable:
-                    self._take_answers(worker)
+                    assert self._take_answers(worker), "a worker ended by itself"
             if time.monotonic() >= next_kill:
                 self._kill(self._random.randrange(workers))
                 next_kill = time.monotonic() + self._pause()
@@ -286,10 +286,13 @@ class Queue:
             worker.held[job["n"]] = job
             os.write(worker.jobs, json.dumps(job).encode() + b"\n")
 
-    def _take_answers(self, worker: Worker) -> None:
-        *numbers, worker.buffer = (worker.buffer + os.read(worker.answers, 65536)).split(b"\n")
+    def _take_answers(self, worker: Worker) -> bool:
+        """Take what a worker has answered; False when it never will again."""
+        data = os.read(worker.answers, 65536)
+        *numbers, worker.buffer = (worker.buffer + data).split(b"\n")
         for number in numbers:
             del worker.held[int(number)]
+        return bool(data)
 
     def _kill(self, index: int) -> None:
         worker = self._workers.pop(index)
@@ -299,11 +302,8 @@ class Queue:
         worker.machine.end(worker.pid)
         self.kills += 1
         os.close(worker.jobs)
-        while select.select([worker.answers], [], [], 0)[0]:
-            before = len(worker.held), worker.buffer
-            self._take_answers(worker)
-            if (len(worker.held), worker.buffer) == before:
-                break
+        while self._take_answers(worker):
+            pass
         os.close(worker.answers)
         self.redelivered += len(worker.held)
         self.waiting.extendleft(worker.held.values())
@@ -335,17 +335,17 @@ SETTLE_SECONDS: Final = 60.0
 
 def _reconcile(place: Place, hosts: Sequence[Host]) -> None:
     """Take in every host's spool and close what the dead left, whose leases may have to lapse first."""
+    commands = [host.command for host in hosts] or [lambda *arguments: cli.main(list(arguments))]
     deadline = time.monotonic() + SETTLE_SECONDS
     while True:
-        for host in hosts:
-            assert host.command("reconcile", "--once") == 0, host.log.read_text(errors="replace")[-3000:]
-        if not hosts:
-            assert cli.main(["reconcile", "--once"]) == 0
-        [[left]] = stores.rows(
+        # A server that was killed at the very end may be on its way up.
+        done = [command("reconcile", "--once") == 0 for command in commands]
+        [[left]] = patient_rows(
             place.url, "SELECT (SELECT COUNT(*) FROM attempt WHERE state = 'running') + (SELECT COUNT(*) FROM open_span)"
         )
-        if not left or not stores.is_postgres(place.url) or time.monotonic() > deadline:
+        if all(done) and (not left or not stores.is_postgres(place.url)):
             return
+        assert time.monotonic() < deadline, f"{left} attempts and spans are open, {done}"
         time.sleep(0.2)
 
 
@@ -388,7 +388,7 @@ def main() -> int:
         "--crew", type=int, default=0, help="relays and reconcilers in processes of their own, so many of each, not in the workers"
     )
     parser.add_argument("--crashes", action="store_true", help="the server is killed meanwhile: spans may come twice")
-    parser.add_argument("--started", type=Path, help="made when the workers are about to start")
+    parser.add_argument("--started", type=Path, help="a file that is there while the workers run")
     chosen = parser.parse_args()
     gc.freeze()
     started = time.monotonic()
@@ -413,6 +413,8 @@ def main() -> int:
             chosen.started.touch()
         with crew(chosen.crew, chosen.folder):
             queue.run(chosen.workers)
+        if chosen.started:
+            chosen.started.unlink()
         looked_at.use()
         stdout, sys.stdout = sys.stdout, sys.stderr
         seen = _settle(looked_at, chosen.jobs, queue, collected, hosts, crashes=chosen.crashes)

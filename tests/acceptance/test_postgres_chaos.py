@@ -111,7 +111,7 @@ def server_kills(folder: Path, postgres_folder: Path, jobs: int, *, pause: float
             chooser = random.Random(3)
             until(lambda: started.exists() or done.is_set(), 300)
             time.sleep(1)  # what was published before is not what is tested, and is on disk by then
-            while not done.wait(chooser.uniform(0.2, 1.8) * pause):
+            while not done.wait(chooser.uniform(0.2, 1.8) * pause) and started.exists():
                 server.kill9()
                 killed += 1
                 time.sleep(chooser.uniform(0, 0.5))
