@@ -114,23 +114,30 @@ def _without_indexes(connection: psycopg.Connection[Any]) -> Iterator[None]:
 
 def fill_undelivered(connection: psycopg.Connection[Any], count: int, process: str) -> None:
     """
-    Add spans that wait for the relay, and as many that are open, of the newest executions.
+    Add spans that wait for the relay, as many that are open, and as many outer executors that have not ended: of the newest executions.
 
     Args:
         connection: As for `fill`.
         count: How many of each.
-        process: SQL that gives the process which has the open ones, of the execution with number `e.seq`.
+        process: SQL that gives the process which has the open spans, of the execution with number `e.seq`.
     """
     connection.execute(
         """INSERT INTO outbox (request, count, execution_id, written_unix_ns)
            SELECT decode(repeat('00', 500), 'hex'), 1, e.execution_id, e.started_unix_ns FROM execution e ORDER BY e.seq DESC LIMIT %s""",
         (count,),
     )
+    start = otlp.encode_start(ended_span())
     psycopg.RawCursor(connection).execute(
         f"""INSERT INTO open_span (trace_id, span_id, process_id, execution_id, start)
            SELECT a.trace_id, 'a' || substr(a.span_id, 2), {process}, a.execution_id, $1
            FROM execution e JOIN attempt a USING (execution_id) ORDER BY e.seq DESC LIMIT $2""".encode(),
-        (otlp.encode_start(ended_span()), count),
+        (start, count),
+    )
+    connection.execute(
+        """UPDATE attempt SET outer_token = 'o' || token, outer_trace_id = trace_id, outer_span_id = 'b' || substr(span_id, 2),
+               outer_start = %s, outer_started_unix_ns = started_unix_ns
+           WHERE execution_id IN (SELECT execution_id FROM execution WHERE state <> 'running' ORDER BY seq DESC LIMIT %s)""",
+        (start, count),
     )
 
 
