@@ -137,9 +137,9 @@ def _copy(target: PostgresStore, name: str, tables: Sequence[_Table]) -> tuple[d
 def _copy_table(session: Session, table: _Table) -> tuple[int, int]:
     """Copy a table beside the real one, and from there what is not here yet; gives how many rows came and how many went in."""
     name, columns = table.name, ", ".join(table.columns)
-    session.execute(f"CREATE TEMP TABLE came ON COMMIT DROP AS SELECT 0::bigint AS place, {columns} FROM {name} LIMIT 0")
+    session.execute(f"CREATE TEMP TABLE came ON COMMIT DROP AS SELECT 0::bigint AS place, {columns} FROM {name} LIMIT 0".encode())
     came = 0
-    with session.cursor() as cursor, cursor.copy(f"COPY came (place, {columns}) FROM STDIN") as copy:
+    with session.cursor() as cursor, cursor.copy(f"COPY came (place, {columns}) FROM STDIN".encode()) as copy:
         for row in table.rows:
             came += 1
             copy.write_row([came, *map(without_nul, row)])
@@ -151,6 +151,6 @@ def _copy_table(session: Session, table: _Table) -> tuple[int, int]:
     elif name == "attempt":
         condition = "WHERE execution_id NOT IN (SELECT execution_id FROM known)"
     insert = f"INSERT INTO {name} ({columns}) SELECT {values} FROM came {condition} ORDER BY place ON CONFLICT DO NOTHING"
-    went = session.execute(insert).rowcount
+    went = session.execute(insert.encode()).rowcount
     session.execute("DROP TABLE came")
     return came, went

@@ -82,10 +82,10 @@ class _ServerChanged(psycopg.OperationalError):
 
 
 @lru_cache(maxsize=256)
-def _numbered(statement: str) -> str:
+def _numbered(statement: str) -> bytes:
     """Give a statement with PostgreSQL's own placeholders, $1, $2 and so on, for the shared ones."""
     places = count(1)
-    return "".join(f"${next(places)}" if part == "?" else part for part in statement.replace("?", "\0?\0").split("\0"))
+    return "".join(f"${next(places)}" if part == "?" else part for part in statement.replace("?", "\0?\0").split("\0")).encode()
 
 
 class _Transaction:

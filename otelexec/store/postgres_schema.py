@@ -257,7 +257,7 @@ def _upgrade(session: Session, version: int, url: str) -> None:
         steps += schema.upgrade_from(version)
     session.execute(f"SET LOCAL search_path TO {SCHEMA}, pg_temp")
     for statement in steps:
-        session.execute(statement.format(**_TYPES))
+        session.execute(statement.format(**_TYPES).encode())
     for function in _FUNCTIONS:
-        session.execute(function)
+        session.execute(function.encode())
     session.execute("UPDATE schema_version SET version = $1", (schema.SCHEMA_VERSION,))

@@ -338,10 +338,11 @@ def close_outer(tx: Transaction, write: CloseOuter) -> bool:
     """Record how the code around the cores ended; once, whoever comes first."""
     outcome = write.frozen.outcome
     _lock(tx, write.execution_id)
+    # COALESCE, so that the way to the row never leads through the index of all that are open.
     rows = tx.execute(
         """UPDATE attempt SET outer_outcome = ?, outer_ended_unix_ns = ?, outer_error_type = ?,
                outer_error_message = ?, outer_start = NULL
-           WHERE execution_id = ? AND outer_token = ? AND outer_outcome IS NULL RETURNING attempt""",
+           WHERE execution_id = ? AND outer_token = ? AND COALESCE(outer_outcome, '') = '' RETURNING attempt""",
         (
             outcome.state,
             outcome.ended_unix_ns,
