@@ -129,7 +129,7 @@ def test_what_never_reaches_a_child_has_its_record_and_its_span(records: Records
 
 
 def test_a_wish_to_terminate_is_passed_on_once(records: Records, supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runtime.settings(), "cancel_poll_seconds", 0.05)
+    monkeypatch.setenv("OTELEXEC_CANCEL_POLL_SECONDS", "0.05")
     stopped: list[int] = []
     work = delivery(stop=lambda: stopped.append(1))
     work.accept()
