@@ -31,6 +31,11 @@ OUTER_OUTCOME: Final = "otelexec.outer_outcome"
 OBSERVED_OF: Final = "otelexec.observed_of"
 QUEUE_LATENCY: Final = "otelexec.queue_latency_seconds"
 
+# Metrics, and the attribute that names the execution on them.
+METRIC_QUEUE_LATENCY: Final = "otelexec.queue.latency"
+METRIC_PROCESS_DURATION: Final = "messaging.process.duration"
+EXECUTION_NAME: Final = "otelexec.execution.name"
+
 ERROR_TYPE: Final = "error.type"
 EXCEPTION_EVENT: Final = "exception"
 EXCEPTION_TYPE: Final = "exception.type"

@@ -95,7 +95,11 @@ for point in PathDistribution(info).entry_points:
     print(point.group, point.name, callable(point.load()))
 """
     printed = run(sys.executable, "-P", "-c", script.format(target=str(installed)), cwd=tmp_path, PYTHONPATH=str(installed))
-    assert set(printed.splitlines()) == {"console_scripts otelexec True", "opentelemetry_id_generator otelexec True"}
+    assert set(printed.splitlines()) == {
+        "console_scripts otelexec True",
+        "opentelemetry_id_generator otelexec True",
+        "opentelemetry_instrumentor otelexec_celery True",
+    }
 
 
 def test_the_source_archive_holds_what_is_named_and_no_environment(tmp_path: Path) -> None:

@@ -47,12 +47,17 @@ def write(headers: MutableMapping[str, Any], carried: Mapping[str, str]) -> None
         headers: The message's headers; changed in place. A nested mapping is replaced, since it may be the caller's own.
         carried: Names and values to write.
     """
-    for name in [name for name in headers if is_ours(name)]:
-        del headers[name]
+    own: dict[str, Any] = {}
+    for name in [name for name in headers if name not in _CELERYS]:
+        if is_ours(name):
+            del headers[name]
+        else:
+            own[name] = headers[name]
     nested = headers.get(NESTED)
-    kept = {name: value for name, value in nested.items() if not is_ours(name)} if isinstance(nested, Mapping) else {}
-    own = {name: value for name, value in headers.items() if name not in _CELERYS}
-    headers[NESTED] = {**own, **kept, **carried}
+    if isinstance(nested, Mapping):
+        own.update((name, value) for name, value in nested.items() if not is_ours(name))
+    own.update(carried)
+    headers[NESTED] = own
     headers.update(carried)
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from types import CellType, FunctionType
@@ -24,6 +25,7 @@ from opentelemetry import context as otel_context
 from opentelemetry import trace
 from opentelemetry.context import Context
 
+from otelexec import metrics, semconv
 from otelexec import runtime as _runtime
 from otelexec.drivers import advance, expect
 from otelexec.endings import Ending, raised_by_signal_handler
@@ -64,7 +66,7 @@ class Run:
         request: The request that the tracer was given.
     """
 
-    __slots__ = ("_chord", "_runtime", "_steps", "before", "context", "execution", "reached_body", "task")
+    __slots__ = ("_attributes", "_chord", "_runtime", "_steps", "before", "context", "execution", "reached_body", "task")
 
     context: Context
     execution: Execution
@@ -93,6 +95,10 @@ class Run:
         self._steps = steps
         self.context = call.context
         self.execution = call.subject
+        self._attributes = options.attributes or {}
+        latency = self._attributes.get(semconv.QUEUE_LATENCY)
+        if latency is not None:
+            metrics.waited(latency, task.name, self._attributes)
 
     def call(self, body: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Call the task's body, and close the attempt with its end."""
@@ -138,6 +144,10 @@ class Run:
             self.execution.ending = ending
         if error is None and self._chord is not None:
             self._contribute(self._chord)
+        if self.execution.ending is None:
+            self.execution.ending = self.execution.classify(error)
+        seconds = (time.perf_counter_ns() - self.execution.clock_started_ns) / 1e9
+        metrics.took(seconds, self.task.name, self._attributes, self.execution.ending)
         advance(self._runtime, steps, error)
 
 

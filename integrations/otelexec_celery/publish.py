@@ -121,9 +121,9 @@ def wrap_sender(sender: Callable[..., Any], amqp: Any) -> Callable[..., Any]:
         task_id, retries = _identity(message)
         destination = _destination(amqp, options)
         _keep_last()
-        with _retrying(task_id, retries, custom) as (retry, previous):
-            block = publish_block(name, destination=destination, system=SYSTEM, message_id=task_id, retry=retry)
-            with block as outgoing:
+
+        def send(previous: str | None, *, retry: bool) -> Any:
+            with publish_block(name, destination=destination, system=SYSTEM, message_id=task_id, retry=retry) as outgoing:
                 token = _outgoing.set(_Outgoing(outgoing, task_id, previous, joins(task_id, custom, retry=retry)))
                 try:
                     return sender(producer, name, message, *args, **options)
@@ -132,6 +132,11 @@ def wrap_sender(sender: Callable[..., Any], amqp: Any) -> Callable[..., Any]:
                     raise
                 finally:
                     _outgoing.reset(token)
+
+        if not retries:
+            return send(None, retry=False)
+        with _retrying(task_id, custom) as (retry, previous):
+            return send(previous, retry=retry)
 
     send_task_message.otelexec_wraps = sender  # type: ignore[attr-defined]
     return send_task_message
@@ -155,21 +160,17 @@ def _destination(amqp: Any, options: Mapping[str, Any]) -> str | None:
 
 
 @contextmanager
-def _retrying(task_id: str | None, retries: int, custom: Any) -> Iterator[tuple[bool, str | None]]:
+def _retrying(task_id: str | None, custom: Any) -> Iterator[tuple[bool, str | None]]:
     """
     Make the context in which a retry of a task is sent: that of the attempt that it retries.
 
     Args:
         task_id: The message's task id.
-        retries: How often the task was retried before.
         custom: The headers that it is sent with: what a retry copies from the request.
 
     Yields:
         Whether it is a retry, and the `traceparent` of the attempt that asks for it.
     """
-    if not retries:
-        yield False, None
-        return
     base = otel_context.get_current()
     execution = _task_execution(base, task_id)
     if execution is not None:

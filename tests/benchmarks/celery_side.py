@@ -17,7 +17,12 @@ from valkey import Valkey
 
 BROKER = "OTELEXEC_BENCHMARK_BROKER"
 
+CPU = "OTELEXEC_BENCHMARK_CPU"
+"""The variable that has CPU time measured instead of time, for a machine that is busy with other work."""
+
 SIDES = ("bare", "none", "durable", "contrib")
+
+clock = time.process_time if os.environ.get(CPU) else time.perf_counter
 
 
 def make_app(side: str) -> Celery:
@@ -38,10 +43,10 @@ def make_app(side: str) -> Celery:
     def begin() -> None:
         """Hold the worker back until all tasks are there, then start the clock."""
         keys.blpop(f"go {side}", timeout=60)
-        begun.append(time.perf_counter())
+        begun.append(clock())
 
     def end() -> None:
-        keys.rpush(f"took {side}", time.perf_counter() - begun.pop())
+        keys.rpush(f"took {side}", clock() - begun.pop())
 
     for name, body in {"nothing": nothing, "begin": begin, "end": end}.items():
         app.task(body, name=name)
@@ -75,10 +80,10 @@ def publish(app: Celery) -> None:
     task = app.tasks["nothing"]
     for line in sys.stdin:
         app.tasks["begin"].delay()
-        started = time.perf_counter()
+        started = clock()
         for _ in range(int(line)):
             task.delay()
-        took = time.perf_counter() - started
+        took = clock() - started
         app.tasks["end"].delay()
         print(took, flush=True)
 

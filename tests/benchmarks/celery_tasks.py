@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from valkey import Valkey
 
-from tests.benchmarks.celery_side import BROKER, SIDES
+from tests.benchmarks.celery_side import BROKER, CPU, SIDES
 from tests.benchmarks.measure import Result
 from tests.queue_servers import running_valkey
 from tests.servers import stop
@@ -81,12 +81,13 @@ def run(folder: Path, *, short: bool = False) -> list[Result]:
             for place_in_turn in range(len(sides)):
                 side = sides[(turn + place_in_turn) % len(sides)]
                 times[side.name].append(side.round(tasks))
+    unit = "x CPU time" if os.environ.get(CPU) else "x time"
     results = []
     for which, (what, targets) in enumerate((("publish a task", PUBLISH_TARGETS), ("run a no-op task, solo", RUN_TARGETS))):
         bare = [took[which] for took in times["bare"][2:]]
         for name, target in targets.items():
             ratios = [took[which] / base for took, base in zip(times[name][2:], bare, strict=True)]
-            results.append(Result(f"{what}: {LABELS[name]}", f"Celery alone ({1e6 * min(bare) / tasks:.0f} us)", ratios, "x time", target))
+            results.append(Result(f"{what}: {LABELS[name]}", f"Celery alone ({1e6 * min(bare) / tasks:.0f} us)", ratios, unit, target))
     return results
 
 

@@ -214,6 +214,8 @@ class Stage:
         """End what still runs, without asking."""
         for worker in self.workers:
             worker.stop(signal.SIGKILL)
+        # A result that is collected once the backend is gone would look for it for 20 s, and then complain.
+        self.app.backend.remove_pending_result = lambda result: result
         self.app.close()
 
     # Tasks

@@ -288,6 +288,12 @@ def note_one(task_id: str) -> str:
     return task_id
 
 
+@task("replaces", bind=True)
+def replaces(self: Any) -> None:
+    """Leave the work, and the task id, to another task."""
+    raise self.replace(self.app.tasks["add"].s(2, 3))
+
+
 # Executors and messages inside
 
 

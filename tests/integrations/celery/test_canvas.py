@@ -13,8 +13,11 @@ import pytest
 from celery.exceptions import ChordError
 
 import otelexec
+from otelexec import semconv
+from otelexec.store.records import ExecutionRecord
 from tests.integrations.celery.conftest import Fresh
 from tests.integrations.celery.stage import Seen, Stage
+from tests.records import until
 
 RESULT_SECONDS = 25.0
 chain: Any = celery.chain
@@ -81,6 +84,24 @@ def test_a_group_of_starmap_and_chunks_gives_its_results(common: Stage) -> None:
     assert chunks.get(timeout=RESULT_SECONDS) == [[0, 2], [4, 6]]
     for each in (*result.results, *chunks.results):
         common.ended(each.id, "succeeded")
+
+
+def test_a_task_that_replaces_itself_and_its_replacement_are_two_executions(common: Stage) -> None:
+    """Both have one task id in Celery, one after the other."""
+    with otelexec.correlate(source="test") as correlation:
+        result = common.task("replaces").delay()
+    assert result.get(timeout=RESULT_SECONDS) == 5
+
+    def both() -> list[ExecutionRecord]:
+        found = [record for record in common.records() if record.request_id == correlation.request_id]
+        return found if len(found) == 2 and all(record.state == "succeeded" for record in found) else []
+
+    first, second = until(both, RESULT_SECONDS)
+    assert [(record.name, record.attempts[0].classification) for record in (first, second)] == [("replaces", "ignored"), ("add", None)]
+    assert second.parent_execution_id == first.execution_id
+    assert not second.attempts[0].duplicate
+    told = [span for span in common.spans() if span.attributes.get(semconv.MESSAGING_MESSAGE_ID) == result.id]
+    assert sorted(span.kind for span in told) == ["consumer", "consumer", "producer", "producer"]
 
 
 def header(stage: Stage, size: int, **options: Any) -> Sequence[Any]:
