@@ -27,7 +27,7 @@ from tests.servers import ROOT, missing
 CLOCK_OFFSET: Final = "OTELEXEC_TEST_CLOCK_OFFSET_SECONDS"
 """How far the wall clock of a host's processes is ahead of this machine's; negative when behind."""
 
-_READY_SECONDS: Final = 30.0
+_READY_SECONDS: Final = 60.0
 
 _numbers = count()
 

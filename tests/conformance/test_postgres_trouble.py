@@ -19,6 +19,7 @@ import pytest
 import otelexec
 from otelexec import cli, runtime
 from otelexec.errors import SettingsError, StoreError
+from otelexec.receiver import OtlpReceiver
 from otelexec.settings import Settings
 from otelexec.store import schema
 from otelexec.store.writes import CloseAttempt
@@ -190,6 +191,50 @@ def test_a_server_behind_pgbouncer_is_away_for_a_while(own: Server, bounced: str
     home()
     work.run("after")
     check_all_in(at(bounced, port=own.port), work.names, {"during, too"})
+
+
+_TASK = """
+import otelexec
+
+@otelexec.execution("core", core=True)
+def core():
+    pass
+
+@otelexec.execution("task")
+def task():
+    core()
+
+task()
+"""
+
+
+@pytest.mark.parametrize("sent_first", [True, False])
+def test_what_a_crash_takes_from_a_process_that_has_ended_was_not_sent_before(
+    postgres_folder: Path, isolated: None, monkeypatch: pytest.MonkeyPatch, sent_first: bool
+) -> None:
+    """Else the reconciler would write the span of the outer code again, with other bytes; its end is committed without fsync."""
+    with (
+        running_server(postgres_folder, settings={"wal_writer_delay": "10s"}) as server,
+        OtlpReceiver() as receiver,
+    ):
+        monkeypatch.setenv("OTELEXEC_STORE", server.new_database())
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", receiver.endpoint)
+        subprocess.run([sys.executable, "-c", _TASK], check=True, timeout=60)
+        if sent_first:
+            assert cli.main(["relay", "--drain"]) == 0
+        server.kill9()
+        server.start()
+        for command in (["reconcile", "--once"], ["relay", "--drain"]):
+            assert cli.main(command) == 0
+        sent: dict[str, set[bytes]] = {}
+        for span in receiver.spans:
+            sent.setdefault(span.span_id, set()).add(span.encoded)
+        assert len(sent) == 2
+        assert [len(versions) for versions in sent.values()] == [1, 1]
+        records = Records(os.environ["OTELEXEC_STORE"])
+        attempt = records.attempt()
+        assert (attempt.state, attempt.outer_outcome) == ("succeeded", "succeeded")
+        records.close()
 
 
 def test_refusing_then_read_only_then_writable_as_in_a_failover(
