@@ -189,7 +189,11 @@ class Server:
                 start_new_session=True,  # a Ctrl-C at the tests is not for it
                 **_account(),
             )
-        until(self._is_ready, START_SECONDS)
+        try:
+            until(self._is_ready, START_SECONDS)
+        except BaseException:
+            self.kill9()
+            raise
 
     def _is_ready(self) -> bool:
         assert self._process is not None
@@ -221,7 +225,8 @@ class Server:
 
     def kill9(self) -> None:
         """Kill every process of it at once, as a machine that dies does: nobody rolls back, nobody says goodbye."""
-        if self._process is None:
+        if self._process is None or self._process.poll() is not None:
+            self._process = None
             return
         # Stopped first, so that it starts no process while its processes are listed.
         self._process.send_signal(signal.SIGSTOP)

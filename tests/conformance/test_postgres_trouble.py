@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -34,12 +35,13 @@ from tests.postgres_servers import (
     at,
     caught_up,
     database_of,
+    debian,
     running_pgbouncer,
     running_server,
     running_standby,
 )
 from tests.records import Records, until
-from tests.servers import missing
+from tests.servers import ROOT, missing
 from tests.trouble import FINALIZE, OPEN, SLACK, Boom, Work, assert_nobody_waited, at_home, check_all_in, run_in_trouble, spooled
 
 SILENCE = 1.0
@@ -589,6 +591,39 @@ def test_however_a_password_is_given_nothing_shows_it(
         assert not [row for row in stores.rows(url, f"SELECT {column} FROM process") if PASSWORD.encode() in bytes(row[0])]
 
 
+def test_tls_options_are_honoured(postgres_folder: Path, isolated: None, caplog: pytest.LogCaptureFixture) -> None:
+    openssl = shutil.which("openssl")
+    if openssl is None:
+        missing("the openssl command is not there")
+    with running_server(postgres_folder, programs=debian()) as server:  # the wheel's is built without TLS
+        certificate, key = server.data / "server.crt", server.data / "server.key"
+        files = ("-keyout", str(key), "-out", str(certificate))
+        names = ("-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1")
+        subprocess.run(
+            [openssl, "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", *files, *names], check=True, capture_output=True
+        )
+        owner = server.data.stat()
+        for path in (certificate, key):
+            os.chown(path, owner.st_uid, owner.st_gid)
+        key.chmod(0o600)
+        url = server.new_database()
+        work = configured(f"{url}?sslmode=verify-full&sslrootcert={certificate}")
+        work.run("refused without TLS")
+        assert not at_home()
+        assert "SSL" in caplog.text
+        server.settings["ssl"] = "on"
+        server.restart()
+        home()
+        work.run("over TLS")
+        with server.administrator() as administrator:
+            encrypted = administrator.execute(
+                "SELECT DISTINCT ssl FROM pg_stat_ssl JOIN pg_stat_activity USING (pid) WHERE datname = %s", (database_of(url),)
+            ).fetchall()
+        assert encrypted == [(True,)]
+        check_all_in(url, work.names, set())
+        runtime.shutdown()
+
+
 @pytest.mark.parametrize(
     "url",
     [
@@ -618,12 +653,8 @@ def test_a_wrong_url_is_said_in_one_line_that_repeats_no_part_of_it(url: str, is
 def test_a_role_without_rights_is_told_what_it_needs(
     postgres: Server, url: str, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with postgres.administrator(database_of(url)) as administrator:
-        administrator.execute(
-            "DO $$ BEGIN CREATE ROLE nobody_here LOGIN PASSWORD 'hunter-seventeen'; EXCEPTION WHEN duplicate_object THEN NULL; END $$"
-        )
-        administrator.execute(f"GRANT CONNECT ON DATABASE {database_of(url)} TO nobody_here".encode())
-    theirs = at(url, port=postgres.port, user="nobody_here", password="hunter-seventeen")
+    login(postgres, "worker")
+    theirs = at(url, port=postgres.port, user="worker")
     work = configured(theirs)
     run_in_trouble(work)
     assert caplog.text.count("otelexec.store.unavailable") == 1
@@ -635,33 +666,35 @@ def test_a_role_without_rights_is_told_what_it_needs(
     # The owner makes the schema and lets the role in, and what it could not write goes in by itself.
     stores.make(url)
     with postgres.administrator(database_of(url)) as administrator:
-        for statement in WORKER_RIGHTS:
-            administrator.execute(statement.format(role="nobody_here").encode())
+        for statement in rights("worker"):
+            administrator.execute(statement.encode())
     home()
     check_all_in(url, work.names, {"waits no more 7"})
 
 
-WORKER_RIGHTS = (
-    "GRANT USAGE ON SCHEMA otelexec TO {role}",
-    "GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA otelexec TO {role}",
-    "REVOKE INSERT, UPDATE, DELETE ON otelexec.schema_version FROM {role}",
-)
-READER_RIGHTS = (
-    "GRANT USAGE ON SCHEMA otelexec TO {role}",
-    "GRANT SELECT ON ALL TABLES IN SCHEMA otelexec TO {role}",
-)
+def rights(role: str) -> list[str]:
+    """Give the statements of the README that let a role in."""
+    lines = [line for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines() if line.startswith("GRANT ")]
+    statements = [line.partition(";")[0] for line in lines]
+    named = [statement for statement in statements if role in statement.rpartition(" TO ")[2].split(", ")]
+    return [f"{statement.rpartition(' TO ')[0]} TO {role}" for statement in named]
+
+
+def login(server: Server, role: str, password: str = PASSWORD) -> None:
+    """Make a role of the server's, if there is none yet, that may log in and nothing else."""
+    with server.administrator() as administrator:
+        if administrator.execute("SELECT 1 FROM pg_roles WHERE rolname = %s", (role,)).fetchone() is None:
+            administrator.execute(f"CREATE ROLE {role} LOGIN PASSWORD '{password}'".encode())
 
 
 def test_a_worker_and_a_reader_get_by_with_the_least_rights(postgres: Server, url: str, capsys: pytest.CaptureFixture[str]) -> None:
     stores.make(url)
-    with postgres.administrator(database_of(url)) as administrator:
-        for role, rights in (("a_worker", WORKER_RIGHTS), ("a_reader", READER_RIGHTS)):
-            administrator.execute(
-                f"DO $$ BEGIN CREATE ROLE {role} LOGIN PASSWORD '{PASSWORD}'; EXCEPTION WHEN duplicate_object THEN NULL; END $$".encode()
-            )
-            for statement in rights:
-                administrator.execute(statement.format(role=role).encode())
-    worker, reader = (at(url, port=postgres.port, user=role) for role in ("a_worker", "a_reader"))
+    for role in ("worker", "reader"):
+        login(postgres, role)
+        with postgres.administrator(database_of(url)) as administrator:
+            for statement in rights(role):
+                administrator.execute(statement.encode())
+    worker, reader = (at(url, port=postgres.port, user=role) for role in ("worker", "reader"))
     work = configured(worker)
     work.run("job")
     work.run("fails", Boom("mine"))
