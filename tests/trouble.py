@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import otelexec
-from otelexec import runtime
+from otelexec import cli, runtime
 from otelexec.store import spool as spool_module
 from otelexec.store.writes import Write
 from tests.records import Records, until
@@ -90,3 +90,43 @@ def run_in_trouble(work: Work) -> None:
     for number in range(20):
         work.run(f"waits no more {number}", Boom("mine") if number == 7 else None)
     assert_nobody_waited(work.seconds[-20:])
+
+
+SILENCE = 1.0
+"""How long the store waits for an answer at the least, whatever its caller's timeout."""
+
+HOME_SECONDS = 20.0
+
+
+def configured(url: str) -> Work:
+    """Make the runtime for a store, with a heartbeat that finds out soon that it is back."""
+    otelexec.configure(
+        store=url, open_timeout_seconds=OPEN, finalize_timeout_seconds=FINALIZE, cancel_poll_seconds=0.05, heartbeat_seconds=0.1
+    )
+    return Work()
+
+
+def home() -> None:
+    until(at_home, HOME_SECONDS)
+
+
+def said(capsys: pytest.CaptureFixture[str], url: str, *arguments: str) -> tuple[int, str]:
+    """Run a command and give its exit status and all that it printed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OTELEXEC_STORE", url)
+        code = cli.main(list(arguments))
+    out, errors = capsys.readouterr()
+    assert "Traceback" not in errors
+    return code, out + errors
+
+
+ONE_EXECUTION = """
+import sys, time
+import otelexec
+patience = 20 if sys.argv[2] == "patient" else 1
+otelexec.configure(store=sys.argv[1], reconcile=False, relay=sys.argv[2] == "relay", open_timeout_seconds=patience)
+with otelexec.execution("job"):
+    pass
+print("ran", flush=True)
+"""
+"""A program: one execution in the store of its first argument; `relay` and `patient` in the second."""
