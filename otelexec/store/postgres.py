@@ -35,7 +35,7 @@ from otelexec.store.postgres_schema import NOW, SCHEMA, SERVER_CHANGED, STARTED
 from otelexec.store.postgres_tail import Tail
 from otelexec.store.reading import SqlReader
 from otelexec.store.schema import Cursor, Transaction
-from otelexec.store.writes import OpenAttempt, Write
+from otelexec.store.writes import ClaimOutbox, Heartbeat, OpenAttempt, Write
 
 logger = logging.getLogger("otelexec.store")
 
@@ -175,6 +175,7 @@ class PostgresStore(SqlReader):
             receipt: A new one to fill in; None: nobody asks.
         """
         receipt = receipt or Receipt()
+        durable = durable or any(map(_needs_fsync, writes))
         patience = max(timeout_seconds, self._patience) if timeout_seconds > 0 else HASTY_PATIENCE_SECONDS
         deadline = time.monotonic() + patience
         for left in reversed(range(_TRIES)):
@@ -364,6 +365,15 @@ class PostgresStore(SqlReader):
     def close(self) -> None:
         """Close every session; the store may be used again."""
         self._pool.close()
+
+
+def _needs_fsync(write: Write) -> bool:
+    """
+    Tell whether a write is committed with fsync in any case: its flush makes all that came before it durable as well.
+
+    What a relay claims leaves, and must not be forgotten after that; what a process that ends has written, nobody would write again.
+    """
+    return isinstance(write, ClaimOutbox) or (isinstance(write, Heartbeat) and write.ended)
 
 
 def without_nul(value: Any) -> Any:
