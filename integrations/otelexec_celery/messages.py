@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from datetime import UTC, datetime
+from datetime import UTC
 from typing import Any
 
 from celery.utils.time import maybe_iso8601
@@ -128,7 +128,7 @@ def queue_latency(found: Mapping[str, Any], request: Mapping[str, Any]) -> float
     eta = request.get("eta")
     if eta:
         try:
-            due: datetime = maybe_iso8601(eta)
+            due: Any = maybe_iso8601(eta)
             since = max(since, (due if due.tzinfo is not None else due.replace(tzinfo=UTC)).timestamp())
         except (TypeError, ValueError, AttributeError):
             pass
