@@ -60,11 +60,13 @@ class Delivery:
         ending: What the parent made of it, such as that it was stopped at a limit; None when it did nothing.
     """
 
-    __slots__ = ("_context", "_execution", "_stop", "accepted", "ending", "options", "pid", "stopped")
+    __slots__ = ("_context", "_execution", "_lock", "_stop", "accepted", "ending", "options", "pid", "stopped")
 
     def __init__(self, context: Context, options: Options, stop: Callable[[], None] | None = None) -> None:
         self._context = context
         self._execution: Execution | None = None
+        # Reentrant: a signal handler may come here again in the middle of it.
+        self._lock = threading.RLock()
         self._stop = stop
         self.options = options
         self.pid: int | None = None
@@ -74,13 +76,14 @@ class Delivery:
 
     def execution(self, runtime: Runtime) -> Execution:
         """Give the parent's own handle of it, with a span that is written only if the child never opens the attempt."""
-        if self._execution is None:
-            token = otel_context.attach(self._context)
-            try:
-                self._execution, _ = begin(runtime, self.options)
-            finally:
-                otel_context.detach(token)
-        return self._execution
+        with self._lock:  # the supervisor's thread asks as well, and both must speak of one span
+            if self._execution is None:
+                token = otel_context.attach(self._context)
+                try:
+                    self._execution, _ = begin(runtime, self.options)
+                finally:
+                    otel_context.detach(token)
+            return self._execution
 
     def context(self) -> Context:
         """Give the context for what the parent does in its name: messages sent there are its children."""
