@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
@@ -85,6 +86,7 @@ class Run:
             hard_limit=hard_limit_of(task, request),
             links=_links(carrier.find(request), self._runtime),
             accepted=carrier.DELIVERY in request and not task.acks_late,
+            pid=os.getpid(),
         )
         otel_context.attach(open_context(task_id, request, self.before))
         try:
