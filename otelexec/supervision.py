@@ -51,7 +51,7 @@ class Delivery:
 
     Args:
         context: What the message asks for: `propagation.incoming`.
-        options: The attempt's options; they hold the fencing token.
+        options: The attempt's options; their token names the delivery, until a child runs it.
         stop: Stops the child's work on it; called in the supervisor's thread. None where that can't be done.
 
     Attributes:
@@ -60,34 +60,54 @@ class Delivery:
         ending: What the parent made of it, such as that it was stopped at a limit; None when it did nothing.
     """
 
-    __slots__ = ("_context", "_execution", "_stop", "accepted", "ending", "options", "pid", "stopped")
+    __slots__ = ("_context", "_execution", "_lock", "_stop", "_token", "accepted", "ending", "options", "pid", "stopped")
 
     def __init__(self, context: Context, options: Options, stop: Callable[[], None] | None = None) -> None:
         self._context = context
         self._execution: Execution | None = None
+        # Reentrant: a signal handler may come here again in the middle of it.
+        self._lock = threading.RLock()
         self._stop = stop
+        self._token = options.token or ""
         self.options = options
         self.pid: int | None = None
         self.accepted = False
         self.ending: Ending | None = None
         self.stopped = False
 
+    def started(self, pid: int) -> None:
+        """
+        Learn which child runs it.
+
+        The token becomes that of this run: a pool may give a job that it believes unstarted to another child, when the
+        first had opened its attempt and died before it could say so.
+        """
+        with self._lock:
+            self.pid = pid
+            token = run_token(self._token, pid)
+            self.options = replace(self.options, token=token)
+            if self._execution is not None:
+                self._execution.token = token
+                if _runtime.get().records:
+                    self._execution.attempt_row = replace(self._execution.attempt_row, token=token)
+
     def execution(self, runtime: Runtime) -> Execution:
         """Give the parent's own handle of it, with a span that is written only if the child never opens the attempt."""
-        if self._execution is None:
-            token = otel_context.attach(self._context)
-            try:
-                self._execution, _ = begin(runtime, self.options)
-            finally:
-                otel_context.detach(token)
-        return self._execution
+        with self._lock:  # the supervisor's thread asks as well, and both must speak of one span
+            if self._execution is None:
+                token = otel_context.attach(self._context)
+                try:
+                    self._execution, _ = begin(runtime, self.options)
+                finally:
+                    otel_context.detach(token)
+            return self._execution
 
     def context(self) -> Context:
         """Give the context for what the parent does in its name: messages sent there are its children."""
         return otel_context.set_value(EXECUTION_KEY, self.execution(_runtime.get()), self._context)
 
     def accept(self) -> None:
-        """Open its attempt on behalf of the child; survives the death of both, but not power loss."""
+        """Open its attempt on behalf of the child that has started; survives the death of both, but not power loss."""
         self.accepted = True
         runtime = _runtime.get()
         if runtime.records:
@@ -127,6 +147,17 @@ class Delivery:
             self._stop()
 
 
+def run_token(delivery: str, pid: int) -> str:
+    """
+    Give the fencing token of one run of a delivery, which the child and its parent make alike.
+
+    Args:
+        delivery: What the parent named the delivery.
+        pid: The process that runs it.
+    """
+    return f"{delivery}-{pid}"
+
+
 @dataclass(slots=True)
 class _Report:
     pid: int
@@ -152,7 +183,7 @@ class Supervisor:
 
     def started(self, pid: int, delivery: Delivery) -> None:
         """Learn that a child began to work on a delivery; what it had before is done."""
-        delivery.pid = pid
+        delivery.started(pid)
         self._running[pid] = delivery
         self._ensure()
 
@@ -173,12 +204,13 @@ class Supervisor:
         signal = -exit_code if exit_code is not None and exit_code < 0 else None
         kills = _oom_kills()
         oom, self._oom_kills = signal == 9 and kills > self._oom_kills, kills  # noqa: PLR2004 (SIGKILL is what the kernel sends)
-        if delivery is None:
+        if delivery is None and signal is None:
             return
-        token = delivery.options.token or ""
-        endings = {} if delivery.ending is None else {token: delivery.ending}
+        # Without a delivery, too: it may have been killed before the pool heard that it had begun.
+        endings = {delivery.options.token or "": delivery.ending} if delivery is not None and delivery.ending is not None else {}
         code = None if signal is not None else exit_code
-        self._reports.put(_Report(pid, Death(time.time_ns(), signal, code, oom, endings), [delivery]))
+        report = _Report(pid, Death(time.time_ns(), signal, code, oom, endings), [] if delivery is None else [delivery])
+        self._reports.put(report)
         self._ensure()
 
     def look(self) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
@@ -85,6 +86,7 @@ class Run:
             hard_limit=hard_limit_of(task, request),
             links=_links(carrier.find(request), self._runtime),
             accepted=carrier.DELIVERY in request and not task.acks_late,
+            pid=os.getpid(),
         )
         otel_context.attach(open_context(task_id, request, self.before))
         try:
@@ -112,16 +114,16 @@ class Run:
         except BaseException as error:
             otel_context.attach(around)
             if isinstance(error, Retry) and error.is_eager and error.sig is not None:
-                self._carry_on(error)
+                self._carry_on(error.sig)
             self.close(error)
             raise
         self.close(None)
         return value
 
-    def _carry_on(self, retry: Retry) -> None:
-        """Have an eager retry, which is not sent, name its execution and this attempt all the same."""
+    def _carry_on(self, signature: Any) -> None:
+        """Have the signature of an eager retry, which is not sent, name its execution and this attempt all the same."""
         span = self.execution.span.get_span_context()
-        options = retry.sig.options
+        options = signature.options
         headers = dict(options.get("headers") or {})
         carried = entries(self.context, self.execution.correlation, message_id=options.get("task_id"))
         if span.is_valid:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from datetime import UTC, datetime
+from datetime import UTC
 from typing import Any
 
 from celery.utils.time import maybe_iso8601
@@ -17,6 +17,7 @@ from otelexec.context import EXECUTION_KEY, SCOPE_KEY
 from otelexec.correlation import Scope, with_ambient
 from otelexec.execution import Options
 from otelexec.propagation import incoming
+from otelexec.supervision import run_token
 from otelexec.w3c import decode_trace
 from otelexec_celery import carrier, endings
 from otelexec_celery.settings import CHOICES, SYSTEM
@@ -66,6 +67,7 @@ def options_of(
     hard_limit: float | None = None,
     links: tuple[trace.Link, ...] = (),
     accepted: bool = False,
+    pid: int | None = None,
     finalized_by: str = "executor",
 ) -> Options:
     """
@@ -78,6 +80,7 @@ def options_of(
         hard_limit: Its hard limit in seconds; None without one.
         links: Span links besides the one to the attempt that asked for this one.
         accepted: Whether the main process may have opened the attempt.
+        pid: The process that runs it; None while none does.
         finalized_by: Which path is named on the record.
     """
     found = carrier.find(request)
@@ -96,6 +99,7 @@ def options_of(
     if task_id:
         attributes[semconv.MESSAGING_MESSAGE_ID] = task_id
     latency = queue_latency(found, request)
+    delivered: str | None = request.get(carrier.DELIVERY)
     return Options(
         name,
         kind=trace.SpanKind.CONSUMER,
@@ -104,7 +108,7 @@ def options_of(
         link_carried=CHOICES.use_span_links,
         classify=endings.classifier(hard_limit),
         timeout=hard_limit,
-        token=request.get(carrier.DELIVERY),
+        token=delivered if delivered is None or pid is None else run_token(delivered, pid),
         accepted=accepted,
         finalized_by=finalized_by,
     )
@@ -128,7 +132,7 @@ def queue_latency(found: Mapping[str, Any], request: Mapping[str, Any]) -> float
     eta = request.get("eta")
     if eta:
         try:
-            due: datetime = maybe_iso8601(eta)
+            due: Any = maybe_iso8601(eta)
             since = max(since, (due if due.tzinfo is not None else due.replace(tzinfo=UTC)).timestamp())
         except (TypeError, ValueError, AttributeError):
             pass

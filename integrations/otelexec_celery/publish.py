@@ -220,7 +220,7 @@ def on_before_publish(headers: Any = None, **_: Any) -> None:
 
 def _keep_last() -> None:
     """Have our receiver called after all others, also after those that were connected since."""
-    receivers = signals.before_task_publish.receivers
+    receivers: list[Any] = signals.before_task_publish.receivers or []
     if receivers and receivers[-1][1] is on_before_publish:
         return
     if any(receiver is on_before_publish for _, receiver in receivers):

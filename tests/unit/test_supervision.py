@@ -34,10 +34,11 @@ from otelexec.drivers import advance
 from otelexec.execution import Options
 from otelexec.lifecycle import lifecycle
 from otelexec.propagation import incoming
+from otelexec.supervision import run_token
 
 runtime.get().is_supervised()
 context.attach(incoming(NOTHING, message_id=sys.argv[1], context=Context())[0])
-steps = lifecycle(runtime.get(), Options("job", token=sys.argv[2], accepted=True))
+steps = lifecycle(runtime.get(), Options("job", token=run_token(sys.argv[2], os.getpid()), accepted=True))
 advance(runtime.get(), steps)
 print("open", flush=True)
 if sys.argv[3] == "close":
@@ -63,6 +64,7 @@ def run_child(supervisor: Supervisor, work: Delivery, what: str = "die") -> None
     arguments = [sys.executable, "-c", CHILD, work.execution(runtime.get()).id, work.options.token or "", what]
     with subprocess.Popen(arguments, stdout=subprocess.PIPE) as child:
         supervisor.started(child.pid, work)
+        work.accept()
         assert child.stdout is not None
         assert child.stdout.readline() == b"open\n"
         child.wait(20)
@@ -71,7 +73,6 @@ def run_child(supervisor: Supervisor, work: Delivery, what: str = "die") -> None
 
 def test_a_killed_childs_attempt_is_lost_with_its_signal(records: Records, supervisor: Supervisor) -> None:
     work = delivery()
-    work.accept()
     run_child(supervisor, work)
     attempt = until(lambda: next((found for found in records.one().attempts if found.state != "running"), None), 15)
     assert attempt is not None
@@ -84,7 +85,6 @@ def test_a_killed_childs_attempt_is_lost_with_its_signal(records: Records, super
 
 def test_what_the_child_closed_stays(records: Records, supervisor: Supervisor) -> None:
     work = delivery()
-    work.accept()
     run_child(supervisor, work, "close")
     supervisor.stop(10)
     assert [(attempt.state, attempt.finalized_by) for attempt in records.one().attempts] == [("succeeded", "executor")]
@@ -95,10 +95,10 @@ def test_a_child_that_dies_before_it_opens_the_attempt_leaves_one_all_the_same(
     records: Records, supervisor: Supervisor, accepted: bool
 ) -> None:
     work = delivery()
-    if accepted:
-        work.accept()
     with subprocess.Popen([sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"]) as child:
         supervisor.started(child.pid, work)
+        if accepted:
+            work.accept()
         child.wait(20)
     supervisor.died(child.pid, child.returncode)
     supervisor.stop(10)
@@ -108,9 +108,20 @@ def test_a_child_that_dies_before_it_opens_the_attempt_leaves_one_all_the_same(
     assert records.span(attempt.span_id).kind == "consumer"
 
 
+def test_a_child_that_began_unheard_is_lost_and_the_next_ones_attempt_is_its_own(records: Records, supervisor: Supervisor) -> None:
+    """A pool gives a job to another child when the first died before it was heard that it had begun."""
+    work = delivery()
+    arguments = [sys.executable, "-c", CHILD, "m1", "t1", "die"]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE) as child:
+        child.wait(20)
+    supervisor.died(child.pid, child.returncode)
+    run_child(supervisor, work, "close")
+    supervisor.stop(10)
+    assert [(attempt.state, attempt.classification) for attempt in records.one().attempts] == [("lost", "killed"), ("succeeded", None)]
+
+
 def test_the_parent_knows_that_it_was_a_limit(records: Records, supervisor: Supervisor) -> None:
     work = delivery()
-    work.accept()
     work.ending = Ending(TIMED_OUT, "hard_limit", "TimeLimitExceeded", "stopped at 3 s")
     run_child(supervisor, work)
     supervisor.stop(10)
@@ -132,8 +143,8 @@ def test_a_wish_to_terminate_is_passed_on_once(records: Records, supervisor: Sup
     monkeypatch.setenv("OTELEXEC_CANCEL_POLL_SECONDS", "0.05")
     stopped: list[int] = []
     work = delivery(stop=lambda: stopped.append(1))
-    work.accept()
     supervisor.started(os.getpid(), work)
+    work.accept()
     otelexec.request_cancel("m1", terminate=True)
     until(lambda: stopped, 10)
     supervisor.ended(work)

@@ -261,7 +261,8 @@ class Stage:
         """Give what there is of a task; None when no span names it yet, or its record is not there."""
         spans = [
             span
-            for span in self.spans()
+            # Not in the order of the outbox: the end of a PRODUCER span goes with whatever is committed next.
+            for span in sorted(self.spans(), key=lambda span: span.start_unix_ns)
             if span.attributes.get(semconv.MESSAGING_MESSAGE_ID) == task_id and not span.scope.startswith(OTHERS)
         ]
         ids = {span.attributes[semconv.EXECUTION_ID] for span in spans}
