@@ -98,11 +98,21 @@ SILENCE = 1.0
 HOME_SECONDS = 20.0
 
 
-def configured(url: str) -> Work:
-    """Make the runtime for a store, with a heartbeat that finds out soon that it is back."""
+def configured(url: str, *, reachable: bool = True) -> Work:
+    """
+    Make the runtime for a store, with a heartbeat that finds out soon that it is back.
+
+    Args:
+        url: The store's.
+        reachable: Whether to wait for a first connection, and for the schema, however slow the machine is.
+    """
     otelexec.configure(
         store=url, open_timeout_seconds=OPEN, finalize_timeout_seconds=FINALIZE, cancel_poll_seconds=0.05, heartbeat_seconds=0.1
     )
+    if reachable:
+        store = runtime.get().store
+        assert store is not None
+        store.commit([], durable=True, timeout_seconds=HOME_SECONDS)
     return Work()
 
 

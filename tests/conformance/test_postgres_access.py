@@ -100,7 +100,7 @@ def test_tls_options_are_honoured(postgres_folder: Path, isolated: None, caplog:
             os.chown(path, owner.st_uid, owner.st_gid)
         key.chmod(0o600)
         url = server.new_database()
-        work = configured(f"{url}?sslmode=verify-full&sslrootcert={certificate}")
+        work = configured(f"{url}?sslmode=verify-full&sslrootcert={certificate}", reachable=False)
         work.run("refused without TLS")
         assert not at_home()
         assert "SSL" in caplog.text
@@ -148,7 +148,7 @@ def test_a_role_without_rights_is_told_what_it_needs(
 ) -> None:
     login(postgres, "worker")
     theirs = at(url, port=postgres.port, user="worker")
-    work = configured(theirs)
+    work = configured(theirs, reachable=False)
     run_in_trouble(work)
     assert caplog.text.count("otelexec.store.unavailable") == 1
     assert "permission denied" in caplog.text
@@ -248,7 +248,7 @@ def test_a_dropped_schema_is_made_again(work: Work, url: str, postgres: Server, 
 
 def test_a_database_that_is_not_there_yet(own: Server, caplog: pytest.LogCaptureFixture) -> None:
     url = own.url("later")
-    work = configured(url)
+    work = configured(url, reachable=False)
     run_in_trouble(work)
     assert "does not exist" in caplog.text
     with own.administrator() as administrator:

@@ -155,12 +155,12 @@ def test_no_connection_is_left_for_us(own: Server, caplog: pytest.LogCaptureFixt
     url = own.new_database()
     name = database_of(url)
     with own.administrator() as administrator:
-        administrator.execute(f"ALTER DATABASE {name} CONNECTION LIMIT 0")
-    work = configured(url)
+        administrator.execute(f"ALTER DATABASE {name} CONNECTION LIMIT 0".encode())
+    work = configured(url, reachable=False)
     run_in_trouble(work)
     assert "too many connections" in caplog.text
     with own.administrator() as administrator:
-        administrator.execute(f"ALTER DATABASE {name} CONNECTION LIMIT -1")
+        administrator.execute(f"ALTER DATABASE {name} CONNECTION LIMIT -1".encode())
     home()
     check_all_in(url, work.names, {"waits no more 7"})
 
@@ -219,7 +219,7 @@ def test_a_statement_timeout_of_the_role_loses_nothing(url: str, postgres: Serve
     work = configured(url)
     work.run("before")
     with postgres.administrator() as administrator:
-        administrator.execute(f"ALTER DATABASE {database_of(url)} SET statement_timeout = '50ms'")
+        administrator.execute(f"ALTER DATABASE {database_of(url)} SET statement_timeout = '50ms'".encode())
     runtime.get().store.close()  # type: ignore[union-attr]
     with stores.locked(url):
         run_in_trouble(work)
