@@ -20,7 +20,7 @@ from contextlib import ExitStack, contextmanager
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypedDict
 from urllib.parse import quote, urlsplit, urlunsplit
 
 import psutil
@@ -61,7 +61,13 @@ host replication all all scram-sha-256
 """
 
 
-def _account() -> dict[str, Any]:
+class _Account(TypedDict, total=False):
+    user: int
+    group: int
+    extra_groups: list[int]
+
+
+def _account() -> _Account:
     """Give what makes `Popen` start a server: PostgreSQL and PgBouncer refuse to run as root."""
     if os.geteuid() != 0:
         return {}
@@ -82,7 +88,7 @@ def folder_of_servers() -> Iterator[Path]:
 
 def _give_away(path: Path) -> None:
     account = _account()
-    if account:
+    if "user" in account and "group" in account:
         os.chown(path, account["user"], account["group"])
 
 
@@ -282,13 +288,13 @@ class Server:
         """Make a database of `USER`'s and give its URL."""
         name = f"t_{uuid.uuid4().hex[:16]}"
         with self.administrator() as connection:
-            connection.execute(f"CREATE DATABASE {name} OWNER {USER} STRATEGY file_copy")
+            connection.execute(f"CREATE DATABASE {name} OWNER {USER} STRATEGY file_copy".encode())
         return self.url(name)
 
     def drop_database(self, url: str) -> None:
         """Drop a database, whoever is connected to it."""
         with self.administrator() as connection:
-            connection.execute(f"DROP DATABASE IF EXISTS {database_of(url)} WITH (FORCE)")
+            connection.execute(f"DROP DATABASE IF EXISTS {database_of(url)} WITH (FORCE)".encode())
 
     def drop_store(self, url: str) -> None:
         """Drop a store's tables, which takes a fifth of the time that its database would."""
