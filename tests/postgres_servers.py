@@ -166,7 +166,7 @@ class Server:
         password.write_text(ADMIN_PASSWORD)
         password.chmod(0o644)
         self.run(
-            "initdb", "-D", self.data, "-U", ADMIN, f"--pwfile={password}", "--no-sync", "--encoding=utf8", "--locale=C",
+            "initdb", "-D", self.data, "-U", ADMIN, f"--pwfile={password}", "--no-sync", "--wal-segsize=1", "--encoding=utf8", "--locale=C",
             "--auth=scram-sha-256",
         )  # fmt: skip
         (self.data / "pg_hba.conf").write_text(HBA)
@@ -260,11 +260,10 @@ class Server:
         self.stop()
         self.start()
 
-    @property
-    def pid(self) -> int:
-        """The first of its processes."""
-        assert self._process is not None
-        return self._process.pid
+    def ensure(self) -> None:
+        """Start it, if it does not run."""
+        if self._process is None or self._process.poll() is not None:
+            self.start()
 
     # What an administrator does
 

@@ -27,12 +27,18 @@ def work(url: str) -> Work:
     return configured(url)
 
 
-@pytest.fixture
-def own(postgres_folder: Path, isolated: None) -> Iterator[Server]:
-    """Give a server that the test may kill."""
+@pytest.fixture(scope="module")
+def mortal(postgres_folder: Path) -> Iterator[Server]:
     with running_server(postgres_folder) as server:
         yield server
-        runtime.shutdown()
+
+
+@pytest.fixture
+def own(mortal: Server, isolated: None) -> Iterator[Server]:
+    """Give a server that the test may kill; the next one finds it alive again."""
+    mortal.ensure()
+    yield mortal
+    runtime.shutdown()
 
 
 @pytest.fixture
