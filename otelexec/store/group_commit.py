@@ -15,14 +15,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import sys
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from itertools import repeat
 from queue import Empty, SimpleQueue
-from types import FrameType
 
 from otelexec.errors import StoreBusy, StoreError, StoreUnavailable
 from otelexec.store.base import Receipt, Store
@@ -122,6 +121,17 @@ class Entry:
         return self.result
 
 
+class _Call:
+    """
+    What a call that may lead holds until it is over, however it ends.
+
+    The lead is a weak reference to it. To look at the frames of other threads instead would crash the interpreter: they run on
+    meanwhile (https://github.com/python/cpython/issues/99110).
+    """
+
+    __slots__ = ("__weakref__",)
+
+
 class _Group:
     """What the leader has in hand; it stays there when a signal handler stops the leader."""
 
@@ -171,7 +181,9 @@ class GroupCommit:
         Raises:
             StoreError: It was not written.
         """
-        entry = leader = Entry(write, durable=durable, timeout_seconds=timeout_seconds)
+        entry = Entry(write, durable=durable, timeout_seconds=timeout_seconds)
+        call = _Call()
+        leader = weakref.ref(call)
         held: BaseException | None = None
         self._pending.append(entry)
         try:
@@ -179,7 +191,7 @@ class GroupCommit:
                 try:
                     if entry.done:
                         break
-                    self._advance(entry)
+                    self._advance(entry, leader)
                 except BaseException as error:
                     held = error if held is None else held
         finally:
@@ -189,14 +201,14 @@ class GroupCommit:
             raise held
         return entry.answer()
 
-    def _advance(self, entry: Entry) -> None:
+    def _advance(self, entry: Entry, leader: object) -> None:
         """Lead once, or wait for a moment."""
-        if self._lead.setdefault(_LEAD, entry) is entry:
+        if self._lead.setdefault(_LEAD, leader) is leader:
             try:
                 if not entry.done:
                     self._commit_group()
             finally:
-                self._let_go(entry)
+                self._let_go(leader)
         elif not entry.prepared:
             # Then one more try for the lead: it may have been let go before anybody could wake this entry.
             entry.prepare()
@@ -252,7 +264,8 @@ class GroupCommit:
         Args:
             wait: Whether to wait for other processes and threads; if not, what can't be written now stays.
         """
-        leader = object()
+        call = _Call()
+        leader = weakref.ref(call)
         try:
             while (self._pending or self._group.entries) and self._lead.setdefault(_LEAD, leader) is leader:
                 self._commit_group(wait=wait)
@@ -347,7 +360,7 @@ class GroupCommit:
     def _rescue_lead(self) -> None:
         """Take the lead from a call that signal handlers threw out before it could let go, one upon another."""
         holder = self._lead.get(_LEAD)
-        if holder is None or holder is self or self._is_running(holder) or not self._rescue_lock.acquire(blocking=False):
+        if not isinstance(holder, weakref.ref) or holder() is not None or not self._rescue_lock.acquire(blocking=False):
             return
         try:
             # Nobody but a rescuer takes it from a call that has ended, so this is still the one that was looked at.
@@ -355,16 +368,6 @@ class GroupCommit:
                 del self._lead[_LEAD]
         finally:
             self._rescue_lock.release()
-
-    def _is_running(self, holder: object) -> bool:
-        codes = (GroupCommit.commit.__code__, GroupCommit.flush.__code__)
-        for top in sys._current_frames().values():  # noqa: SLF001 (the only way to see what other threads do)
-            frame: FrameType | None = top
-            while frame is not None:
-                if frame.f_code in codes and frame.f_locals.get("leader") is holder:
-                    return True
-                frame = frame.f_back
-        return False
 
     def _hand_on(self) -> None:
         if self._committer is not None:

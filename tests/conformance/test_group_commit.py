@@ -10,6 +10,7 @@ import signal
 import sqlite3
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing as closing_now
 from functools import partial
@@ -453,3 +454,18 @@ def test_a_child_forked_while_another_thread_leads_has_a_door_of_its_own(tmp_pat
     assert sum(record.name == "child" for record in found) == 10
     reader.check_agreement()
     reader.close()
+
+
+def test_a_lead_whose_call_is_over_is_taken_by_whoever_waits(store: SqliteStore, group: GroupCommit) -> None:
+    """As after signal handlers that threw a leader out, one upon another, before it could let go."""
+    call = group_commit._Call()
+    group._lead[group_commit._LEAD] = weakref.ref(call)
+    answers: list[object] = []
+    thread = threading.Thread(target=lambda: answers.append(group.commit(AddSpans(b"waits", 1), timeout_seconds=30)))
+    thread.start()
+    thread.join(0.2)
+    assert thread.is_alive()
+    del call
+    thread.join(10)
+    assert answers == [None]
+    assert requests(store) == [b"waits"]
