@@ -80,7 +80,11 @@ class Network:
         _ip("link", "set", self.bridge, "up")
 
     def remove(self) -> None:
-        """Remove the bridge."""
+        """Remove the bridge, and what is left of hosts whose process was killed before it could remove them."""
+        prefix = self.names(0)[0].removesuffix("0")
+        listed = subprocess.run(["ip", "netns"], check=True, capture_output=True, text=True).stdout
+        for name in (line.split()[0] for line in listed.splitlines() if line.startswith(prefix)):
+            subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
         subprocess.run(["ip", "link", "del", self.bridge], check=False, capture_output=True)
 
     def names(self, number: int) -> tuple[str, str, str]:
