@@ -21,7 +21,7 @@ CELERY := $(VENV)/.celery
 help:
 	@echo "make demo    run webhooks and a schedule through workers, kill one, show every record and its span"
 	@echo "             (BACKEND=celery: the same on Celery, with a Valkey that comes along)"
-	@echo "make test    run the tests (ARGS=... goes to pytest; OTELEXEC_TEST_LONG=1 adds the long sweeps)"
+	@echo "make test    run the tests (ARGS=... goes to pytest; OTELEXEC_TEST_LONG=1 adds the long sweeps, 2 the longest)"
 	@echo "make lint    ruff check and ruff format --check"
 	@echo "make types   mypy and pyright"
 	@echo "make bench   print the benchmark ratios"

@@ -22,10 +22,11 @@ if TYPE_CHECKING:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if os.environ.get("OTELEXEC_TEST_LONG") == "1":
-        return
+    wanted = os.environ.get("OTELEXEC_TEST_LONG", "0")
     for item in items:
-        if item.get_closest_marker("long") is not None:
+        if item.get_closest_marker("longest") is not None and wanted != "2":
+            item.add_marker(pytest.mark.skip(reason="takes up to an hour; set OTELEXEC_TEST_LONG=2"))
+        elif item.get_closest_marker("long") is not None and wanted not in ("1", "2"):
             item.add_marker(pytest.mark.skip(reason="takes minutes; set OTELEXEC_TEST_LONG=1"))
 
 

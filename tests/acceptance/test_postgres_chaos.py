@@ -74,7 +74,7 @@ def test_120_jobs_under_random_kills_are_recorded_and_delivered_once_each(tmp_pa
     random_kills(tmp_path, postgres, 120, kills=3, seconds=180)
 
 
-@pytest.mark.long
+@pytest.mark.longest
 @pytest.mark.timeout(1500)
 def test_10000_jobs_under_random_kills_are_recorded_and_delivered_once_each(tmp_path: Path, postgres: Server) -> None:
     random_kills(tmp_path, postgres, 10_000, kills=100, seconds=1480)
@@ -150,7 +150,7 @@ def test_connections_are_cut_at_random_and_inside_commit(tmp_path: Path, postgre
     random_cuts(tmp_path, postgres, 100, share=0.03, cuts=15, seconds=180)
 
 
-@pytest.mark.long
+@pytest.mark.longest
 @pytest.mark.timeout(1500)
 def test_connections_are_cut_at_random_under_10000_jobs(tmp_path: Path, postgres: Server) -> None:
     random_cuts(tmp_path, postgres, 10_000, share=0.01, cuts=200, seconds=1480)
@@ -296,21 +296,21 @@ def test_a_kill_at_any_line_of_the_store_leaves_every_attempt_one_state_and_one_
     assert counts["killed"] >= 0.8 * (counts["lines"] + counts["statements"])
 
 
-@pytest.mark.long
+@pytest.mark.longest
 @pytest.mark.timeout(1500)
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_a_kill_at_any_line_or_statement_of_each_scenario(tmp_path: Path, postgres: Server, scenario: str) -> None:
     killed_anywhere(tmp_path, postgres, scenario, "--extra=50", seconds=1480)
 
 
-@pytest.mark.long
+@pytest.mark.longest
 @pytest.mark.timeout(600)
 def test_a_kill_while_the_schema_is_made_leaves_a_store_that_works(tmp_path: Path, postgres: Server) -> None:
     counts = killed_anywhere(tmp_path, postgres, "block", "--fresh", "--within=store/postgres", seconds=580)
     assert counts["statements"] >= 25  # those of the schema among them
 
 
-@pytest.mark.long
+@pytest.mark.longest
 @pytest.mark.timeout(1500)
 @pytest.mark.parametrize("command", COMMANDS)
 def test_reconcile_and_relay_killed_anywhere_are_finished_by_the_next_ones(tmp_path: Path, postgres: Server, command: str) -> None:
