@@ -308,9 +308,7 @@ class Stage:
                 if not execution_id:
                     return False
             record = self.record(execution_id)
-            if record is None or any(attempt.ended_unix_ns is None for attempt in record.attempts):
-                return False
-            return len(record.attempts) >= len(states) if states else record.state in ENDED_STATES
+            return record is not None and self._is_complete(record, states)
 
         try:
             until(settled, seconds)
@@ -326,6 +324,14 @@ class Stage:
         if states:
             assert seen.states == list(states)
         return seen
+
+    def _is_complete(self, record: ExecutionRecord, states: Sequence[str]) -> bool:
+        if any(attempt.ended_unix_ns is None for attempt in record.attempts):
+            return False
+        if not (len(record.attempts) >= len(states) if states else record.state in ENDED_STATES):
+            return False
+        # The end of a PRODUCER span goes with a later commit of its process.
+        return record.producer_span_id is None or any(span.span_id == record.producer_span_id for span in self.spans())
 
     def check(self, seen: Seen) -> None:
         """Check that every attempt has one CONSUMER span, and that record and spans say the same."""
