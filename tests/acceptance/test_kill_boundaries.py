@@ -43,9 +43,17 @@ def test_a_kill_while_the_store_is_made_leaves_a_store_that_works(tmp_path: Path
 
 
 @pytest.mark.long
+@pytest.mark.timeout(600)
+def test_a_kill_at_hundreds_of_further_points(tmp_path: Path) -> None:
+    """Every distinct line and statement over all scenarios, and more passages of them in each."""
+    counts = sweep(tmp_path, 60, *SCENARIOS, seconds=580)
+    assert counts["killed"] >= 0.9 * (counts["lines"] + counts["statements"])
+
+
+@pytest.mark.longest
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("scenario", SCENARIOS)
-def test_a_kill_at_hundreds_of_further_points_of_each_scenario(tmp_path: Path, scenario: str) -> None:
+def test_a_kill_at_any_line_or_statement_of_each_scenario(tmp_path: Path, scenario: str) -> None:
     """Every distinct line and statement of each scenario by itself, and as many more passages of them."""
     counts = sweep(tmp_path, 100 if scenario == "spooled" else 400, scenario, seconds=880)
     assert counts["killed"] >= 0.9 * (counts["lines"] + counts["statements"])
