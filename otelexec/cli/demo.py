@@ -200,10 +200,11 @@ class Stage:
                 if record.attempts:
                     self._act(record, record.attempts[-1])
             self._look_after_workers()
-            ended = Counter(record.name for record in records if record.state in ENDED_STATES)
-            if ended[SCHEDULED] >= SCHEDULE_TIMES:
+            # By the number of attempts too: a lost one is an end, until the message comes once more.
+            ended = Counter((record.name, len(record.attempts)) for record in records if record.state in ENDED_STATES)
+            if ended[SCHEDULED, 1] >= SCHEDULE_TIMES:
                 self.crew.end_schedule()
-            closed = (ended & Counter(story.job for story in self.stories)).total()
+            closed = (ended & Counter((story.job, len(story.attempts)) for story in self.stories)).total()
             progress.update(task, completed=closed)
             if closed >= len(self.stories):
                 return

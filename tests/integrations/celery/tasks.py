@@ -15,6 +15,9 @@ from celery.exceptions import Ignore, Reject
 from opentelemetry import baggage, context, trace
 
 import otelexec
+from otelexec import runtime
+from otelexec.store.records import AttemptRecord
+from tests.records import until
 
 QUEUE = "tests"
 SETTINGS = "OTELEXEC_TEST_CELERY"
@@ -188,10 +191,20 @@ task("stuck.late", **LATE)(stuck)
 # Death
 
 
+def attempt_of(run: otelexec.Execution) -> AttemptRecord:
+    """Read what the store has of the running attempt."""
+    store = runtime.get().store
+    record = None if store is None else store.execution(run.id)
+    assert record is not None
+    return record.attempts[-1]
+
+
 def die(mark: str, times: int = 1) -> str:
     """Be killed in the first so many runs."""
     if count(mark) < times:
-        otelexec.current_execution().progress("before the kill", done=1, total=2)
+        run = otelexec.current_execution()
+        run.progress("before the kill", done=1, total=2)
+        until(lambda: "before the kill" in (attempt_of(run).progress or ""))  # written within a poll, not at once
         os.kill(os.getpid(), signal.SIGKILL)
     return "alive"
 
