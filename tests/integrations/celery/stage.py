@@ -322,7 +322,7 @@ class Stage:
         assert seen is not None
         self.check(seen)
         if states:
-            assert seen.states == list(states)
+            assert seen.states == list(states), f"{seen.states} instead of {list(states)}: {seen.attempts}"
         return seen
 
     def _is_complete(self, record: ExecutionRecord, states: Sequence[str]) -> bool:
