@@ -23,7 +23,8 @@ from opentelemetry import context as otel_context
 
 from otelexec import identity
 from otelexec import runtime as _runtime
-from otelexec.context import EXECUTION_KEY
+from otelexec.context import EXECUTION_KEY, SCOPE_KEY
+from otelexec.correlation import Scope, with_ambient
 from otelexec.effects import run
 from otelexec.endings import Ending
 from otelexec.errors import StoreError
@@ -53,6 +54,8 @@ class Delivery:
         context: What the message asks for: `propagation.incoming`.
         options: The attempt's options; their token names the delivery, until a child runs it.
         stop: Stops the child's work on it; called in the supervisor's thread. None where that can't be done.
+        stop_by_default: Whether a cancellation that does not say so stops it, too.
+        may_move: Whether the pool may give it to another child, so that each run of it has a token of its own.
 
     Attributes:
         pid: The child that runs it; None as long as none does.
@@ -60,15 +63,38 @@ class Delivery:
         ending: What the parent made of it, such as that it was stopped at a limit; None when it did nothing.
     """
 
-    __slots__ = ("_context", "_execution", "_lock", "_stop", "_token", "accepted", "ending", "options", "pid", "stopped")
+    __slots__ = (
+        "_context",
+        "_execution",
+        "_lock",
+        "_may_move",
+        "_stop",
+        "_token",
+        "accepted",
+        "ending",
+        "options",
+        "pid",
+        "stop_by_default",
+        "stopped",
+    )
 
-    def __init__(self, context: Context, options: Options, stop: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self,
+        context: Context,
+        options: Options,
+        stop: Callable[[], None] | None = None,
+        *,
+        stop_by_default: bool = False,
+        may_move: bool = True,
+    ) -> None:
         self._context = context
         self._execution: Execution | None = None
         # Reentrant: a signal handler may come here again in the middle of it.
         self._lock = threading.RLock()
         self._stop = stop
         self._token = options.token or ""
+        self._may_move = may_move
+        self.stop_by_default = stop_by_default
         self.options = options
         self.pid: int | None = None
         self.accepted = False
@@ -84,6 +110,8 @@ class Delivery:
         """
         with self._lock:
             self.pid = pid
+            if not self._may_move:
+                return
             token = run_token(self._token, pid)
             self.options = replace(self.options, token=token)
             if self._execution is not None:
@@ -145,6 +173,26 @@ class Delivery:
         if self._stop is not None and not self.stopped:
             self.stopped = True
             self._stop()
+
+
+def named(context: Context, scope: Scope, token: str) -> Context:
+    """
+    Name an execution whose ids are not believed by its delivery: the parent and its child must mint the same.
+
+    Args:
+        context: The message's context.
+        scope: The scope in it.
+        token: What the parent named the delivery.
+    """
+    correlation = scope.correlation.model_copy(update={"execution_id": token, "request_id": token})
+    own = Scope(
+        correlation,
+        links=scope.links,
+        trusted=False,
+        message_id=scope.message_id,
+        enqueued_unix_ns=scope.enqueued_unix_ns,
+    )
+    return otel_context.set_value(SCOPE_KEY, own, with_ambient(context, correlation))
 
 
 def run_token(delivery: str, pid: int) -> str:
@@ -274,7 +322,7 @@ class Supervisor:
             wishes = runtime.store.cancellations([delivery.execution(runtime).id for delivery in running])
             for delivery in running:
                 wish = wishes.get(delivery.execution(runtime).id)
-                if wish is not None and wish.terminate:
+                if wish is not None and (delivery.stop_by_default if wish.terminate is None else wish.terminate):
                     delivery.stop()
         except StoreError as error:
             logger.debug("otelexec.supervision.failed: %s", error)

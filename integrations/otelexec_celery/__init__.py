@@ -33,8 +33,8 @@ from celery.worker.consumer import consumer as celery_consumer
 from opentelemetry.instrumentation.instrumentor import BaseInstrumentor  # type: ignore[attr-defined] # untyped
 
 from otelexec import runtime as _runtime
+from otelexec.patches import Patches
 from otelexec_celery import coexistence, consume, publish, schedule, worker
-from otelexec_celery.patches import Patches
 from otelexec_celery.settings import CHOICES
 
 __all__ = ["CeleryInstrumentor"]

@@ -13,11 +13,10 @@ from opentelemetry import trace
 from opentelemetry.context import Context
 
 from otelexec import semconv
-from otelexec.context import EXECUTION_KEY, SCOPE_KEY
-from otelexec.correlation import Scope, with_ambient
+from otelexec.context import EXECUTION_KEY
 from otelexec.execution import Options
 from otelexec.propagation import incoming
-from otelexec.supervision import run_token
+from otelexec.supervision import named, run_token
 from otelexec.w3c import decode_trace
 from otelexec_celery import carrier, endings
 from otelexec_celery.settings import CHOICES, SYSTEM
@@ -43,20 +42,7 @@ def open_context(task_id: str | None, request: Mapping[str, Any], before: Contex
         context=otel_context.set_value(EXECUTION_KEY, None, before) if eager else Context(),
     )
     token = request.get(carrier.DELIVERY)
-    return context if scope.trusted or not token else _named(context, scope, token)
-
-
-def _named(context: Context, scope: Scope, token: str) -> Context:
-    """Name an execution whose ids are not believed by its delivery: the main process and its child must mint the same."""
-    correlation = scope.correlation.model_copy(update={"execution_id": token, "request_id": token})
-    named = Scope(
-        correlation,
-        links=scope.links,
-        trusted=False,
-        message_id=scope.message_id,
-        enqueued_unix_ns=scope.enqueued_unix_ns,
-    )
-    return otel_context.set_value(SCOPE_KEY, named, with_ambient(context, correlation))
+    return context if scope.trusted or not token else named(context, scope, token)
 
 
 def options_of(

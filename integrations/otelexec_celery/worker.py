@@ -22,6 +22,7 @@ from opentelemetry.context import Context
 from otelexec import runtime as _runtime
 from otelexec.endings import Ending
 from otelexec.ids import random_word
+from otelexec.patches import Guard
 from otelexec.store.writes import CANCELLED, REJECTED, Cancellation, Heartbeat, RequestCancel
 from otelexec.supervision import Delivery, Supervisor
 from otelexec_celery import carrier, consume, endings
@@ -58,52 +59,8 @@ class Main:
 MAIN = Main()
 
 
-def _guarded(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Keep what goes wrong in here away from the worker."""
-
-    @functools.wraps(function)
-    def guarded(*args: Any, **kwargs: Any) -> Any:
-        if not CHOICES.active:
-            return None
-        try:
-            return function(*args, **kwargs)
-        except Exception:
-            logger.exception("otelexec.celery.worker: %s", function.__name__)
-            return None
-
-    return guarded
-
-
-def before(first: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Make a wrapper that calls something of ours, with the same arguments, before the original."""
-    guarded = _guarded(first)
-
-    def make(original: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(original)
-        def wrapper(*args: Any, **kwargs: Any) -> Any:
-            guarded(*args, **kwargs)
-            return original(*args, **kwargs)
-
-        return wrapper
-
-    return make
-
-
-def after(then: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Make a wrapper that calls something of ours, with the same arguments, after the original."""
-    guarded = _guarded(then)
-
-    def make(original: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(original)
-        def wrapper(*args: Any, **kwargs: Any) -> Any:
-            try:
-                return original(*args, **kwargs)
-            finally:
-                guarded(*args, **kwargs)
-
-        return wrapper
-
-    return make
+_GUARD = Guard(lambda: CHOICES.active, logger)
+_guarded, before, after = _GUARD.guarded, _GUARD.before, _GUARD.after
 
 
 # --- Requests: `celery.worker.request.Request` -------------------------------------------------------------------

@@ -191,10 +191,10 @@ task("stuck.late", **LATE)(stuck)
 # Death
 
 
-def attempt_of(run: otelexec.Execution) -> AttemptRecord:
+def attempt_of(execution_id: str | None) -> AttemptRecord:
     """Read what the store has of the running attempt."""
     store = runtime.get().store
-    record = None if store is None else store.execution(run.id)
+    record = None if store is None or execution_id is None else store.execution(execution_id)
     assert record is not None
     return record.attempts[-1]
 
@@ -204,7 +204,7 @@ def die(mark: str, times: int = 1) -> str:
     if count(mark) < times:
         run = otelexec.current_execution()
         run.progress("before the kill", done=1, total=2)
-        until(lambda: "before the kill" in (attempt_of(run).progress or ""))  # written within a poll, not at once
+        until(lambda: "before the kill" in (attempt_of(run.id).progress or ""))  # written within a poll, not at once
         os.kill(os.getpid(), signal.SIGKILL)
     return "alive"
 
@@ -318,7 +318,7 @@ def run_invoice(how: str) -> str:
         raise ValueError("core")
     if how == "core is killed":
         # A child that dies before its main process has read that it took the task up gives billiard reason to run it again.
-        until(lambda: "in the core" in (attempt_of(run).progress or ""))
+        until(lambda: "in the core" in (attempt_of(run.id).progress or ""))
         os.kill(os.getpid(), signal.SIGKILL)
     return "paid"
 
