@@ -155,12 +155,26 @@ class Settings(BaseSettings):
         """Give the interval between two heartbeats in seconds."""
         return self.heartbeat_seconds or self.lease_seconds / 6
 
+    def environment(self) -> dict[str, str]:
+        """Give the variables that make the same settings in a process that starts afresh; they may hold a password."""
+        return {
+            f"OTELEXEC_{name.upper()}": _as_variable(getattr(self, name))
+            for name in self.model_fields_set
+            if getattr(self, name) is not None
+        }
+
     @property
     def signing_keys(self) -> tuple[bytes, ...]:
         """Give the HMAC keys, the signing one first; empty when carriers are not signed."""
         if self.signing_key is None:
             return ()
         return tuple(part.strip().encode() for part in self.signing_key.get_secret_value().split(",") if part.strip())
+
+
+def _as_variable(value: object) -> str:
+    if isinstance(value, SecretStr):
+        return value.get_secret_value()
+    return ",".join(sorted(value)) if isinstance(value, frozenset) else str(value)
 
 
 def _absolute_sqlite(url: str) -> str:

@@ -1,0 +1,94 @@
+"""The callbacks of a job, each a span under the job's own, with an error of its own: the record says what the function did."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from opentelemetry import context as otel_context
+from opentelemetry import trace
+from opentelemetry.context import Context
+
+from otelexec import runtime as _runtime
+from otelexec import semconv
+from otelexec.context import current_scope
+from otelexec.endings import describe
+from otelexec.w3c import decode_trace
+from otelexec_rq.consume import CONTEXT
+from otelexec_rq.messages import open_context
+from otelexec_rq.settings import CHOICES
+
+logger = logging.getLogger("otelexec.rq")
+
+KINDS = ("success", "failure", "stopped")
+
+
+def wrapper(kind: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """
+    Make the wrapper of `execute_<kind>_callback`, a function in RQ 3 and a method of the job before.
+
+    Args:
+        kind: One of `KINDS`.
+    """
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def execute(job: Any, *args: Any, **kwargs: Any) -> Any:
+            name = getattr(job, f"_{kind}_callback_name", None)
+            if not CHOICES.active or not name:
+                return original(job, *args, **kwargs)
+            span, context = _begin(kind, str(name), job)
+            token = otel_context.attach(context)
+            try:
+                return original(job, *args, **kwargs)
+            except BaseException as error:
+                _note(span, error)
+                raise
+            finally:
+                otel_context.detach(token)
+                span.end()
+
+        return execute
+
+    return make
+
+
+def _begin(kind: str, name: str, job: Any) -> tuple[trace.Span, Context]:
+    """Start the span of a callback; gives the context to call it in as well."""
+    try:
+        context = _context(job)
+        attributes = {semconv.CODE_FUNCTION_NAME: name, semconv.MESSAGING_MESSAGE_ID: job.id}
+        span = _runtime.get().tracer.start_span(f"on_{kind} {name}", context, attributes=attributes)
+        return span, trace.set_span_in_context(span, context)
+    except Exception:
+        logger.exception("otelexec.rq.failed: span of on_%s of job %s", kind, job.id)
+        return trace.INVALID_SPAN, otel_context.get_current()
+
+
+def _note(span: trace.Span, error: BaseException) -> None:
+    error_type, message = describe(error, _runtime.settings().max_error_chars)
+    span.record_exception(error)
+    span.set_attribute(semconv.ERROR_TYPE, error_type)
+    span.set_status(trace.StatusCode.ERROR, message)
+
+
+def _context(job: Any) -> Context:
+    """Give the context of the job's last run: of this process's, or else that on the record."""
+    own: Context | None = vars(job).get(CONTEXT)
+    return open_last(job) if own is None else own
+
+
+def open_last(job: Any) -> Context:
+    """Give a context below the span of a job's last attempt that is on the record, for what is done in its name elsewhere."""
+    context = open_context(job, None)
+    scope = current_scope(context)
+    store = _runtime.get().store
+    # Taken: the first job that a callback enqueues is not this one once more.
+    record = None if scope is None or store is None else store.execution(scope.take().execution_id)
+    attempt = record.attempts[-1] if record is not None and record.attempts else None
+    if attempt is None or attempt.trace_id is None:
+        return context
+    span = decode_trace(f"00-{attempt.trace_id}-{attempt.span_id}-01", None)
+    return context if span is None else trace.set_span_in_context(trace.NonRecordingSpan(span), context)

@@ -1,0 +1,97 @@
+"""How RQ's own exceptions and values end an attempt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Final
+
+from rq.job import Retry
+from rq.timeouts import JobTimeoutException
+
+from otelexec.endings import Classifier, Ending, describe
+from otelexec.execution import INTERRUPTED
+from otelexec.store.writes import CANCELLED, FAILED, TIMED_OUT
+
+RETRY: Final = "retry"
+ABANDONED: Final = "abandoned"
+TIMEOUT: Final = "timeout"
+
+_RETRY_TYPE: Final = "rq.job.Retry"
+_TIMEOUT_TYPE: Final = "rq.timeouts.JobTimeoutException"
+_ABANDONED_TYPE: Final = "rq.exceptions.AbandonedJobError"
+_MAX_CHARS: Final = 4096
+
+
+def classifier(job: Any, is_stopped: Callable[[], bool]) -> Classifier:
+    """
+    Make the classifier of one attempt.
+
+    Args:
+        job: The job, which knows how many retries it has left.
+        is_stopped: Tells whether `stop-job` was asked for.
+    """
+
+    def classify(error: BaseException) -> Ending | None:
+        if is_stopped():
+            error_type, message = describe(error, _MAX_CHARS)
+            return Ending(CANCELLED, None, error_type, message, error)
+        earned = _RetryEarned(job)
+        if isinstance(error, JobTimeoutException):
+            error_type, message = describe(error, _MAX_CHARS)
+            return Ending(TIMED_OUT, earned.classification or TIMEOUT, error_type, message, error, retrying=earned.retrying)
+        if _is_shutdown(error):
+            error_type, message = describe(error, _MAX_CHARS)
+            return Ending(CANCELLED, INTERRUPTED, error_type, message, error, retrying=earned.retrying, depends_on_cancellation=True)
+        if not earned.retrying or not isinstance(error, Exception):
+            return None
+        error_type, message = describe(error, _MAX_CHARS)
+        return Ending(FAILED, RETRY, error_type, message, error, retrying=True)
+
+    return classify
+
+
+class _RetryEarned:
+    """Whether RQ will run a job again after an exception."""
+
+    __slots__ = ("retrying",)
+
+    def __init__(self, job: Any) -> None:
+        left = getattr(job, "retries_left", None)
+        self.retrying = isinstance(left, int) and left > 0
+
+    @property
+    def classification(self) -> str | None:
+        return RETRY if self.retrying else None
+
+
+def returned(job: Any, value: Any) -> Ending | None:
+    """
+    Give the ending of a function that returned a `Retry`; None for any other value.
+
+    Args:
+        job: The job.
+        value: What it returned.
+    """
+    if not isinstance(value, Retry):
+        return None
+    done = job.number_of_retries or 0
+    more = not done or done < value.max  # as `handle_job_retry` decides
+    text = (
+        f"asked to be run again: retry {done + 1} of {value.max}" if more else f"asked to be run again after {value.max} retries, the last"
+    )
+    return Ending(FAILED, RETRY, _RETRY_TYPE, text, retrying=more)
+
+
+def overdue(timeout_seconds: float) -> Ending:
+    """Give the ending of a horse that the worker killed, since its job did not heed its timeout."""
+    return Ending(TIMED_OUT, TIMEOUT, _TIMEOUT_TYPE, f"killed, as it did not heed its timeout of {timeout_seconds:g} s")
+
+
+def abandoned() -> tuple[str, str, str]:
+    """Give classification, error type and message of a job that no worker holds any more."""
+    return ABANDONED, _ABANDONED_TYPE, "the worker that ran it is gone"
+
+
+def _is_shutdown(error: BaseException) -> bool:
+    # Without an import: it left the public modules in some versions.
+    return type(error).__name__ == "ShutDownImminentException" and type(error).__module__.startswith("rq.")

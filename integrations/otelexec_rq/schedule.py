@@ -1,0 +1,40 @@
+"""What a clock asks for: a cron entry that is due, and the next run of a job that repeats itself."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from datetime import MAXYEAR, UTC, datetime
+from typing import Any
+
+from opentelemetry import context as otel_context
+from opentelemetry.context import Context
+
+from otelexec.correlation import correlate
+from otelexec_rq.settings import CHOICES
+
+
+def wrap_cron_enqueue(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `CronJob.enqueue`, which sends an entry that is due: in a context of its own, with the schedule as source."""
+
+    @functools.wraps(original)
+    def enqueue(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not CHOICES.active:
+            return original(self, *args, **kwargs)
+        token = otel_context.attach(Context())
+        try:
+            name = getattr(self, "name", None) or self.func_name
+            with correlate(source="schedule", schedule_id=str(name), scheduled_for=_due(self)):
+                return original(self, *args, **kwargs)
+        finally:
+            otel_context.detach(token)
+
+    return enqueue
+
+
+def _due(entry: Any) -> str | None:
+    """Give when an entry was due; None for the first run of an interval, which is due at once."""
+    due = getattr(entry, "next_enqueue_time", None) or getattr(entry, "next_run_time", None)
+    if not isinstance(due, datetime) or due.year == MAXYEAR:
+        return None
+    return (due if due.tzinfo is not None else due.replace(tzinfo=UTC)).isoformat()

@@ -1,0 +1,357 @@
+"""
+The worker's parent process: how its work horses end, what is stopped, and what no worker holds any more.
+
+A horse has its attempt under RQ's execution id, which the parent knows as well: whatever both say of it is one outcome.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, Final
+
+from rq.job import JobStatus
+
+from otelexec import runtime as _runtime
+from otelexec.endings import Ending
+from otelexec.execution import INTERRUPTED
+from otelexec.patches import Guard
+from otelexec.store.writes import CANCELLED, LOST, Cancellation, Heartbeat, RequestCancel
+from otelexec.supervision import Delivery, Supervisor
+from otelexec_rq import consume, endings
+from otelexec_rq.messages import open_context, options_of
+from otelexec_rq.settings import CHOICES
+
+logger = logging.getLogger("otelexec.rq")
+
+STOP_SECONDS: Final = 5.0
+"""How long the parent waits at its end for what it has to report."""
+
+OVERDUE_SECONDS: Final = 60
+"""How long after its timeout the parent kills a horse: RQ's own, in `monitor_work_horse`."""
+
+_QUEUED: Final = ("queued", "deferred", "scheduled", "rate_limited", "ready", "created")
+"""States of a job that no worker has."""
+
+_GUARD = Guard(lambda: CHOICES.active, logger)
+guarded, before, after = _GUARD.guarded, _GUARD.before, _GUARD.after
+
+
+class Horse:
+    """
+    The job in the hands of a work horse.
+
+    Args:
+        worker: RQ's worker, in the parent.
+        job: The job.
+        execution_id: RQ's execution id.
+    """
+
+    __slots__ = ("delivery", "execution_id", "job", "started", "worker")
+
+    def __init__(self, worker: Any, job: Any, execution_id: str | None) -> None:
+        self.worker = worker
+        self.job = job
+        self.execution_id = execution_id
+        self.started = time.monotonic()
+        self.delivery = delivery_of(job, execution_id, stop=self.stop)
+
+    def stop(self) -> None:
+        """Stop it as `stop-job` does."""
+        if MAIN.horse is not self:
+            return
+        logger.info("otelexec.rq.stop: job %s", self.job.id)
+        request = getattr(self.worker, "request_stop_execution", None)
+        if request is not None:
+            request(self.execution_id)
+            return
+        self.worker._stopped_job_id = self.job.id  # noqa: SLF001 (as RQ 2's own command does)
+        self.worker.kill_horse()
+
+
+class Main:
+    """
+    What the parent process of work horses has.
+
+    Attributes:
+        horse: The horse that works; None while none does.
+        shutting_down: Whether a cold shutdown was asked for.
+    """
+
+    def __init__(self) -> None:
+        self.horse: Horse | None = None
+        self.shutting_down = False
+        self._supervisor: Supervisor | None = None
+
+    @property
+    def supervisor(self) -> Supervisor | None:
+        """The one that watches the horses of this very process; None when it has none."""
+        found = self._supervisor
+        return found if found is not None and found.pid == os.getpid() else None
+
+    def supervise(self) -> Supervisor:
+        """Begin to watch, if nothing does yet."""
+        found = self.supervisor
+        if found is None:
+            found = self._supervisor = Supervisor()
+        return found
+
+    def forget(self) -> None:
+        """Be as in the beginning."""
+        self.horse, self.shutting_down, self._supervisor = None, False, None
+
+
+MAIN = Main()
+
+
+def delivery_of(job: Any, execution_id: str | None, *, stop: Callable[[], None] | None = None) -> Delivery:
+    """
+    Give the delivery that a run of a job stands for.
+
+    Args:
+        job: The job.
+        execution_id: RQ's execution id; None for a job that is not run.
+        stop: Stops it; None where that can't be done.
+    """
+    context = open_context(job, execution_id, None)
+    return Delivery(context, options_of(job, execution_id, finalized_by="parent"), stop, stop_by_default=True, may_move=False)
+
+
+# --- Work horses -------------------------------------------------------------------------------------------------
+
+
+def on_horse_started(worker: Any, job: Any, *_: Any) -> None:
+    """Learn which process runs a job."""
+    if not worker.horse_pid or worker.is_horse:
+        return
+    horse = MAIN.horse = Horse(worker, job, consume.execution_id_of(worker))
+    MAIN.supervise().started(worker.horse_pid, horse.delivery)
+
+
+def wrap_wait_for_horse(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `wait_for_horse`, which alone learns how a horse has ended."""
+
+    @functools.wraps(original)
+    def wait_for_horse(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = original(self, *args, **kwargs)
+        guarded(_on_horse_ended)(self, result)
+        return result
+
+    return wait_for_horse
+
+
+def _on_horse_ended(worker: Any, result: Any) -> None:
+    horse, supervisor = MAIN.horse, MAIN.supervisor
+    if horse is None or supervisor is None or horse.worker is not worker or horse.delivery.pid is None:
+        return
+    MAIN.horse = None
+    pid, status = result[0], result[1]
+    code = os.waitstatus_to_exitcode(status) if pid and status is not None else None
+    if code == 0:
+        supervisor.ended(horse.delivery)
+        return
+    if worker._stopped_job_id == horse.job.id:  # noqa: SLF001 (RQ keeps it nowhere else)
+        _stopped(horse)
+    supervisor.died(horse.delivery.pid, code)
+
+
+def on_kill_horse(worker: Any, sig: int = signal.SIGKILL, *_: Any) -> None:
+    """Learn why a horse, or a job in this process, is about to be killed."""
+    stopped = worker._stopped_job_id  # noqa: SLF001 (as above)
+    run = consume.RUNNING.get(stopped) if stopped else None
+    if run is not None:
+        run.stopped = True
+        _record_wish(run.execution.id, terminate=False)
+        return
+    horse = MAIN.horse
+    if horse is None or horse.worker is not worker or sig != signal.SIGKILL or horse.delivery.ending is not None:
+        return
+    if stopped == horse.job.id:
+        _stopped(horse)
+    elif MAIN.shutting_down:
+        horse.delivery.ending = Ending(CANCELLED, INTERRUPTED, INTERRUPTED, "killed by a cold shutdown of the worker")
+    elif _is_overdue(horse):
+        horse.delivery.ending = endings.overdue(horse.job.timeout)
+
+
+def _is_overdue(horse: Horse) -> bool:
+    timeout = horse.job.timeout
+    return isinstance(timeout, int | float) and timeout > 0 and time.monotonic() - horse.started > timeout + OVERDUE_SECONDS
+
+
+def _stopped(horse: Horse) -> None:
+    """Record that somebody asked for it, which makes the cancellation final, before or after the signal."""
+    delivery = horse.delivery
+    if delivery.ending is None:
+        delivery.ending = Ending(CANCELLED)
+        delivery.stopped = True
+        _record_wish(delivery.execution(_runtime.get()).id, terminate=True)
+
+
+def _record_wish(execution_id: str, *, terminate: bool) -> None:
+    runtime = _runtime.get()
+    if runtime.records:
+        runtime.write(RequestCancel(execution_id, Cancellation(time.time_ns(), terminate)))
+
+
+def on_force_stop(*_: Any, **__: Any) -> None:
+    """Learn of a cold shutdown, which kills the horse."""
+    MAIN.shutting_down = True
+
+
+# --- Workers -----------------------------------------------------------------------------------------------------
+
+
+def on_worker_started(_: Any) -> None:
+    """Relay and reconcile here for the horses, and have the store open before the first of them."""
+    runtime = _runtime.get()
+    if runtime.records:
+        runtime.write(Heartbeat(runtime.process))
+        runtime.heartbeat.ensure()
+
+
+def on_worker_ended(_: Any) -> None:
+    """Report what is left when the worker stops."""
+    supervisor = MAIN.supervisor
+    if supervisor is not None:
+        supervisor.look()
+        supervisor.stop(STOP_SECONDS)
+    MAIN.forget()
+
+
+class _Spawning:
+    """
+    The `os` of RQ's module while it spawns a horse.
+
+    A spawned horse is a fresh interpreter that runs a line of source and imports RQ alone. Ours goes before it, and the
+    settings of this process into its environment.
+
+    Args:
+        inner: The `os` that was there.
+        settings: What the horse finds in its environment.
+    """
+
+    def __init__(self, inner: Any, settings: dict[str, str]) -> None:
+        self._inner = inner
+        self._settings = settings
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def posix_spawn(self, path: str, argv: list[str], env: Any, **kwargs: Any) -> int:
+        """Spawn as RQ 3 does."""
+        pid: int = self._inner.posix_spawn(path, _instrumented(argv), {**env, **self._settings}, **kwargs)
+        return pid
+
+    def spawnv(self, mode: int, path: str, argv: list[str]) -> int:
+        """Spawn as RQ 2 does."""
+        pid: int = self._inner.spawnve(mode, path, _instrumented(argv), {**os.environ, **self._settings})
+        return pid
+
+
+def _instrumented(argv: list[str]) -> list[str]:
+    """Put what instruments a spawned horse before its source."""
+    *command, source = argv
+    ours = (
+        f"import sys\nsys.path[:] = {sys.path!r}\nfrom otelexec_rq import RQInstrumentor\n"
+        f"RQInstrumentor().instrument(use_span_links={CHOICES.use_span_links!r})\n"
+    )
+    return [*command, ours + source]
+
+
+def wrap_spawn(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `SpawnWorker.fork_work_horse`, whose children start afresh."""
+
+    @functools.wraps(original)
+    def fork_work_horse(self: Any, *args: Any, **kwargs: Any) -> Any:
+        module: Any = sys.modules.get(original.__module__)
+        if not CHOICES.active or module is None:
+            return original(self, *args, **kwargs)
+        inner = module.os
+        module.os = _Spawning(inner, _runtime.settings().environment())
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            module.os = inner
+
+    return fork_work_horse
+
+
+# --- Jobs that are not run ---------------------------------------------------------------------------------------
+
+
+def wrap_cancel(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `Job.cancel`: a job that no worker has is closed, and one that runs is told."""
+
+    @functools.wraps(original)
+    def cancel(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not CHOICES.active or vars(self).get(consume.CANCELLED_HERE):
+            return original(self, *args, **kwargs)
+        status = guarded(_status_of)(self)
+        result = original(self, *args, **kwargs)
+        guarded(_on_cancelled)(self, status)
+        return result
+
+    return cancel
+
+
+def _status_of(job: Any) -> str | None:
+    status = job.get_status()
+    return None if status is None else str(status.value if isinstance(status, JobStatus) else status)
+
+
+def _on_cancelled(job: Any, status: str | None) -> None:
+    delivery = delivery_of(job, None)
+    if status in _QUEUED:
+        delivery.close(Ending(CANCELLED), asked=True)
+    elif status == "started":
+        _record_wish(delivery.execution(_runtime.get()).id, terminate=False)
+
+
+def wrap_cleanup(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `StartedJobRegistry.cleanup`, which finds the jobs of workers that are gone."""
+
+    @functools.wraps(original)
+    def cleanup(self: Any, timestamp: float | None = None, *args: Any, **kwargs: Any) -> Any:
+        found = guarded(_expired)(self, timestamp) or []
+        result = original(self, timestamp, *args, **kwargs)
+        for job, execution_id in found:
+            guarded(_on_abandoned)(job, execution_id)
+        return result
+
+    return cleanup
+
+
+def _expired(registry: Any, timestamp: float | None) -> list[tuple[Any, str]]:
+    """Give the jobs that a registry holds as started although their time is over, with RQ's execution id of that run."""
+    score = time.time() if timestamp is None else timestamp
+    entries = registry.connection.zrangebyscore(registry.key, 0, score)
+    pairs = [entry.decode().rpartition(":") for entry in entries]
+    if not pairs:
+        return []
+    jobs = registry.job_class.fetch_many([job_id for job_id, _, _ in pairs], connection=registry.connection, serializer=registry.serializer)
+    return [
+        (job, execution_id)
+        for job, (_, _, execution_id) in zip(jobs, pairs, strict=True)
+        if job is not None and job.get_status(refresh=False) == JobStatus.STARTED
+    ]
+
+
+def _on_abandoned(job: Any, execution_id: str) -> None:
+    """
+    Close the attempt of a job that no worker holds any more, if its horse died before it could open one.
+
+    An open attempt is its own process's as long as that lives, and the reconciler's after that.
+    """
+    runtime = _runtime.get()
+    delivery = delivery_of(job, execution_id)
+    record = None if runtime.store is None else runtime.store.execution(delivery.execution(runtime).id)
+    if record is not None and any(attempt.ended_unix_ns is None for attempt in record.attempts):
+        return
+    classification, error_type, message = endings.abandoned()
+    delivery.settle(Ending(LOST, classification, error_type, message), time.time_ns())
