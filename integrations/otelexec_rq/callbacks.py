@@ -24,6 +24,9 @@ logger = logging.getLogger("otelexec.rq")
 
 KINDS = ("success", "failure", "stopped")
 
+SCOPE = "otelexec_rq"
+"""Instrumentation scope of these spans: not the core's, which ends its own with a record."""
+
 
 def wrapper(kind: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """
@@ -60,7 +63,8 @@ def _begin(kind: str, name: str, job: Any) -> tuple[trace.Span, Context]:
     try:
         context = _context(job)
         attributes = {semconv.CODE_FUNCTION_NAME: name, semconv.MESSAGING_MESSAGE_ID: job.id}
-        span = _runtime.get().tracer.start_span(f"on_{kind} {name}", context, attributes=attributes)
+        tracer = _runtime.get().provider.get_tracer(SCOPE, schema_url=semconv.SCHEMA_URL)
+        span = tracer.start_span(f"on_{kind} {name}", context, attributes=attributes)
         return span, trace.set_span_in_context(span, context)
     except Exception:
         logger.exception("otelexec.rq.failed: span of on_%s of job %s", kind, job.id)

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from tests.integrations.celery.stage import Broker, Stage, each_open
+from tests.integrations.celery.stage import Broker, Stage
+from tests.integrations.stage import each_open
 from tests.queue_servers import running_rabbitmq, running_valkey
 
 HERE = Path(__file__).parent

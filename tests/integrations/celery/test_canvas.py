@@ -16,7 +16,8 @@ import otelexec
 from otelexec import semconv
 from otelexec.store.records import ExecutionRecord
 from tests.integrations.celery.conftest import Fresh
-from tests.integrations.celery.stage import Seen, Stage
+from tests.integrations.celery.stage import Stage
+from tests.integrations.stage import Seen
 from tests.records import until
 
 RESULT_SECONDS = 25.0

@@ -14,8 +14,9 @@ from opentelemetry import baggage, context
 import otelexec
 from otelexec import semconv
 from tests.integrations.celery.conftest import Fresh
-from tests.integrations.celery.stage import Seen, Stage
+from tests.integrations.celery.stage import Stage
 from tests.integrations.celery.tasks import BESIDE, INSTRUMENT
+from tests.integrations.stage import Seen
 from tests.servers import missing
 
 RESULT_SECONDS = 30.0

@@ -12,7 +12,8 @@ import pytest
 from otelexec.receiver import OtlpReceiver
 from otelexec.store.records import ExecutionRecord
 from tests.integrations.celery.conftest import Fresh
-from tests.integrations.celery.stage import Stage, each_open
+from tests.integrations.celery.stage import Stage
+from tests.integrations.stage import each_open
 from tests.records import until
 
 RESULT_SECONDS = 30.0

@@ -12,7 +12,8 @@ from celery.exceptions import TaskRevokedError, TimeLimitExceeded, WorkerLostErr
 import otelexec
 from otelexec import semconv
 from otelexec.store.records import ExecutionRecord
-from tests.integrations.celery.stage import Seen, Stage, keys
+from tests.integrations.celery.stage import Stage, keys
+from tests.integrations.stage import Seen
 from tests.records import until
 
 RESULT_SECONDS = 20.0

@@ -13,7 +13,8 @@ import pytest
 import otelexec
 from otelexec import semconv
 from tests.integrations.celery.conftest import Fresh, NewStage
-from tests.integrations.celery.stage import Broker, Stage, each_open
+from tests.integrations.celery.stage import Broker, Stage
+from tests.integrations.stage import each_open
 from tests.records import until
 
 RESULT_SECONDS = 30.0

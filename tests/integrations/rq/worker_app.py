@@ -1,0 +1,43 @@
+"""The worker's side of the tests: `python -m tests.integrations.rq.worker_app URL CLASS QUEUE...`; it ends on SIGTERM."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from typing import Any
+
+import rq
+from redis import Redis
+from rq import worker as rq_worker
+from rq.serializers import JSONSerializer
+
+INSTRUMENT = "OTELEXEC_TEST_INSTRUMENT"
+"""The variable with the options of `instrument()` as JSON; without it a worker does not instrument itself."""
+OPTIONS = "OTELEXEC_TEST_WORKER"
+"""The variable with what a worker is made with, as JSON: `json` for the serializer, `pool` for a pool's size."""
+
+
+def main(url: str, name: str, *queues: str) -> None:
+    if INSTRUMENT in os.environ:
+        from otelexec_rq import RQInstrumentor
+
+        RQInstrumentor().instrument(**json.loads(os.environ[INSTRUMENT]))
+    options: dict[str, Any] = json.loads(os.environ.get(OPTIONS, "{}"))
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s %(message)s")
+    connection = Redis.from_url(url)
+    if name == "WorkerPool":
+        from rq.worker_pool import WorkerPool
+
+        WorkerPool(list(queues), connection=connection, num_workers=options.get("pool", 2)).start()
+        return
+    cls: Any = getattr(rq, name, None) or getattr(rq_worker, name)
+    more = {"serializer": JSONSerializer} if options.get("json") else {}
+    worker = cls(list(queues), connection=connection, name=options["name"], **more)
+    worker.job_monitoring_interval = options.get("monitor", worker.job_monitoring_interval)
+    worker.work(with_scheduler=options.get("scheduler", False), logging_level="INFO", burst=options.get("burst", False))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
