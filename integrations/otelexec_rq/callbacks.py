@@ -62,9 +62,8 @@ def _begin(kind: str, name: str, job: Any) -> tuple[trace.Span, Context]:
     """Start the span of a callback; gives the context to call it in as well."""
     try:
         context = _context(job)
-        attributes = {semconv.CODE_FUNCTION_NAME: name, semconv.MESSAGING_MESSAGE_ID: job.id}
         tracer = _runtime.get().provider.get_tracer(SCOPE, schema_url=semconv.SCHEMA_URL)
-        span = tracer.start_span(f"on_{kind} {name}", context, attributes=attributes)
+        span = tracer.start_span(f"on_{kind} {name}", context, attributes={semconv.CODE_FUNCTION_NAME: name})
         return span, trace.set_span_in_context(span, context)
     except Exception:
         logger.exception("otelexec.rq.failed: span of on_%s of job %s", kind, job.id)

@@ -13,10 +13,15 @@ from redis import Redis
 from rq import worker as rq_worker
 from rq.serializers import JSONSerializer
 
+import otelexec
+
 INSTRUMENT = "OTELEXEC_TEST_INSTRUMENT"
 """The variable with the options of `instrument()` as JSON; without it a worker does not instrument itself."""
 OPTIONS = "OTELEXEC_TEST_WORKER"
-"""The variable with what a worker is made with, as JSON: `json` for the serializer, `pool` for a pool's size."""
+"""
+The variable with what a worker is made with, as JSON: `json` for the serializer, `pool` for a pool's size, `scheduler`,
+`monitor` for RQ's interval of looking after a horse, and `configure` for otelexec's own settings.
+"""
 
 
 def main(url: str, name: str, *queues: str) -> None:
@@ -25,6 +30,8 @@ def main(url: str, name: str, *queues: str) -> None:
 
         RQInstrumentor().instrument(**json.loads(os.environ[INSTRUMENT]))
     options: dict[str, Any] = json.loads(os.environ.get(OPTIONS, "{}"))
+    if "configure" in options:
+        otelexec.configure(**options["configure"])
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s %(message)s")
     connection = Redis.from_url(url)
     if name == "WorkerPool":
@@ -36,7 +43,7 @@ def main(url: str, name: str, *queues: str) -> None:
     more = {"serializer": JSONSerializer} if options.get("json") else {}
     worker = cls(list(queues), connection=connection, name=options["name"], **more)
     worker.job_monitoring_interval = options.get("monitor", worker.job_monitoring_interval)
-    worker.work(with_scheduler=options.get("scheduler", False), logging_level="INFO", burst=options.get("burst", False))
+    worker.work(with_scheduler=options.get("scheduler", False), logging_level="INFO")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,155 @@
+"""Every worker class: what it runs has one CONSUMER span and one attempt for each run, and the baggage it was sent with."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+from opentelemetry import baggage, context
+from rq import Queue, Repeat
+
+import otelexec
+from otelexec import semconv
+from tests.integrations.rq import jobs
+from tests.integrations.rq.conftest import Fresh
+from tests.integrations.rq.stage import Stage
+from tests.records import until
+from tests.servers import free_ports
+
+CLASSES = ("Worker", "SimpleWorker", "SpawnWorker", "RoundRobinWorker", "RandomWorker", "WorkerPool")
+
+
+def send(stage: Stage) -> dict[str, Any]:
+    """Enqueue in every way that asks for no more than a worker."""
+    with otelexec.correlate(source="test"):
+        token = context.attach(baggage.set_baggage("tenant", "blue"))
+        try:
+            sent: dict[str, Any] = {
+                "enqueue": stage.queue.enqueue(jobs.look),
+                "enqueue_many": stage.queue.enqueue_many([Queue.prepare_data(jobs.look)])[0],
+                "repeat": stage.queue.enqueue(jobs.look, repeat=Repeat(times=1)),
+            }
+            sent["depends_on"] = stage.queue.enqueue(jobs.look, depends_on=sent["enqueue"])
+            sent["enqueue_at"] = stage.queue.enqueue_at(datetime.now(UTC), jobs.look)
+        finally:
+            context.detach(token)
+    return sent
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_each_worker_class_records_what_it_runs(fresh: Fresh, cls: str) -> None:
+    stage = fresh()
+    # A pool's workers have no scheduler; RQ's own is one more worker.
+    worker = stage.worker("under-test", cls, scheduler=cls != "WorkerPool", pool=2 if cls == "WorkerPool" else 1)
+    if cls == "WorkerPool":
+        stage.start("scheduler", scheduler=True)
+    sent = send(stage)
+    for way, job in sent.items():
+        said = stage.result(job)
+        assert said["baggage"]["tenant"] == "blue", way
+        seen = stage.ended(job.id, "succeeded") if way != "repeat" else None
+        assert seen is None or said["span_id"] == seen.consumer().span_id, way
+    until(lambda: len(consumers(stage, sent["repeat"].id)) == 2)
+    spans = [span for job in sent.values() for span in consumers(stage, job.id)]
+    assert len({span.attributes[semconv.EXECUTION_ID] for span in spans}) == len(sent) + 1
+    failing = stage.queue.enqueue(jobs.fail)
+    assert stage.ended(failing.id, "failed").attempt.error_type == "ValueError"
+    assert worker.stop() == 0
+    for each in stage.workers:
+        each.stop()
+        each.check_log()
+    stage.check_agreement()
+
+
+def consumers(stage: Stage, job_id: str) -> list[Any]:
+    return [span for span in stage.spans() if span.kind == "consumer" and span.attributes.get(semconv.MESSAGING_MESSAGE_ID) == job_id]
+
+
+@pytest.mark.parametrize("cls", ["Worker", "SpawnWorker"])
+def test_a_horse_has_what_the_parent_was_configured_with(fresh: Fresh, cls: str) -> None:
+    """What is passed to `configure()` reaches a horse that starts afresh as well."""
+    stage = fresh()
+    worker = stage.worker("configured", cls, environment={"OTELEXEC_STORE": None}, configure={"store": f"sqlite:///{stage.path}"})
+    job = stage.queue.enqueue(jobs.give)
+    assert stage.ended(job.id, "succeeded").attempt.pid != worker.pid
+
+
+def test_links_instead_of_parents(fresh: Fresh) -> None:
+    stage = fresh()
+    stage.worker("links", environment={"OTELEXEC_TEST_INSTRUMENT": '{"use_span_links": true}'})
+    job = stage.queue.enqueue(jobs.look)
+    said = stage.result(job)
+    seen = stage.ended(job.id, "succeeded")
+    [producer], consumer = seen.producers, seen.consumer()
+    assert (consumer.parent_span_id, [link.span_id for link in consumer.links]) == (None, [producer.span_id])
+    assert said["baggage"][semconv.REQUEST_ID] == seen.record.request_id
+
+
+@contextmanager
+def black_hole() -> Iterator[str]:
+    """Take connections, read what comes, and never answer."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", free_ports(1)[0]))
+        listener.listen()
+        taken: list[socket.socket] = []
+        ended = threading.Event()
+
+        def take() -> None:
+            listener.settimeout(0.1)
+            while not ended.is_set():
+                try:
+                    taken.append(listener.accept()[0])
+                except TimeoutError:
+                    continue
+
+        thread = threading.Thread(target=take)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            ended.set()
+            thread.join()
+            for connection in taken:
+                connection.close()
+
+
+def test_an_endpoint_that_never_answers_delays_neither_horses_nor_the_exit(fresh: Fresh) -> None:
+    stage = fresh()
+    with black_hole() as endpoint:
+        worker = stage.worker(
+            "swallowed",
+            environment={
+                "OTELEXEC_RELAY": "true",
+                "OTEL_EXPORTER_OTLP_ENDPOINT": endpoint,
+                "OTEL_EXPORTER_OTLP_TIMEOUT": "3",
+                "OTELEXEC_RELAY_INTERVAL_SECONDS": "0.1",
+            },
+        )
+        stage.result(stage.queue.enqueue(jobs.give))  # what comes first is loaded by now
+        started = time.monotonic()
+        sent = [stage.queue.enqueue(jobs.give) for _ in range(5)]
+        for job in sent:
+            stage.ended(job.id, "succeeded")
+        assert time.monotonic() - started < 10
+        started = time.monotonic()
+        assert worker.stop() == 0
+        assert time.monotonic() - started < 15
+    stage.check_agreement()
+
+
+def test_a_worker_relays_for_its_horses(fresh: Fresh) -> None:
+    from otelexec.receiver import OtlpReceiver
+
+    stage = fresh()
+    with OtlpReceiver() as receiver:
+        stage.worker("relaying", environment={"OTELEXEC_RELAY": "true", "OTEL_EXPORTER_OTLP_ENDPOINT": receiver.endpoint})
+        job = stage.queue.enqueue(jobs.give)
+        until(
+            lambda: "consumer" in {span.kind for span in receiver.spans if span.attributes.get(semconv.MESSAGING_MESSAGE_ID) == job.id}, 20
+        )
