@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import sys
 from typing import Any
 
@@ -20,7 +21,8 @@ INSTRUMENT = "OTELEXEC_TEST_INSTRUMENT"
 OPTIONS = "OTELEXEC_TEST_WORKER"
 """
 The variable with what a worker is made with, as JSON: `json` for the serializer, `pool` for a pool's size, `scheduler`,
-`monitor` for RQ's interval of looking after a horse, and `configure` for otelexec's own settings.
+`monitor` for RQ's interval of looking after a horse, `configure` for otelexec's own settings, and `early` to have every
+horse killed before it does anything.
 """
 
 
@@ -41,6 +43,8 @@ def main(url: str, name: str, *queues: str) -> None:
         return
     cls: Any = getattr(rq, name, None) or getattr(rq_worker, name)
     more = {"serializer": JSONSerializer} if options.get("json") else {}
+    if options.get("early"):
+        cls.main_work_horse = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
     worker = cls(list(queues), connection=connection, name=options["name"], **more)
     worker.job_monitoring_interval = options.get("monitor", worker.job_monitoring_interval)
     worker.work(with_scheduler=options.get("scheduler", False), logging_level="INFO")
