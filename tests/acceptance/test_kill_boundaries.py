@@ -42,7 +42,7 @@ def test_a_kill_while_the_store_is_made_leaves_a_store_that_works(tmp_path: Path
     assert counts["killed"] > 50
 
 
-@pytest.mark.long
+@pytest.mark.longest
 @pytest.mark.timeout(600)
 def test_a_kill_at_hundreds_of_further_points(tmp_path: Path) -> None:
     """Every distinct line and statement over all scenarios, and more passages of them in each."""
@@ -75,7 +75,7 @@ def test_reconcile_and_relay_killed_anywhere_are_finished_by_the_next_ones_in_ei
     assert min(answer["killed"] for answer in answers) > 80
 
 
-@pytest.mark.long
+@pytest.mark.longest
 @pytest.mark.timeout(900)
 def test_reconcile_and_relay_killed_at_every_statement_are_finished_by_the_next_ones(tmp_path: Path) -> None:
     for answer in commands(tmp_path, "--statements"):

@@ -84,7 +84,12 @@ def test_the_entry_point_is_there() -> None:
 
 
 def test_without_rq_the_error_says_what_to_install() -> None:
-    script = "import sys; sys.modules['rq'] = None\nimport otelexec_rq"
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    hides = "import sys; sys.meta_path.insert(0, type('Hides', (), {'find_spec': staticmethod(find)}))\nimport otelexec_rq"
+    find = """
+def find(name, path=None, target=None):
+    if name == 'rq':
+        raise ModuleNotFoundError("No module named 'rq'", name='rq')
+"""
+    done = subprocess.run([sys.executable, "-c", find + hides], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 1
     assert "pip install 'otelexec[rq]'" in done.stderr
