@@ -99,6 +99,7 @@ for point in PathDistribution(info).entry_points:
         "console_scripts otelexec True",
         "opentelemetry_id_generator otelexec True",
         "opentelemetry_instrumentor otelexec_celery True",
+        "opentelemetry_instrumentor otelexec_rq True",
     }
 
 
