@@ -23,7 +23,7 @@ from tests.integrations.rq import jobs
 from tests.integrations.rq.conftest import Fresh
 from tests.integrations.rq.stage import Stage, Worker
 from tests.records import until
-from tests.servers import JaegerSpan, read_trace, running_jaeger
+from tests.servers import Jaeger, JaegerSpan, read_trace, running_jaeger
 from tests.stores import beside
 
 SHORT, LONG = 60, 1_000
@@ -105,22 +105,27 @@ def test_every_job_is_accounted_for(fresh: Fresh) -> None:
         check_accounted_for(stage, job_ids, kills, receiver.spans)
 
 
+@pytest.fixture(scope="module")
+def jaeger(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jaeger]:
+    with running_jaeger(tmp_path_factory.mktemp("jaeger")) as running:
+        yield running
+
+
 @pytest.mark.long
 @pytest.mark.timeout(600)
-def test_a_thousand_jobs_read_back_from_a_real_jaeger(fresh: Fresh, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_a_thousand_jobs_read_back_from_a_real_jaeger(fresh: Fresh, jaeger: Jaeger) -> None:
     stage = fresh()
     kills, job_ids = run_all(stage, LONG, 500)
     spans = stage.spans()
-    with running_jaeger(tmp_path_factory.mktemp("jaeger")) as jaeger:
-        drain(stage, jaeger.otlp_http_url)
-        for record in check_accounted_for(stage, job_ids, kills, spans):
-            traced = until(partial(whole, jaeger.base_url, record), 30)
-            by_id = {span.span_id: span for span in traced}
-            assert len(by_id) == len(traced)
-            for attempt in record.attempts:
-                span = by_id[attempt.span_id or ""]
-                assert span.attributes[semconv.OUTCOME] == attempt.state
-                assert span.status == ("error" if attempt.state == "lost" else "unset")
+    drain(stage, jaeger.otlp_http_url)
+    for record in check_accounted_for(stage, job_ids, kills, spans):
+        traced = until(partial(whole, jaeger.base_url, record), 30)
+        by_id = {span.span_id: span for span in traced}
+        assert len(by_id) == len(traced)
+        for attempt in record.attempts:
+            span = by_id[attempt.span_id or ""]
+            assert span.attributes[semconv.OUTCOME] == attempt.state
+            assert span.status == ("error" if attempt.state == "lost" else "unset")
 
 
 def whole(base_url: str, record: ExecutionRecord) -> list[JaegerSpan]:
