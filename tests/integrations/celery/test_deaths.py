@@ -48,7 +48,7 @@ def test_a_killed_main_process_leaves_no_attempt_open(fresh: Fresh) -> None:
 
 def test_a_visibility_timeout_shorter_than_the_task_makes_two_attempts(fresh: Fresh) -> None:
     """Scenario 5: both run at the same time under one task id, and neither touches the other's attempt."""
-    stage = fresh(broker_transport_options={"visibility_timeout": 1})
+    stage = fresh(broker_transport_options={"visibility_timeout": 3})
     workers = [stage.worker(name, "prefork", 1) for name in ("first", "second")]
     mark = stage.mark()
     result = stage.task("meet").delay(mark)
@@ -58,7 +58,7 @@ def test_a_visibility_timeout_shorter_than_the_task_makes_two_attempts(fresh: Fr
         def delivered_again() -> bool:
             # What a worker does as well, but only every hundred seconds.
             connection.default_channel.qos.restore_visible(interval=1)
-            return stage.runs(mark) == 2
+            return stage.runs(mark) >= 2
 
         until(delivered_again, 20)
     seen = stage.ended(result.id, "succeeded", "succeeded")
