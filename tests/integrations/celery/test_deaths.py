@@ -48,7 +48,7 @@ def test_a_killed_main_process_leaves_no_attempt_open(fresh: Fresh) -> None:
 
 def test_a_visibility_timeout_shorter_than_the_task_makes_two_attempts(fresh: Fresh) -> None:
     """Scenario 5: both run at the same time under one task id, and neither touches the other's attempt."""
-    stage = fresh(broker_transport_options={"visibility_timeout": 3})
+    stage = fresh(broker_transport_options={"visibility_timeout": 3}, worker_prefetch_multiplier=1)
     workers = [stage.worker(name, "prefork", 1) for name in ("first", "second")]
     mark = stage.mark()
     result = stage.task("meet").delay(mark)
