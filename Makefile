@@ -1,6 +1,6 @@
 # PYTHON  the interpreter that the environment is made with
 # STORE   where `make demo` keeps its records: a URL, for example sqlite:////tmp/demo.db, or `postgres` for an embedded PostgreSQL
-# BACKEND what `make demo` runs the work with: its own queue, or celery
+# BACKEND what `make demo` runs the work with: its own queue, celery or rq
 # ARGS    passed on to pytest, the benchmarks or Jaeger's script, for example ARGS="-k spool"
 PYTHON ?= python3
 STORE ?=
@@ -14,13 +14,14 @@ RUNTIME := $(VENV)/.runtime
 EMBEDDED := $(VENV)/.embedded
 DEV := $(VENV)/.dev
 CELERY := $(VENV)/.celery
+RQ := $(VENV)/.rq
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint types bench jaeger clean
 
 help:
 	@echo "make demo    run webhooks and a schedule through workers, kill one, show every record and its span"
-	@echo "             (BACKEND=celery: the same on Celery, with a Valkey that comes along)"
+	@echo "             (BACKEND=celery or rq: the same on Celery or RQ, with a Valkey that comes along)"
 	@echo "make test    run the tests (ARGS=... goes to pytest; OTELEXEC_TEST_LONG=1 adds the long sweeps, 2 the longest)"
 	@echo "make lint    ruff check and ruff format --check"
 	@echo "make types   mypy and pyright"
@@ -28,7 +29,7 @@ help:
 	@echo "make jaeger  run a real Jaeger on loopback, without Docker (needs Go; built once)"
 	@echo "make clean   remove the environment, builds and caches of this folder"
 
-demo: $(if $(filter celery,$(BACKEND)),$(CELERY),$(RUNTIME)) $(if $(filter postgres,$(STORE)),$(EMBEDDED))
+demo: $(if $(filter celery,$(BACKEND)),$(CELERY),$(if $(filter rq,$(BACKEND)),$(RQ),$(RUNTIME))) $(if $(filter postgres,$(STORE)),$(EMBEDDED))
 	$(if $(STORE),OTELEXEC_STORE='$(STORE)') $(BIN)/otelexec demo --backend $(BACKEND)
 
 test: $(DEV)
@@ -75,6 +76,10 @@ $(EMBEDDED): $(RUNTIME)
 
 $(CELERY): $(RUNTIME)
 	@$(PIP) --constraint constraints.txt --build-constraint constraints.txt --editable '.[celery]' --group demo
+	@touch $@
+
+$(RQ): $(RUNTIME)
+	@$(PIP) --constraint constraints.txt --build-constraint constraints.txt --editable '.[rq]' --group demo-rq
 	@touch $@
 
 $(DEV): $(RUNTIME)

@@ -431,11 +431,13 @@ class Execution:
         return Ending(FAILED, None, error_type, message, exception)
 
     def _known(self, exception: BaseException) -> Ending | None:
-        """Ask the executor's own classifier, which may fail like any other code."""
-        if self.options.classify is None:
+        """Ask the executor's own classifier, or a core's outer one; it may fail like any other code."""
+        outer = self.outer.options.classify if self.outer is not None else None
+        classify = self.options.classify or outer
+        if classify is None:
             return None
         try:
-            ending = self.options.classify(exception)
+            ending = classify(exception)
         except Exception as error:
             if raised_by_signal_handler(error):
                 raise

@@ -3,7 +3,8 @@
 
 Around it stand `demo_stories.py` (what should come of it), `demo_jobs.py` (what a user writes), `demo_process.py` (the web
 process and the workers), `demo_queue.py` (the queue between them), `demo_crew.py` (starts and ends the processes) and
-`demo_view.py` (the table). With `--backend celery` the jobs, the processes and the crew are those of `demo_celery*.py`.
+`demo_view.py` (the table). With `--backend celery` or `rq` the jobs, the processes and the crew are
+those of `demo_celery*.py` or `demo_rq*.py`.
 """
 
 from __future__ import annotations
@@ -31,11 +32,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 import otelexec
 from otelexec import runtime as _runtime
 from otelexec import settings as _settings
-from otelexec.cli import demo_celery, demo_postgres, demo_result, options
+from otelexec.cli import demo_celery, demo_postgres, demo_result, demo_rq, options
 from otelexec.cli.console import STYLES, lines, plural
 from otelexec.cli.demo_celery import CeleryCrew
 from otelexec.cli.demo_crew import Crew, CrewError
-from otelexec.cli.demo_stories import CELERY_STORIES, SCHEDULE, SCHEDULE_TIMES, SCHEDULED, SEGMENTS, STORIES, Story, unexpected
+from otelexec.cli.demo_rq import RqCrew
+from otelexec.cli.demo_stories import CELERY_STORIES, RQ_STORIES, SCHEDULE, SCHEDULE_TIMES, SCHEDULED, SEGMENTS, STORIES, Story, unexpected
 from otelexec.reconcile import Death, Reconciler
 from otelexec.store.base import Store
 from otelexec.store.records import AttemptRecord, ExecutionRecord
@@ -52,13 +54,14 @@ class Backend(StrEnum):
 
     OWN = "own"
     CELERY = "celery"
+    RQ = "rq"
 
 
 def demo(
     *,
     backend: Annotated[
         Backend,
-        typer.Option(help="What runs the work: a small queue of the demo's own, or Celery with a Valkey that the demo brings."),
+        typer.Option(help="What runs the work: a small queue of the demo's own, or Celery or RQ with a Valkey that the demo brings."),
     ] = Backend.OWN,
 ) -> None:
     """
@@ -67,7 +70,8 @@ def demo(
     No service is needed. The records go to OTELEXEC_STORE if it is set, else to a new store of the demo's own; with
     `postgres`, to an embedded PostgreSQL that runs as long as the demo.
     """
-    if backend is Backend.CELERY and (install := demo_celery.missing()) is not None:
+    install = {Backend.CELERY: demo_celery.missing, Backend.RQ: demo_rq.missing}.get(backend, lambda: None)()
+    if install is not None:
         raise options.Failure(f"this demo needs more than is installed: {install}", code=2)
     with contextlib.ExitStack() as around:
         url = os.environ.get("OTELEXEC_STORE")
@@ -75,6 +79,13 @@ def demo(
             url = around.enter_context(demo_postgres.running())
             around.callback(demo_postgres.wait_for_the_reader)
         _perform(url, backend)
+
+
+_CREWS: Mapping[Backend, tuple[type[Crew], Sequence[Story]]] = {
+    Backend.OWN: (Crew, STORIES),
+    Backend.CELERY: (CeleryCrew, CELERY_STORIES),
+    Backend.RQ: (RqCrew, RQ_STORIES),
+}
 
 
 def _perform(url: str | None, backend: Backend) -> None:
@@ -88,7 +99,7 @@ def _perform(url: str | None, backend: Backend) -> None:
     console.print(f"The store of this demo: [bold]{escape(store.url.removeprefix('sqlite:///'))}[/]", soft_wrap=True)
     others = store.statistics().processes > 0  # killed ones count too, since they never said goodbye
     with tempfile.TemporaryDirectory(prefix="otelexec-demo-") as folder:
-        make_crew, stories = (CeleryCrew, CELERY_STORIES) if backend is Backend.CELERY else (Crew, STORIES)
+        make_crew, stories = _CREWS[backend]
         stage = Stage(console, runtime, store, make_crew(Path(folder), runtime.settings.store, uuid.uuid4().hex[:8]), stories)
         try:
             stage.perform()
@@ -168,7 +179,7 @@ class Stage:
         return [record for record in newer if self._asked_for(json.loads(record.correlation))][::-1]
 
     def _asked_for(self, fields: Mapping[str, Any]) -> bool:
-        # Nobody can tell Celery's beat the name of this run.
+        # Nobody can tell Celery's beat or RQ's cron the name of this run.
         return fields.get("demo_run") == self.crew.run or fields.get("schedule_id") == SCHEDULE
 
     def perform(self) -> None:

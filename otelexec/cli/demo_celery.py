@@ -38,15 +38,21 @@ class CeleryCrew(Crew):
         folder: Where broker and logs live.
         store: Their store.
         run: Names this run of the demo.
+
+    Attributes:
+        clock: The role of the process that asks for work by schedule.
+        behind: What stands behind the web process, for whoever watches.
     """
 
     module = "otelexec.cli.demo_celery_process"
+    clock = "beat"
+    behind = f"Valkey, Celery's beat and a worker with {POOL} processes stand behind it"
 
     def __init__(self, folder: Path, store: str, run: str) -> None:
         super().__init__(folder, store, run)
         self._killed: set[int] = set()
         self._broker: subprocess.Popen[bytes] | None = None
-        self._beat: subprocess.Popen[bytes] | None = None
+        self._clock: subprocess.Popen[bytes] | None = None
 
     def start(self) -> str:
         """Start all of them; gives a line that says what there is."""
@@ -55,10 +61,9 @@ class CeleryCrew(Crew):
         self._web = self._start("web", answers=True)
         worker = self._start("worker")
         self._workers[worker.pid] = worker
-        self._beat = self._start("beat")
+        self._clock = self._start(self.clock)
         self.port = int(self._answer(self._web))
-        behind = f"Valkey, Celery's beat and a worker with {POOL} processes stand behind it"
-        return f"A web process listens on http://127.0.0.1:{self.port}; {behind}."
+        return f"A web process listens on http://127.0.0.1:{self.port}; {self.behind}."
 
     def kill(self, pid: int) -> bool:
         """Kill a process of the worker's pool with SIGKILL."""
@@ -71,19 +76,19 @@ class CeleryCrew(Crew):
         return False
 
     def dead_workers(self) -> Iterator[tuple[int, int]]:
-        """Give none: Celery's main process reports its children, and is not killed here."""
+        """Give none: the worker's main process reports its children, and is not killed here."""
         yield from ()
 
     def end_schedule(self) -> None:
-        """Tell beat to end, without waiting for it: there is more to look after."""
-        if self._beat is not None and self._beat.stdin is not None:
-            self._beat.stdin.close()
+        """Tell the clock to end, without waiting for it: there is more to look after."""
+        if self._clock is not None and self._clock.stdin is not None:
+            self._clock.stdin.close()
 
     def stop(self) -> None:
         """Let every process finish what it has in hand and end, the broker last."""
-        if self._beat is not None:
-            self._end(self._beat)
-            self._beat = None
+        if self._clock is not None:
+            self._end(self._clock)
+            self._clock = None
         super().stop()
         if self._broker is not None:
             self._end(self._broker)

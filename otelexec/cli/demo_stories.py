@@ -54,6 +54,7 @@ _BOTH: Final = (
 STORIES: Final = (*_BOTH, Story("contract.sign", "legal", ("paused", "succeeded"), {"party": "ACME"}))
 CELERY_STORIES: Final = (*_BOTH, Story("stock.forecast", "shop", ("rejected",)))
 """No worker knows the last one."""
+RQ_STORIES: Final = _BOTH
 
 
 def unexpected(records: Sequence[ExecutionRecord], stories: Sequence[Story]) -> list[str]:

@@ -142,6 +142,8 @@ def invoice(how: str) -> str:
     """Be the job itself."""
     if how == "core fails":
         raise ValueError("core")
+    if how == "core is late":
+        time.sleep(30)
     return "paid"
 
 

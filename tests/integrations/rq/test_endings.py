@@ -118,6 +118,13 @@ def test_a_core_takes_the_job_over(common: Stage, how: str) -> None:
     until(lambda: outcome_of(common, seen.record.execution_id) == outer)
 
 
+def test_a_timeout_in_a_core_is_timed_out_as_well(common: Stage) -> None:
+    job = common.queue.enqueue(jobs.core, "core is late", job_timeout=1)
+    seen = common.ended(job.id, "timed_out")
+    assert (seen.record.name, seen.attempt.classification) == ("invoice.run", "timeout")
+    until(lambda: outcome_of(common, seen.record.execution_id) == "timed_out")
+
+
 def outcome_of(stage: Stage, execution_id: str) -> str | None:
     record = stage.record(execution_id)
     return None if record is None else record.attempts[0].outer_outcome

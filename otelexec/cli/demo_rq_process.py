@@ -1,0 +1,58 @@
+"""
+The RQ demo's other processes: `python -m otelexec.cli.demo_rq_process broker|web|worker|cron FOLDER RUN`.
+
+Each ends when its standard input does, so that none outlives the demo, however that ends.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import otelexec
+from otelexec.cli.demo_celery import POOL
+from otelexec.cli.demo_celery_process import be_broker
+from otelexec.cli.demo_process import at_end_of_input, serve
+
+
+def main() -> None:
+    """Be the process that the arguments name."""
+    role, folder, run = sys.argv[1:]
+    if role == "broker":
+        be_broker(Path(folder))
+        return
+    logging.basicConfig(level=logging.WARNING)
+    otelexec.configure(service_name=f"demo-{role}")
+    from otelexec_rq import RQInstrumentor
+
+    instrumentor: Any = RQInstrumentor
+    instrumentor().instrument()
+    from otelexec.cli import demo_rq_jobs
+
+    if role == "web":
+        stop = threading.Event()
+        at_end_of_input(stop.set)
+        serve(demo_rq_jobs.publish, run, stop)
+        return
+    # RQ ends by itself when it is told to, in its own time and with what it has in hand.
+    at_end_of_input(lambda: os.kill(os.getpid(), signal.SIGTERM))
+    if role == "worker":
+        from rq.worker_pool import WorkerPool
+
+        pool: Any = WorkerPool([demo_rq_jobs.QUEUE], connection=demo_rq_jobs.connection, num_workers=POOL)
+        pool.start(logging_level="WARNING")
+    else:
+        from rq.cron import CronScheduler
+
+        cron: Any = CronScheduler(connection=demo_rq_jobs.connection, logging_level="WARNING")
+        cron.register(demo_rq_jobs.clean_cache, queue_name=demo_rq_jobs.QUEUE, interval=demo_rq_jobs.INTERVAL, **demo_rq_jobs.NAMED)
+        cron.start()
+
+
+if __name__ == "__main__":
+    main()
