@@ -35,6 +35,8 @@ OPERATION: Final = "enqueue"
 
 _RESERVED: Final = "_otelexec_reserved"
 """Attribute of a job that was made but not enqueued yet: the context in which its id was assigned."""
+_NAMELESS: Final = "_otelexec_nameless"
+"""Attribute of a job that was made without an id, and has one because we asked for it."""
 _REPEATED: Final = "_otelexec_repeated"
 """Attribute of a job whose next run was stamped: how many were left then."""
 
@@ -115,17 +117,25 @@ def wrap_enqueue_job(original: Callable[..., Any]) -> Callable[..., Any]:
     def enqueue_job(self: Any, job: Any, *args: Any, **kwargs: Any) -> Any:
         reserved = vars(job).pop(_RESERVED, None) if CHOICES.active else None
         if reserved is None:
+            _forget_id(job, kwargs)
             return original(self, job, *args, **kwargs)
         token = otel_context.attach(reserved)
         try:
             with _sending() as sending:
                 job.origin = self.name
                 _guarded(sending.add, job, links=_dependencies(job), more=_depends(job))
+                _forget_id(job, kwargs)
                 return original(self, job, *args, **kwargs)
         finally:
             otel_context.detach(token)
 
     return enqueue_job
+
+
+def _forget_id(job: Any, options: Mapping[str, Any]) -> None:
+    """Leave a job without an id where RQ is about to refuse it for that: a job that is to be unique must be given one."""
+    if options.get("unique") and vars(job).get(_NAMELESS):
+        job._id = None  # noqa: SLF001 (RQ has no public way to take an id back)
 
 
 def wrap_create(original: Any) -> Any:
@@ -135,6 +145,7 @@ def wrap_create(original: Any) -> Any:
     def create(cls: Any, *args: Any, **kwargs: Any) -> Any:
         job = original.__func__(cls, *args, **kwargs)
         if CHOICES.active:
+            setattr(job, _NAMELESS, job._id is None)  # noqa: SLF001 (`job.id` would make one)
             sending = SENDING.get()
             if sending is None:
                 _guarded(_reserve, job)

@@ -12,7 +12,7 @@ import pytest
 from otelexec.receiver import OtlpReceiver
 from otelexec.store.records import ExecutionRecord
 from tests.integrations.celery.conftest import Fresh
-from tests.integrations.celery.stage import Stage
+from tests.integrations.celery.stage import Stage, keys
 from tests.integrations.stage import each_open
 from tests.records import until
 
@@ -29,6 +29,9 @@ def test_a_killed_main_process_leaves_no_attempt_open(fresh: Fresh) -> None:
     again = stage.task("sleep.late").delay(4, late)
     gone = stage.task("sleep").delay(60, early)
     pids = [stage.wait_for_run(mark) for mark in (late, early)]
+    held = keys(stage.settings["broker_url"])
+    until(lambda: held.hlen("unacked") == 1, 10)  # the early one is acknowledged soon after its start
+    held.close()
     begun = time.monotonic()
     worker.kill()
     until(lambda: not any(psutil.pid_exists(pid) for pid in pids), 10)

@@ -205,6 +205,25 @@ def test_a_refused_job_is_rejected_and_leaves_no_context_behind(instrumented: No
     assert span.status == "error"
 
 
+def test_a_job_that_is_to_be_unique_must_still_be_given_an_id(fresh: Fresh) -> None:
+    stage = fresh()
+    if jobs.VERSION < (3, 0):
+        pytest.skip("there a job can't be unique on every way")
+    unique: Any = {"unique": True}
+    for enqueue in (
+        lambda: stage.queue.enqueue(jobs.give, **unique),
+        lambda: stage.queue.enqueue_at(datetime.now(UTC), jobs.give, **unique),
+        lambda: stage.queue.enqueue_job(stage.queue.create_job(jobs.give), **unique),
+    ):
+        with pytest.raises(ValueError, match="job_id"):
+            enqueue()
+    assert {record.state for record in stage.records()} <= {"rejected"}
+    stage.queue.enqueue(jobs.give, job_id="only", **unique)
+    with pytest.raises(Exception, match="only"):
+        stage.queue.enqueue(jobs.give, job_id="only", **unique)
+    assert min(record.state for record in stage.records()) == "queued"
+
+
 def test_a_synchronous_queue_runs_the_job_as_an_execution_of_its_own(fresh: Fresh) -> None:
     stage = fresh()
     queue = Queue(stage.name, connection=stage.connection, is_async=False)
