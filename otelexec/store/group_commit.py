@@ -182,7 +182,7 @@ class GroupCommit:
             StoreError: It was not written.
         """
         entry = Entry(write, durable=durable, timeout_seconds=timeout_seconds)
-        call = _Call()
+        call: _Call | None = _Call()
         leader = weakref.ref(call)
         held: BaseException | None = None
         self._pending.append(entry)
@@ -195,8 +195,12 @@ class GroupCommit:
                 except BaseException as error:
                     held = error if held is None else held
         finally:
-            if self._lead.get(_LEAD) is leader:
-                self._let_go(leader)
+            try:
+                if self._lead.get(_LEAD) is leader:
+                    self._let_go(leader)
+            finally:
+                # What is raised keeps this frame alive, and has the call look as if it went on, until the garbage is collected.
+                call = None
         if held is not None and not isinstance(entry.error, _Fault):
             raise held
         return entry.answer()
@@ -264,7 +268,7 @@ class GroupCommit:
         Args:
             wait: Whether to wait for other processes and threads; if not, what can't be written now stays.
         """
-        call = _Call()
+        call: _Call | None = _Call()
         leader = weakref.ref(call)
         try:
             while (self._pending or self._group.entries) and self._lead.setdefault(_LEAD, leader) is leader:
@@ -272,7 +276,10 @@ class GroupCommit:
                 if not wait:
                     return
         finally:
-            self._let_go(leader)
+            try:
+                self._let_go(leader)
+            finally:
+                call = None  # as in `commit`
 
     def close(self) -> None:
         """Commit what is left and end the committer thread."""
