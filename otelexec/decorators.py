@@ -177,7 +177,7 @@ def execution(
         links: Further span links.
         link_carried: Link to the carried context instead of taking it as the parent; None: as in the settings.
         classify: Takes an exception and gives an `Ending` for those that are not failures, else None.
-        cancel_wins: Whether a cancellation that was asked for counts although the code returned.
+        cancel_wins: Whether a cancellation that was asked for counts although the code returned or failed.
 
     Raises:
         SettingsError: An option can't be used.

@@ -13,7 +13,8 @@ Every error that otelexec raises, in one tree.
     |   |-- StoreRejected                    the store took the transaction but not this write
     |   `-- StoreVersionError                the schema is newer than this library
     |-- RelayError                           the OTLP endpoint can't be used as it is configured
-    `-- ExecutionCancelled                   somebody cancelled the execution before it started
+    |-- ExecutionCancelled                   somebody cancelled the execution before it started
+    `-- ExecutionBusy                        an exclusive attempt found another one running
 
 The docstring of a class is its default message, so that no error is ever blank.
 """
@@ -75,6 +76,19 @@ class RelayError(OtelexecError):
 class ExecutionCancelled(OtelexecError):
     """
     The execution was cancelled before it started, so the function was not called.
+
+    Attributes:
+        execution_id: Which execution; None when unknown.
+    """
+
+    def __init__(self, message: str | None = None, *, execution_id: str | None = None) -> None:
+        super().__init__(message)
+        self.execution_id = execution_id
+
+
+class ExecutionBusy(OtelexecError):
+    """
+    Another attempt of the execution runs, or there is nothing left to attempt, so the function was not called.
 
     Attributes:
         execution_id: Which execution; None when unknown.

@@ -70,10 +70,14 @@ class Options:
         link_carried: Link to the carried context instead of taking it as the parent; None means as in the settings.
         links: Further span links.
         classify: Knows exceptions that are not failures; None means the default for all.
-        cancel_wins: Whether a cancellation that was asked for makes the attempt `cancelled` although the code returned.
+        cancel_wins: Whether a cancellation that was asked for makes the attempt `cancelled` although the code returned or failed.
         finalized_by: Which path is named on the record.
         token: The attempt's fencing token, where another process knows it as well; None mints one.
         accepted: Whether a parent process may have opened the attempt under the token: then it becomes this one's.
+        exclusive: Whether the code is called only if no other attempt of the execution runs, which the store decides: an
+            attempt that it can't open there is none.
+        takes_lapsed: Whether, with `exclusive`, a running attempt of a process whose lease has lapsed does not count.
+        max_output_bytes: Largest output in bytes of JSON; None means as in the settings.
 
     Raises:
         SettingsError: The timeout is no number of seconds above 0.
@@ -91,6 +95,9 @@ class Options:
     finalized_by: str = "executor"
     token: str | None = None
     accepted: bool = False
+    exclusive: bool = False
+    takes_lapsed: bool = False
+    max_output_bytes: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse a timeout that is none; a name that UTF-8 can't hold is written as near as it can be."""
@@ -250,7 +257,8 @@ class Execution:
         if self._closed("set_output"):
             return
         text = _json(value)
-        if len(text.encode("utf-8", "replace")) > self._runtime.settings.max_output_bytes:
+        limit = self.options.max_output_bytes
+        if len(text.encode("utf-8", "replace")) > (self._runtime.settings.max_output_bytes if limit is None else limit):
             logger.warning("otelexec.output.dropped: %s gave %d characters of output", self.name, len(text))
             return
         self._output = text
@@ -399,6 +407,8 @@ class Execution:
             exception: What it raised; None when it returned.
         """
         ending = self._returned() if exception is None else self._raised(exception)
+        if self.options.cancel_wins and exception is not None and ending.state in (FAILED, TIMED_OUT):
+            ending = replace(ending, state=CANCELLED) if self.cancel_requested else replace(ending, depends_on_cancellation=True)
         if self._retry_sent and ending.state not in (SUCCEEDED, PAUSED):
             ending = replace(ending, retrying=True)
         return ending

@@ -58,17 +58,21 @@ def persist(runtime: Runtime, write: Write, *, durable: bool, patience_seconds: 
         patience_seconds: How long to try the store.
 
     Returns:
-        The store's result; StoreRejected when the store refused this write; Kept when it is in the spool.
+        The store's result; StoreRejected when the store refused this write; Kept when it is in the spool; StoreUnavailable
+        for an exclusive open, about which the spool can't decide.
     """
+    exclusive = isinstance(write, OpenAttempt) and write.exclusive
     deadline = time.monotonic() + patience_seconds
     backoff = FIRST_BACKOFF_SECONDS
     # Once something is in the spool all else goes there until it is taken in, so that the order stays.
-    while not runtime.spooling:
+    while exclusive or not runtime.spooling:
         left = deadline - time.monotonic()
         answer = yield Commit(write, durable, max(left, 0.001))
         if not isinstance(answer, StoreError) or isinstance(answer, StoreRejected):
             return answer
         left = deadline - time.monotonic()
+        if left <= 0 and exclusive:
+            return answer
         if left <= 0:
             runtime.store_failed(answer)
             break

@@ -25,12 +25,12 @@ from otelexec.context import EXECUTION_KEY
 from otelexec.correlation import Correlation, Scope, with_ambient
 from otelexec.effects import Effect, perform_without_waiting, run
 from otelexec.endings import mark_finalized
-from otelexec.errors import ExecutionCancelled
+from otelexec.errors import ExecutionBusy, ExecutionCancelled, StoreError
 from otelexec.execution import Execution, Options
 from otelexec.finalize import finalize, persist
 from otelexec.ids import random_word
 from otelexec.spans import row_of
-from otelexec.store.writes import ExecutionRow, OpenAttempt, Opened
+from otelexec.store.writes import Busy, ExecutionRow, OpenAttempt, Opened
 
 if TYPE_CHECKING:
     from opentelemetry.trace import Span
@@ -71,6 +71,8 @@ def lifecycle(runtime: Runtime, options: Options) -> Steps:  # noqa: C901 # the 
 
     Raises:
         ExecutionCancelled: Somebody cancelled the execution before it started; its record is closed.
+        ExecutionBusy: An exclusive attempt was not opened, since another one runs; nothing is recorded.
+        StoreUnavailable: An exclusive attempt could not be opened; nothing is recorded.
         BaseException: What a signal handler raised outside the user's code, after the commit.
     """
     execution, run_context = begin(runtime, options)
@@ -117,12 +119,15 @@ def _close(runtime: Runtime, execution: Execution, raised: BaseException | None,
 def _open(runtime: Runtime, execution: Execution) -> Generator[Effect, Any, BaseException | None]:
     """Open the attempt; gives what a signal handler raised meanwhile."""
     held: BaseException | None = None
+    answer: object = None
     for _ in range(MAX_HELD):
         try:
             if runtime.records:
                 write = execution.attempt_row if held is None else replace(execution.attempt_row, repeated=True)
                 patience = runtime.settings.open_timeout_seconds
                 answer = yield from persist(runtime, write, durable=False, patience_seconds=patience)
+                if isinstance(answer, Busy | StoreError) and write.exclusive:
+                    break
                 if isinstance(answer, Opened):
                     execution.opened(answer)
             runtime.entered(execution)
@@ -131,6 +136,10 @@ def _open(runtime: Runtime, execution: Execution) -> Generator[Effect, Any, Base
             raise
         except BaseException as error:
             held = held or error
+    if isinstance(answer, Busy):
+        raise held or ExecutionBusy(f"Execution {execution.id} was not attempted: {answer.reason}", execution_id=execution.id)
+    if isinstance(answer, StoreError) and execution.options.exclusive:
+        raise held or answer
     return held
 
 
@@ -173,6 +182,8 @@ def _describe(execution: Execution, runtime: Runtime, base: Context, *, takes_ov
         outer_started_unix_ns=None if outer is None else outer.started_unix_ns,
         takes_over=takes_over or execution.options.accepted,
         opened=runtime.collector.open_ancestors(base),
+        exclusive=execution.options.exclusive,
+        takes_lapsed=execution.options.takes_lapsed,
     )
 
 

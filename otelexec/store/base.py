@@ -10,10 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from otelexec.store.records import ExecutionRecord, OpenWork, Statistics
+from otelexec.store.schema import Transaction
 from otelexec.store.writes import Cancellation, ProcessRow, Write
+
+Found = TypeVar("Found")
 
 
 class Receipt:
@@ -72,6 +75,10 @@ class Store(Protocol):
             StoreUnavailable: Nothing was committed, and another try may succeed.
             StoreVersionError: The schema is newer than this library.
         """
+        ...
+
+    def read(self, query: Callable[[Transaction], Found]) -> Found:
+        """Run queries (`runs.py`) in one reading transaction, and give what they found."""
         ...
 
     def now_unix_ns(self) -> int:

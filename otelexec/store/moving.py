@@ -31,10 +31,13 @@ TABLES: Final = (
     ("parked", "id"),
     ("cancellation", "execution_id"),
     ("contribution", "join_key"),
+    ("run", "seq"),
+    ("run_key", "name"),
+    ("run_batch", "batch_id"),
     ("ingested", "segment"),
     ("written", "nonce"),
 )
-_OWN_KEYS: Final = {"execution": "seq", "outbox": "id"}
+_OWN_KEYS: Final = {"execution": "seq", "outbox": "id", "run": "seq"}
 
 _ONCE: Final = "INSERT INTO ingested (segment, upto, at_unix_ns) VALUES (?, 0, ?) ON CONFLICT (segment) DO NOTHING"
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, TypeVar
 
 from otelexec.store.records import AttemptRecord, ExecutionRecord, OpenWork, ParkedRow, Statistics
 from otelexec.store.schema import Transaction
 from otelexec.store.writes import Cancellation, ProcessRow, SpanRow
+
+Found = TypeVar("Found")
 
 _PAGE = 200
 _IN_LIST = 500  # SQLite's oldest limit on parameters of one statement is 999
@@ -68,6 +70,16 @@ class SqlReader(ABC):
     @abstractmethod
     def _sizes(self, tx: Transaction, /) -> tuple[int, Mapping[str, int]]:
         """Give the size of the store and of its tables in bytes; no tables where they can't be told apart."""
+
+    def read(self, query: Callable[[Transaction], Found]) -> Found:
+        """
+        Run queries in one transaction, and give what they found.
+
+        Args:
+            query: Takes the transaction; reads only.
+        """
+        with self._reading() as tx:
+            return query(tx)
 
     def executions(self, *, limit: int | None = None, before: int | None = None, state: str | None = None) -> Iterator[ExecutionRecord]:
         """

@@ -5,12 +5,28 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 # {key}, {serial}, {name}, {blob} and {bigint} are the store's own types; a {name} sorts by its bytes, and a {serial} key
 # is never given twice, since a relay may settle a row that is gone. `claim` and `parked` are tables of their own so that
 # neither a claim nor a parked row rewrites or hides encoded spans. `written` keeps a write that may be repeated from
 # putting the same spans into the outbox twice.
+_RUNS = (
+    """CREATE TABLE run (
+        seq {key}, run_id {name} NOT NULL UNIQUE, execution_id {name} NOT NULL UNIQUE, task {name} NOT NULL, payload TEXT,
+        payload_type TEXT NOT NULL, carrier TEXT NOT NULL, options TEXT NOT NULL, tags TEXT NOT NULL, metadata TEXT,
+        lane {name}, lane_limit INTEGER NOT NULL, max_attempts INTEGER NOT NULL, max_seconds DOUBLE PRECISION,
+        created_unix_ns {bigint} NOT NULL, updated_unix_ns {bigint} NOT NULL, due_unix_ns {bigint} NOT NULL,
+        expires_unix_ns {bigint}, batch_id {name}, batch_index INTEGER, output TEXT, pending INTEGER NOT NULL)""",
+    "CREATE INDEX run_due ON run (due_unix_ns, seq) WHERE pending = 1",
+    "CREATE INDEX run_lane_pending ON run (lane) WHERE pending = 1 AND lane IS NOT NULL",
+    "CREATE UNIQUE INDEX run_batch_index ON run (batch_id, batch_index) WHERE batch_id IS NOT NULL",
+    "CREATE TABLE run_key (name {name} PRIMARY KEY, owner {name} NOT NULL, expires_unix_ns {bigint} NOT NULL)",
+    """CREATE TABLE run_batch (
+        batch_id {name} PRIMARY KEY, run_count INTEGER NOT NULL, carrier TEXT NOT NULL, created_unix_ns {bigint} NOT NULL)""",
+    "CREATE TABLE run_lane (lane {name} PRIMARY KEY)",
+)
+
 SCHEMA = (
     """CREATE TABLE process (
         process_id {name} PRIMARY KEY, host TEXT NOT NULL, boot_id TEXT NOT NULL, pid_namespace TEXT NOT NULL,
@@ -55,6 +71,7 @@ SCHEMA = (
     "CREATE TABLE cancellation (execution_id {name} PRIMARY KEY, requested_unix_ns {bigint} NOT NULL, terminate INTEGER)",
     "CREATE TABLE ingested (segment {name} PRIMARY KEY, upto {bigint} NOT NULL, at_unix_ns {bigint} NOT NULL)",
     "CREATE TABLE written (nonce {name} PRIMARY KEY)",
+    *_RUNS,
 )
 
 UPGRADES: Mapping[int, Sequence[str]] = {
@@ -70,6 +87,7 @@ UPGRADES: Mapping[int, Sequence[str]] = {
         "CREATE INDEX outbox_execution ON outbox (execution_id) WHERE execution_id IS NOT NULL",
         "CREATE TABLE written (nonce {name} PRIMARY KEY)",
     ),
+    2: _RUNS,
 }
 """What makes a store of one version one of the next."""
 

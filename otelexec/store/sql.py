@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
+from otelexec.store import run_statements
 from otelexec.store.schema import Transaction
 from otelexec.store.writes import (
     ENDED_STATES,
@@ -24,6 +26,7 @@ from otelexec.store.writes import (
     SUCCEEDED,
     AddSpans,
     AmendAttempt,
+    Busy,
     Cancellation,
     ClaimOutbox,
     CloseAttempt,
@@ -128,7 +131,7 @@ def _outer(write: OpenAttempt) -> tuple[str | None, str | None, str | None, byte
     return write.outer_token, outer.span_id, outer.trace_id, outer.start, write.outer_started_unix_ns
 
 
-def open_attempt(tx: Transaction, write: OpenAttempt) -> Opened:
+def open_attempt(tx: Transaction, write: OpenAttempt) -> Opened | Busy:
     """Open an attempt, or hand an open one over to its core, or to the process that runs it."""
     execution = write.execution
     if write.takes_over:
@@ -137,6 +140,8 @@ def open_attempt(tx: Transaction, write: OpenAttempt) -> Opened:
         found = tx.execute(_FIND_OPENED, (execution.execution_id, write.token)).fetchone()
         if found is not None:
             return Opened(found[0], bool(found[1]), _cancellation(tx, execution.execution_id), found[2])
+    if write.exclusive and (reason := run_statements.hindrance(tx, write)) is not None:
+        return Busy(reason)
     number, state, snapshot, requested, terminate = tx.execute(
         _OPEN_EXECUTION,
         (
@@ -299,6 +304,8 @@ def close_lost(tx: Transaction, write: CloseLost) -> bool:
     row = tx.execute(_CLOSE_ATTEMPT, (*_closing_values(outcome), None, write.execution_id, write.token)).fetchone()
     if row is None:
         return False
+    if outcome.state == LOST and run_statements.is_retried(tx, write.execution_id, row[0]):
+        outcome = replace(outcome, retrying=True)
     _end_execution(tx, write.execution_id, row[0], outcome, duplicate=bool(row[1]))
     if write.frozen.request:
         _add(tx, write.frozen.request, 1, write.execution_id)
@@ -595,7 +602,7 @@ def prune(tx: Transaction, write: Prune) -> int:
         (write.ended_before_unix_ns, write.limit),
     ).fetchall()
     for among, ids in _chunks(tx, [row[0] for row in rows]):
-        for table in ("attempt", "cancellation", "contribution", "execution"):
+        for table in ("attempt", "cancellation", "contribution", "run", "execution"):
             tx.execute(f"DELETE FROM {table} WHERE execution_id {among}", ids)
     tx.execute(
         """DELETE FROM process WHERE heartbeat_unix_ns < ?
@@ -607,6 +614,12 @@ def prune(tx: Transaction, write: Prune) -> int:
         (write.ended_before_unix_ns,),
     )
     tx.execute("DELETE FROM ingested WHERE at_unix_ns < ?", (write.ended_before_unix_ns,))
+    tx.execute("DELETE FROM run_key WHERE expires_unix_ns < ?", (write.ended_before_unix_ns,))
+    tx.execute(
+        """DELETE FROM run_batch WHERE created_unix_ns < ?
+           AND NOT EXISTS (SELECT 1 FROM run r WHERE r.batch_id = run_batch.batch_id)""",
+        (write.ended_before_unix_ns,),
+    )
     return len(rows)
 
 
@@ -632,6 +645,7 @@ _APPLY: dict[type, Callable[[Transaction, Any], object]] = {
     RetryParked: retry_parked,
     ForgetNonces: forget_nonces,
     Prune: prune,
+    **run_statements.APPLY,
 }
 
 

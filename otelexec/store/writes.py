@@ -11,7 +11,10 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
+
+if TYPE_CHECKING:
+    from otelexec.store.runs import RunWrite
 
 # Attempt states (design section 4).
 RUNNING = "running"
@@ -115,6 +118,9 @@ class OpenAttempt:
             and the one that a parent process opened before it handed the work over, the child's.
         repeated: Whether an earlier try may have got through; then the store looks before it writes.
         opened: Spans still open between it and the execution around it: their ids leave with this one.
+        exclusive: Whether it is opened only if no other attempt of the execution runs, and the execution's run, where it has
+            one, waits for an attempt; else the answer is `Busy`.
+        takes_lapsed: Whether a running attempt of a process whose lease has lapsed is no hindrance.
     """
 
     token: str
@@ -129,6 +135,15 @@ class OpenAttempt:
     takes_over: bool = False
     repeated: bool = False
     opened: tuple[SpanRow, ...] = ()
+    exclusive: bool = False
+    takes_lapsed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Busy:
+    """The answer to an exclusive open that was not made: `reason` says what stands in its way."""
+
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -559,25 +574,7 @@ class Prune:
 
 
 Write: TypeAlias = (
-    OpenAttempt
-    | CloseAttempt
-    | RecordObserved
-    | CloseLost
-    | AmendAttempt
-    | Contribute
-    | ReadContributions
-    | CloseOuter
-    | RecordQueued
-    | RefuseQueued
-    | AddSpans
-    | RecordProgress
-    | Heartbeat
-    | RequestCancel
-    | Ingested
-    | ClaimOutbox
-    | SettleOutbox
-    | ReleaseClaims
-    | RetryParked
-    | ForgetNonces
-    | Prune
+    "OpenAttempt | CloseAttempt | RecordObserved | CloseLost | AmendAttempt | Contribute | ReadContributions | CloseOuter | "
+    "RecordQueued | RefuseQueued | AddSpans | RecordProgress | Heartbeat | RequestCancel | Ingested | ClaimOutbox | "
+    "SettleOutbox | ReleaseClaims | RetryParked | ForgetNonces | Prune | RunWrite"
 )

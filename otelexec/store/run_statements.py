@@ -1,0 +1,406 @@
+"""The statements of the queue in the store, once for every SQL store: see `runs.py`, and `sql.py` for what they may use."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final
+
+from otelexec.store.runs import (
+    AddTags,
+    BatchRecord,
+    CreateBatch,
+    DueRun,
+    Enqueued,
+    EnqueueRun,
+    ForgetRuns,
+    RescheduleRun,
+    ResetKey,
+    RunKey,
+    RunRecord,
+    SetRunMetadata,
+    SetRunOutput,
+)
+from otelexec.store.schema import Transaction
+from otelexec.store.writes import CANCELLED, FAILED, LOST, QUEUED, RETRYING, RUNNING, TIMED_OUT, ExecutionRow, OpenAttempt
+
+FIRST_RETRY_SECONDS: Final = 1
+"""How long after the end of the first attempt the second may begin; each further one waits twice as long."""
+LAST_RETRY_SECONDS: Final = 60
+"""The longest wait between two attempts."""
+
+_FREES_ITS_KEY: Final = frozenset({FAILED, LOST, TIMED_OUT})
+_NANOSECONDS: Final = 1_000_000_000
+
+_LAST = "a.attempt = CASE WHEN e.latest > 0 THEN e.latest ELSE e.attempts END"
+
+_RUN = f"""SELECT r.seq, r.run_id, r.execution_id, r.task, r.payload, r.payload_type, r.carrier, r.options, r.tags, r.metadata, r.lane,
+    r.max_attempts, r.max_seconds, r.created_unix_ns, r.updated_unix_ns, r.due_unix_ns, r.expires_unix_ns, r.batch_id, r.batch_index,
+    r.output, e.state, e.attempts, e.started_unix_ns, e.ended_unix_ns, a.output, a.ended_unix_ns, a.classification, a.error_type,
+    a.error_message
+    FROM run r JOIN execution e ON e.execution_id = r.execution_id
+    LEFT JOIN attempt a ON a.execution_id = r.execution_id AND {_LAST}"""
+
+# When a `retrying` run may be attempted again. Both stores shift integers; neither has the other's LEAST.
+_RETRY_NS = f"""CASE WHEN e.attempts > 6 THEN CAST({LAST_RETRY_SECONDS * _NANOSECONDS} AS BIGINT)
+    ELSE CAST({FIRST_RETRY_SECONDS * _NANOSECONDS} AS BIGINT) << (e.attempts - 1) END"""
+
+_LAPSED = "p.heartbeat_unix_ns + CAST(p.lease_seconds * 1000000000 AS BIGINT) < ?"
+
+
+def find_run(tx: Transaction, run_id: str) -> RunRecord | None:
+    """Give one run; None when it is not there."""
+    row = tx.execute(f"{_RUN} WHERE r.run_id = ?", (run_id,)).fetchone()
+    return None if row is None else RunRecord(*row)
+
+
+def find_key(tx: Transaction, name: str) -> RunRecord | None:
+    """Give the run that holds a key; None when no run does, or it has freed it."""
+    now = tx.now_unix_ns()
+    row = tx.execute("SELECT run_id, expires_unix_ns FROM run_key WHERE name = ?", (name,)).fetchone()
+    run = None if row is None or row[1] <= now else find_run(tx, row[0])
+    return None if run is None or _has_freed_its_key(run.state, run.classification) else run
+
+
+def list_runs(
+    tx: Transaction,
+    *,
+    limit: int,
+    before: int | None = None,
+    after: int | None = None,
+    tasks: Sequence[str] = (),
+    batch_id: str | None = None,
+) -> list[RunRecord]:
+    """
+    Give runs, the newest first.
+
+    Args:
+        tx: The transaction.
+        limit: At most so many.
+        before: Only runs older than the one with this `seq`; None: from the newest.
+        after: Only runs newer than the one with this `seq`, the oldest of them; None: no limit.
+        tasks: Only runs of these tasks; empty: of any.
+        batch_id: Only runs of this batch; None: of any and none.
+    """
+    conditions = ["r.seq < ?", "r.seq > ?"]
+    parameters: list[Any] = [2**62 if before is None else before, -1 if after is None else after]
+    if tasks:
+        among, values = tx.among(tasks)
+        conditions.append(f"r.task {among}")
+        parameters += values
+    if batch_id is not None:
+        conditions.append("r.batch_id = ?")
+        parameters.append(batch_id)
+    order = "DESC" if after is None else "ASC"
+    rows = tx.execute(f"{_RUN} WHERE {' AND '.join(conditions)} ORDER BY r.seq {order} LIMIT ?", (*parameters, limit)).fetchall()
+    found = [RunRecord(*row) for row in rows]
+    return found if after is None else found[::-1]
+
+
+def find_batch(tx: Transaction, batch_id: str) -> BatchRecord | None:
+    """Give one batch; None when it is not there."""
+    row = tx.execute(
+        """SELECT b.batch_id, b.run_count, b.carrier, b.created_unix_ns, (SELECT COUNT(*) FROM run r WHERE r.batch_id = b.batch_id)
+           FROM run_batch b WHERE b.batch_id = ?""",
+        (batch_id,),
+    ).fetchone()
+    return None if row is None else BatchRecord(*row)
+
+
+def due_runs(tx: Transaction, tasks: Sequence[str], *, limit: int, lapsed_too: bool) -> list[DueRun]:
+    """
+    Give runs that may be attempted now, those due first ahead.
+
+    Args:
+        tx: The transaction.
+        tasks: Of which tasks.
+        limit: At most so many.
+        lapsed_too: Whether leases count at this time.
+    """
+    now = tx.now_unix_ns()
+    waits = f"(e.state = '{QUEUED}' OR (e.state = '{RETRYING}' AND (a.ended_unix_ns IS NULL OR a.ended_unix_ns + {_RETRY_NS} <= ?)))"
+    among, values = tx.among(tasks)
+    rows = tx.execute(
+        f"""{_RUN} WHERE r.pending = 1 AND r.due_unix_ns <= ? AND {waits} AND r.task {among}
+            AND (r.lane IS NULL OR (SELECT COUNT(*) FROM run o JOIN execution x ON x.execution_id = o.execution_id
+                                    WHERE o.lane = r.lane AND o.pending = 1 AND x.state = '{RUNNING}') < r.lane_limit)
+            ORDER BY r.due_unix_ns, r.seq LIMIT ?""",
+        (now, now, *values, limit),
+    ).fetchall()
+    found = [DueRun(RunRecord(*row), lapsed=False) for row in rows]
+    if lapsed_too and len(found) < limit:
+        rows = tx.execute(
+            f"""{_RUN} JOIN process p ON p.process_id = a.process_id
+                WHERE r.pending = 1 AND e.state = '{RUNNING}' AND a.state = '{RUNNING}' AND e.attempts < r.max_attempts
+                AND {_LAPSED} AND r.task {among} ORDER BY r.due_unix_ns, r.seq LIMIT ?""",
+            (now, *values, limit - len(found)),
+        ).fetchall()
+        found += [DueRun(RunRecord(*row), lapsed=True) for row in rows]
+    return found
+
+
+def hopeless_runs(tx: Transaction, *, limit: int) -> list[RunRecord]:
+    """Give runs of any task that wait and won't be run: they have expired, or somebody asked for them to be cancelled."""
+    rows = tx.execute(
+        f"""{_RUN} WHERE r.pending = 1 AND e.state IN ('{QUEUED}', '{RETRYING}')
+            AND ((e.attempts = 0 AND r.expires_unix_ns < ?)
+                 OR EXISTS (SELECT 1 FROM cancellation c WHERE c.execution_id = r.execution_id)) LIMIT ?""",
+        (tx.now_unix_ns(), limit),
+    ).fetchall()
+    return [RunRecord(*row) for row in rows]
+
+
+def ended_runs(tx: Transaction, *, limit: int) -> list[str]:
+    """Give the execution ids of runs that have ended and still stand in the queue."""
+    rows = tx.execute(
+        f"""SELECT r.execution_id FROM run r JOIN execution e ON e.execution_id = r.execution_id
+            WHERE r.pending = 1 AND e.state NOT IN ('{QUEUED}', '{RETRYING}', '{RUNNING}', 'paused') LIMIT ?""",
+        (limit,),
+    ).fetchall()
+    return [row[0] for row in rows]
+
+
+# --- How it is written -------------------------------------------------------------------------------------------
+
+
+def enqueue_run(tx: Transaction, write: EnqueueRun) -> Enqueued:
+    """Make a run and its queued record, unless one of its keys has a run already."""
+    run = write.run
+    held = _take_keys(tx, write.keys, run.run_id)
+    if held is not None:
+        found = find_run(tx, held[0])
+        if found is not None:
+            return Enqueued(found.run_id, found.execution_id, cached=not held[1], created=False)
+    if run.batch_id is not None:
+        row = tx.execute(
+            "SELECT run_id, execution_id FROM run WHERE batch_id = ? AND batch_index = ?", (run.batch_id, run.batch_index)
+        ).fetchone()
+        if row is not None:
+            return Enqueued(row[0], row[1], cached=False, created=False)
+    execution, carrier = _choose(tx, write.executions)
+    tx.execute(
+        f"""INSERT INTO execution (execution_id, name, state, request_id, source, correlation, parent_execution_id, queued_unix_ns)
+            VALUES (?, ?, '{QUEUED}', ?, ?, ?, ?, ?)
+            ON CONFLICT (execution_id) DO UPDATE SET correlation = excluded.correlation,
+                queued_unix_ns = COALESCE(execution.queued_unix_ns, excluded.queued_unix_ns)""",
+        (
+            execution.execution_id,
+            execution.name,
+            execution.request_id,
+            execution.source,
+            execution.correlation,
+            execution.parent_execution_id,
+            run.created_unix_ns,
+        ),
+    )
+    tx.execute(
+        """INSERT INTO run (run_id, execution_id, task, payload, payload_type, carrier, options, tags, metadata, lane, lane_limit,
+                            max_attempts, max_seconds, created_unix_ns, updated_unix_ns, due_unix_ns, expires_unix_ns, batch_id,
+                            batch_index, pending)
+           VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 1)""",
+        (
+            run.run_id,
+            execution.execution_id,
+            run.task,
+            run.payload,
+            run.payload_type,
+            carrier,
+            run.options,
+            run.tags,
+            run.metadata,
+            run.lane,
+            run.lane_limit,
+            run.max_attempts,
+            run.max_seconds,
+            run.created_unix_ns,
+            run.created_unix_ns,
+            run.due_unix_ns,
+            run.expires_unix_ns,
+            run.batch_id,
+            run.batch_index,
+        ),
+    )
+    return Enqueued(run.run_id, execution.execution_id, cached=False, created=True)
+
+
+def _choose(tx: Transaction, executions: Sequence[tuple[ExecutionRow, str]]) -> tuple[ExecutionRow, str]:
+    for execution, carrier in executions[:-1]:
+        row = tx.execute(f"SELECT attempts, state FROM execution WHERE execution_id = ? {tx.lock}", (execution.execution_id,)).fetchone()
+        if row is not None and (row[0] or row[1] != QUEUED):
+            continue
+        if tx.execute("SELECT 1 FROM run WHERE execution_id = ?", (execution.execution_id,)).fetchone() is None:
+            return execution, carrier
+    return executions[-1]
+
+
+def _take_keys(tx: Transaction, keys: Sequence[RunKey], owner: str) -> tuple[str, bool] | None:
+    """Take keys for a run or batch, or give what holds one of them already, and whether that key is an exact one."""
+    now = tx.now_unix_ns()
+    taken: list[str] = []
+    for key in keys:
+        made = tx.execute(
+            "INSERT INTO run_key (name, owner, expires_unix_ns) VALUES (?, ?, ?) ON CONFLICT (name) DO NOTHING",
+            (key.name, owner, key.expires_unix_ns),
+        ).rowcount
+        if made:
+            taken.append(key.name)
+            continue
+        held = tx.execute(f"SELECT owner, expires_unix_ns FROM run_key WHERE name = ? {tx.lock}", (key.name,)).fetchone()
+        if held is not None and held[1] > now and (key.exact or _holds(tx, held[0])):
+            for name in taken:
+                # The request is one that the same run answers from now on.
+                tx.execute("UPDATE run_key SET owner = ? WHERE name = ?", (held[0], name))
+            return held[0], key.exact
+        tx.execute("UPDATE run_key SET owner = ?, expires_unix_ns = ? WHERE name = ?", (owner, key.expires_unix_ns, key.name))
+    return None
+
+
+def _holds(tx: Transaction, owner: str) -> bool:
+    """Tell whether a run still holds its key: one that failed has freed it, one that succeeded or was cancelled has not."""
+    run = find_run(tx, owner)
+    return run is None or not _has_freed_its_key(run.state, run.classification)
+
+
+def _has_freed_its_key(state: str, classification: str | None) -> bool:
+    return state in _FREES_ITS_KEY or (state == CANCELLED and classification == "expired")
+
+
+def add_tags(tx: Transaction, write: AddTags) -> bool | None:
+    """Add tags to a run; all of them or none."""
+    row = tx.execute(f"SELECT tags FROM run WHERE run_id = ? {tx.lock}", (write.run_id,)).fetchone()
+    if row is None:
+        return None
+    tags = list(dict.fromkeys((*json.loads(row[0]), *write.tags)))
+    if len(tags) > write.limit:
+        return False
+    tx.execute("UPDATE run SET tags = ?, updated_unix_ns = ? WHERE run_id = ?", (json.dumps(tags), write.at_unix_ns, write.run_id))
+    return True
+
+
+def set_run_metadata(tx: Transaction, write: SetRunMetadata) -> bool | None:
+    """Replace a run's metadata by compare-and-set."""
+    row = tx.execute(f"SELECT metadata FROM run WHERE run_id = ? {tx.lock}", (write.run_id,)).fetchone()
+    if row is None:
+        return None
+    if row[0] != write.expected:
+        return False
+    tx.execute("UPDATE run SET metadata = ?, updated_unix_ns = ? WHERE run_id = ?", (write.metadata, write.at_unix_ns, write.run_id))
+    return True
+
+
+def reschedule_run(tx: Transaction, write: RescheduleRun) -> bool | None:
+    """Give a run that waits for its time another one; how long it may wait after that stays."""
+    row = tx.execute(f"SELECT execution_id, due_unix_ns FROM run WHERE run_id = ? {tx.lock}", (write.run_id,)).fetchone()
+    if row is None:
+        return None
+    state = tx.execute(f"SELECT state FROM execution WHERE execution_id = ? {tx.lock}", (row[0],)).fetchone()
+    if state is None or state[0] != QUEUED or row[1] <= tx.now_unix_ns():
+        return False
+    tx.execute(
+        """UPDATE run SET due_unix_ns = ?, updated_unix_ns = ?, expires_unix_ns = expires_unix_ns + (? - due_unix_ns)
+           WHERE run_id = ?""",
+        (write.due_unix_ns, write.at_unix_ns, write.due_unix_ns, write.run_id),
+    )
+    return True
+
+
+def set_run_output(tx: Transaction, write: SetRunOutput) -> None:
+    """Keep a run's output."""
+    tx.execute("UPDATE run SET output = ? WHERE execution_id = ?", (write.output, write.execution_id))
+
+
+def forget_runs(tx: Transaction, write: ForgetRuns) -> None:
+    """Take ended runs out of the queue."""
+    for execution_id in write.execution_ids:
+        tx.execute("UPDATE run SET pending = 0 WHERE execution_id = ? AND pending = 1", (execution_id,))
+
+
+def reset_key(tx: Transaction, write: ResetKey) -> bool:
+    """Free a key."""
+    return bool(tx.execute("DELETE FROM run_key WHERE name = ?", (write.name,)).rowcount)
+
+
+def create_batch(tx: Transaction, write: CreateBatch) -> tuple[str, bool]:
+    """Announce a batch."""
+    held = _take_keys(tx, write.keys, write.batch_id)
+    if held is not None:
+        return held[0], not held[1]
+    tx.execute(
+        "INSERT INTO run_batch (batch_id, run_count, carrier, created_unix_ns) VALUES (?, ?, ?, ?)",
+        (write.batch_id, write.run_count, write.carrier, write.created_unix_ns),
+    )
+    return write.batch_id, False
+
+
+APPLY: Final[Mapping[type, Callable[[Transaction, Any], object]]] = {
+    EnqueueRun: enqueue_run,
+    AddTags: add_tags,
+    SetRunMetadata: set_run_metadata,
+    RescheduleRun: reschedule_run,
+    SetRunOutput: set_run_output,
+    ForgetRuns: forget_runs,
+    ResetKey: reset_key,
+    CreateBatch: create_batch,
+}
+
+
+# --- What the writes of attempts ask -----------------------------------------------------------------------------
+
+
+def hindrance(tx: Transaction, write: OpenAttempt) -> str | None:
+    """
+    Tell what stands in the way of an exclusive attempt; None when nothing does.
+
+    The execution's row is made, if need be, and held: of two that ask at the same time, the second sees the first's answer.
+    """
+    execution = write.execution
+    tx.execute(
+        f"""INSERT INTO execution (execution_id, name, state, request_id, source, correlation, parent_execution_id)
+            VALUES (?, ?, '{QUEUED}', ?, ?, ?, ?) ON CONFLICT (execution_id) DO NOTHING""",
+        (
+            execution.execution_id,
+            execution.name,
+            execution.request_id,
+            execution.source,
+            execution.correlation,
+            execution.parent_execution_id,
+        ),
+    )
+    state, attempts = tx.execute(
+        f"SELECT state, attempts FROM execution WHERE execution_id = ? {tx.lock}", (execution.execution_id,)
+    ).fetchone()
+    run = tx.execute("SELECT lane, lane_limit, max_attempts FROM run WHERE execution_id = ?", (execution.execution_id,)).fetchone()
+    if run is not None and state not in (QUEUED, RETRYING, RUNNING):
+        return f"it is {state}"
+    lapsed = f"AND NOT ({_LAPSED})" if write.takes_lapsed else ""
+    running = tx.execute(
+        f"""SELECT a.attempt FROM attempt a LEFT JOIN process p ON p.process_id = a.process_id
+            WHERE a.execution_id = ? AND a.state = '{RUNNING}' {lapsed}""",
+        (execution.execution_id, *((tx.now_unix_ns(),) if write.takes_lapsed else ())),
+    ).fetchone()
+    if running is not None:
+        return f"attempt {running[0]} runs"
+    if run is not None and state == RUNNING and attempts >= run[2]:
+        return "it has no attempt left"
+    if run is not None and run[0] is not None and _is_full(tx, run[0], run[1]):
+        return f"{run[0]} has {run[1]} running already"
+    return None
+
+
+def _is_full(tx: Transaction, lane: str, limit: int) -> bool:
+    if tx.lock:
+        # Held until the commit, so that two that open runs of one lane count one after the other.
+        tx.execute("INSERT INTO run_lane (lane) VALUES (?) ON CONFLICT (lane) DO NOTHING", (lane,))
+        tx.execute(f"SELECT 1 FROM run_lane WHERE lane = ? {tx.lock}", (lane,))
+    row = tx.execute(
+        f"""SELECT COUNT(*) FROM run o JOIN execution x ON x.execution_id = o.execution_id
+            WHERE o.lane = ? AND o.pending = 1 AND x.state = '{RUNNING}'""",
+        (lane,),
+    ).fetchone()
+    return int(row[0]) >= limit
+
+
+def is_retried(tx: Transaction, execution_id: str, attempt: int) -> bool:
+    """Tell whether the execution of a lost attempt is a run that may be attempted again."""
+    row = tx.execute("SELECT max_attempts FROM run WHERE execution_id = ?", (execution_id,)).fetchone()
+    return row is not None and attempt < row[0]

@@ -1,0 +1,245 @@
+"""
+The queue in the store: runs that are asked for, found by workers, and told about.
+
+A run is an execution that somebody asked to be run by whoever knows its task. What its execution's record says is the
+truth about it: a run that is `queued` or `retrying` may be attempted, an attempt at it is opened exclusively
+(`OpenAttempt.exclusive`), and what closes that attempt ends the run or leaves it to be retried. So a run and its record
+can't disagree, and a run needs no lease beside the one of the process that works on it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from otelexec.store.writes import ExecutionRow
+
+# --- What is written ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class RunRow:
+    """
+    What was asked for.
+
+    Attributes:
+        run_id: The run's id, unique for ever.
+        task: Which task.
+        payload: The payload as text; None without one.
+        payload_type: Its media type.
+        options: Everything else that was said, as JSON text; for whoever asks later.
+        tags: JSON text of a list.
+        metadata: JSON text; None without any.
+        lane: Runs that share one are limited together; None for no limit.
+        lane_limit: How many runs of the lane may be attempted at a time.
+        max_attempts: How many attempts there may be.
+        max_seconds: How long an attempt may take; None for no limit.
+        created_unix_ns: When it was asked for.
+        due_unix_ns: When the first attempt may begin.
+        expires_unix_ns: Until when the first attempt must have begun; None: it waits for ever.
+        batch_id: The batch that it belongs to; None without one.
+        batch_index: Its place in the batch; None without one.
+    """
+
+    run_id: str
+    task: str
+    payload: str | None
+    payload_type: str
+    options: str
+    tags: str
+    metadata: str | None
+    lane: str | None
+    lane_limit: int
+    max_attempts: int
+    max_seconds: float | None
+    created_unix_ns: int
+    due_unix_ns: int
+    expires_unix_ns: int | None = None
+    batch_id: str | None = None
+    batch_index: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RunKey:
+    """
+    A key under which a run is asked for once.
+
+    Attributes:
+        name: The key, with whatever it is unique within.
+        expires_unix_ns: Until when it holds.
+        exact: Whether it names one request, whose answer is given again: then it holds however the run ended.
+    """
+
+    name: str
+    expires_unix_ns: int
+    exact: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class EnqueueRun:
+    """
+    Ask for a run, or find the one that the same key asked for before. Gives `Enqueued`.
+
+    Attributes:
+        run: What to run.
+        executions: Whose run it becomes, each with what the run carries to its worker (JSON text): the first that has no
+            run and no attempt yet. The last one's id is new.
+        keys: The keys that it is asked for under, the exact ones first.
+    """
+
+    run: RunRow
+    executions: tuple[tuple[ExecutionRow, str], ...]
+    keys: tuple[RunKey, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Enqueued:
+    """
+    The run that an `EnqueueRun` made or found.
+
+    Attributes:
+        run_id: The run.
+        execution_id: Its execution.
+        cached: Whether an earlier call with the same key had asked for it.
+        created: Whether this write made it.
+    """
+
+    run_id: str
+    execution_id: str
+    cached: bool
+    created: bool
+
+
+@dataclass(frozen=True, slots=True)
+class AddTags:
+    """Add tags to a run, at most `limit` in all. Gives whether they fit; None when there is no such run."""
+
+    run_id: str
+    tags: tuple[str, ...]
+    limit: int
+    at_unix_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class SetRunMetadata:
+    """Replace a run's metadata (JSON text) if it still is what `expected` says. Gives whether it was; None without such a run."""
+
+    run_id: str
+    metadata: str | None
+    expected: str | None
+    at_unix_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class RescheduleRun:
+    """Give a run that still waits for its time another one. Gives whether it waited; None when there is no such run."""
+
+    run_id: str
+    due_unix_ns: int
+    at_unix_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class SetRunOutput:
+    """Keep what a run returned apart from its attempt, which its core had closed with an output of its own. Gives None."""
+
+    execution_id: str
+    output: str
+
+
+@dataclass(frozen=True, slots=True)
+class ForgetRuns:
+    """Take runs that have ended out of the queue, so that nobody looks at them again. Gives None."""
+
+    execution_ids: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ResetKey:
+    """Free a key. Gives whether it was held."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class CreateBatch:
+    """
+    Announce a batch of runs, or find the one that the same key announced. Gives (batch id, whether it was found).
+
+    Attributes:
+        batch_id: Its id.
+        run_count: How many runs it will have.
+        carrier: What every run of it carries to its worker besides its own, as JSON text.
+        created_unix_ns: When.
+        keys: As in `EnqueueRun`.
+    """
+
+    batch_id: str
+    run_count: int
+    carrier: str
+    created_unix_ns: int
+    keys: tuple[RunKey, ...] = ()
+
+
+RunWrite = EnqueueRun | AddTags | SetRunMetadata | RescheduleRun | SetRunOutput | ForgetRuns | ResetKey | CreateBatch
+
+
+# --- What is read ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class RunRecord:
+    """A run with what its execution's record says of it."""
+
+    seq: int
+    run_id: str
+    execution_id: str
+    task: str
+    payload: str | None
+    payload_type: str
+    carrier: str
+    options: str
+    tags: str
+    metadata: str | None
+    lane: str | None
+    max_attempts: int
+    max_seconds: float | None
+    created_unix_ns: int
+    updated_unix_ns: int
+    due_unix_ns: int
+    expires_unix_ns: int | None
+    batch_id: str | None
+    batch_index: int | None
+    output: str | None
+    state: str
+    attempts: int
+    started_unix_ns: int | None
+    ended_unix_ns: int | None
+    attempt_output: str | None
+    attempt_ended_unix_ns: int | None
+    classification: str | None
+    error_type: str | None
+    error_message: str | None
+
+    @property
+    def result(self) -> str | None:
+        """JSON text of what it returned; None without any. A core that took the attempt over had an output of its own."""
+        return self.output if self.output is not None else self.attempt_output
+
+
+@dataclass(frozen=True, slots=True)
+class BatchRecord:
+    """A batch and how many of its runs are there."""
+
+    batch_id: str
+    run_count: int
+    carrier: str
+    created_unix_ns: int
+    enqueued: int
+
+
+@dataclass(frozen=True, slots=True)
+class DueRun:
+    """A run that may be attempted: `lapsed` says that the process which is at it has not been heard of for a whole lease."""
+
+    run: RunRecord
+    lapsed: bool
