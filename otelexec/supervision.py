@@ -14,7 +14,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -240,24 +240,27 @@ class Supervisor:
         if delivery.pid is not None and self._running.get(delivery.pid) is delivery and delivery.ending is None:
             del self._running[delivery.pid]
 
-    def died(self, pid: int, exit_code: int | None) -> None:
+    def died(self, pid: int, exit_code: int | None, endings: Mapping[str, Ending] | None = None) -> None:
         """
         Learn that a child has exited; what it had in hand is closed soon.
 
         Args:
             pid: Its process id.
             exit_code: As `subprocess` has it: negative for a signal; None when it is not known.
+            endings: How attempts of it ended that the parent stopped itself, by fencing token; None: the delivery's says it.
         """
         delivery = self._running.pop(pid, None)
         signal = -exit_code if exit_code is not None and exit_code < 0 else None
         kills = _oom_kills()
         oom, self._oom_kills = signal == 9 and kills > self._oom_kills, kills  # noqa: PLR2004 (SIGKILL is what the kernel sends)
-        if delivery is None and signal is None:
+        if delivery is None and signal is None and endings is None:
             return
         # Without a delivery, too: it may have been killed before the pool heard that it had begun.
-        endings = {delivery.options.token or "": delivery.ending} if delivery is not None and delivery.ending is not None else {}
+        known = dict(endings or {})
+        if delivery is not None and delivery.ending is not None:
+            known[delivery.options.token or ""] = delivery.ending
         code = None if signal is not None else exit_code
-        report = _Report(pid, Death(time.time_ns(), signal, code, oom, endings), [] if delivery is None else [delivery])
+        report = _Report(pid, Death(time.time_ns(), signal, code, oom, known), [] if delivery is None else [delivery])
         self._reports.put(report)
         self._ensure()
 

@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import threading
+from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 NOT_DONE: Final = 1
 WRONG: Final = 2
+COMMANDS: Final = "otelexec.commands"
+"""The entry points of what adapters add to the command line: Typer applications, each a command with its own ones."""
 INTERRUPTED: Final = 128 + signal.SIGINT
 TERMINATED: Final = 128 + signal.SIGTERM
 
@@ -83,8 +86,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return code
 
 
+def _add_commands(arguments: Sequence[str]) -> None:
+    """Load what adapters add, unless the command is one of our own: their imports take longer than most commands do."""
+    if any(command.name in arguments[:1] for command in app.registered_commands):
+        return
+    for entry in entry_points(group=COMMANDS):
+        try:
+            app.add_typer(entry.load(), name=entry.name)
+        except ImportError as error:
+            if entry.name in arguments[:1]:
+                extra = f"pip install 'otelexec[{entry.name}]'"
+                raise SettingsError(f"`otelexec {entry.name}` needs {error.name}, which is not installed: {extra}") from error
+
+
 def _run(arguments: Sequence[str]) -> int:
     try:
+        _add_commands(arguments)
         code = app(args=arguments, prog_name="otelexec", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
         return INTERRUPTED

@@ -34,6 +34,7 @@ TABLES: Final = (
     ("run", "seq"),
     ("run_key", "name"),
     ("run_batch", "batch_id"),
+    ("run_packet", "name"),
     ("ingested", "segment"),
     ("written", "nonce"),
 )

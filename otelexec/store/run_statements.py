@@ -14,6 +14,7 @@ from otelexec.store.runs import (
     Enqueued,
     EnqueueRun,
     ForgetRuns,
+    PutPacket,
     RescheduleRun,
     ResetKey,
     RunKey,
@@ -105,6 +106,12 @@ def find_batch(tx: Transaction, batch_id: str) -> BatchRecord | None:
         (batch_id,),
     ).fetchone()
     return None if row is None else BatchRecord(*row)
+
+
+def find_packet(tx: Transaction, name: str) -> tuple[str, str] | None:
+    """Give content and media type of what was uploaded under a name; None when nothing was."""
+    row = tx.execute("SELECT content, media_type FROM run_packet WHERE name = ?", (name,)).fetchone()
+    return None if row is None else (row[0], row[1])
 
 
 def due_runs(tx: Transaction, tasks: Sequence[str], *, limit: int, lapsed_too: bool) -> list[DueRun]:
@@ -332,6 +339,15 @@ def create_batch(tx: Transaction, write: CreateBatch) -> tuple[str, bool]:
     return write.batch_id, False
 
 
+def put_packet(tx: Transaction, write: PutPacket) -> None:
+    """Keep what was uploaded."""
+    tx.execute(
+        """INSERT INTO run_packet (name, content, media_type, at_unix_ns) VALUES (?, ?, ?, ?)
+           ON CONFLICT (name) DO UPDATE SET content = excluded.content, media_type = excluded.media_type""",
+        (write.name, write.content, write.media_type, write.at_unix_ns),
+    )
+
+
 APPLY: Final[Mapping[type, Callable[[Transaction, Any], object]]] = {
     EnqueueRun: enqueue_run,
     AddTags: add_tags,
@@ -341,6 +357,7 @@ APPLY: Final[Mapping[type, Callable[[Transaction, Any], object]]] = {
     ForgetRuns: forget_runs,
     ResetKey: reset_key,
     CreateBatch: create_batch,
+    PutPacket: put_packet,
 }
 
 
@@ -382,9 +399,20 @@ def hindrance(tx: Transaction, write: OpenAttempt) -> str | None:
         return f"attempt {running[0]} runs"
     if run is not None and state == RUNNING and attempts >= run[2]:
         return "it has no attempt left"
-    if run is not None and run[0] is not None and _is_full(tx, run[0], run[1]):
+    if run is not None and run[0] is not None and not _is_hopeless(tx, execution.execution_id) and _is_full(tx, run[0], run[1]):
         return f"{run[0]} has {run[1]} running already"
     return None
+
+
+def _is_hopeless(tx: Transaction, execution_id: str) -> bool:
+    """Tell whether an attempt at it would only close it: then it takes no place from anybody."""
+    row = tx.execute(
+        """SELECT 1 FROM run r JOIN execution e ON e.execution_id = r.execution_id
+           WHERE r.execution_id = ? AND ((e.attempts = 0 AND r.expires_unix_ns < ?)
+               OR EXISTS (SELECT 1 FROM cancellation c WHERE c.execution_id = r.execution_id))""",
+        (execution_id, tx.now_unix_ns()),
+    ).fetchone()
+    return row is not None
 
 
 def _is_full(tx: Transaction, lane: str, limit: int) -> bool:

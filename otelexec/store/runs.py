@@ -180,7 +180,17 @@ class CreateBatch:
     keys: tuple[RunKey, ...] = ()
 
 
-RunWrite = EnqueueRun | AddTags | SetRunMetadata | RescheduleRun | SetRunOutput | ForgetRuns | ResetKey | CreateBatch
+@dataclass(frozen=True, slots=True)
+class PutPacket:
+    """Keep a payload that was uploaded apart from its run; a later one under the same name replaces it. Gives None."""
+
+    name: str
+    content: str
+    media_type: str
+    at_unix_ns: int
+
+
+RunWrite = EnqueueRun | AddTags | SetRunMetadata | RescheduleRun | SetRunOutput | ForgetRuns | ResetKey | CreateBatch | PutPacket
 
 
 # --- What is read ------------------------------------------------------------------------------------------------

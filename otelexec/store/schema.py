@@ -25,6 +25,8 @@ _RUNS = (
     """CREATE TABLE run_batch (
         batch_id {name} PRIMARY KEY, run_count INTEGER NOT NULL, carrier TEXT NOT NULL, created_unix_ns {bigint} NOT NULL)""",
     "CREATE TABLE run_lane (lane {name} PRIMARY KEY)",
+    """CREATE TABLE run_packet (
+        name {name} PRIMARY KEY, content TEXT NOT NULL, media_type TEXT NOT NULL, at_unix_ns {bigint} NOT NULL)""",
 )
 
 SCHEMA = (

@@ -614,6 +614,7 @@ def prune(tx: Transaction, write: Prune) -> int:
         (write.ended_before_unix_ns,),
     )
     tx.execute("DELETE FROM ingested WHERE at_unix_ns < ?", (write.ended_before_unix_ns,))
+    tx.execute("DELETE FROM run_packet WHERE at_unix_ns < ?", (write.ended_before_unix_ns,))
     tx.execute("DELETE FROM run_key WHERE expires_unix_ns < ?", (write.ended_before_unix_ns,))
     tx.execute(
         """DELETE FROM run_batch WHERE created_unix_ns < ?

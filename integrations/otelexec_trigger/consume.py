@@ -1,0 +1,190 @@
+"""
+The running side of the local engine: an attempt around each call of a task.
+
+Opened exclusively in the store, so that of any number of workers one attempts a run; closed in the one commit that ends
+the run as well, or leaves it to be retried.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+from opentelemetry import context as otel_context
+from opentelemetry.context import Context
+from opentelemetry.trace import SpanKind
+
+from otelexec import metrics, semconv
+from otelexec import runtime as _runtime
+from otelexec.context import SCOPE_KEY
+from otelexec.correlation import Scope, with_ambient
+from otelexec.drivers import call_async, call_sync
+from otelexec.endings import Classifier, Ending, describe, raised_by_signal_handler
+from otelexec.errors import ExecutionBusy, ExecutionCancelled, OtelexecError
+from otelexec.execution import INTERRUPTED, Execution, Options, current_execution
+from otelexec.lifecycle import lifecycle
+from otelexec.propagation import incoming
+from otelexec.store.runs import DueRun, RunRecord, SetRunOutput
+from otelexec.store.writes import CANCELLED, FAILED
+from otelexec_trigger import engine, wire
+from otelexec_trigger.settings import MAX_OUTPUT_BYTES, SYSTEM
+
+logger = logging.getLogger("otelexec.trigger")
+
+RETRY: Final = "retry"
+"""Classification of a failure that is followed by another attempt."""
+_MAX_ERROR_CHARS: Final = 4096
+
+
+class _Expired(OtelexecError):
+    """Nobody began the run before its time to live was over."""
+
+
+def attempt(due: DueRun, function: Callable[[Any], Any]) -> bool:
+    """
+    Attempt a run.
+
+    Args:
+        due: The run.
+        function: Its task.
+
+    Returns:
+        Whether there was an attempt; False when another worker was faster. How it ended is on the record.
+
+    Raises:
+        StoreUnavailable: The attempt could not be opened.
+    """
+    run = due.run
+    try:
+        _execute(run, function, _classifier(run), takes_lapsed=due.lapsed)
+    except ExecutionBusy as error:
+        logger.debug("otelexec.trigger.busy: %s", error)
+        return False
+    return True
+
+
+def dismiss(run: RunRecord) -> None:
+    """Close a run that waits and won't be run: it was cancelled, or it has expired. One that is being attempted stays."""
+
+    def refuse(_: Any) -> None:
+        raise _Expired(f"Nobody began {run.run_id} before its time to live was over.")
+
+    def classify(error: BaseException) -> Ending | None:
+        if not isinstance(error, _Expired):
+            return None
+        return Ending(CANCELLED, engine.EXPIRED, error_message=str(error))
+
+    try:
+        _execute(run, refuse, classify, cancel_wins=False)
+    except ExecutionBusy as error:
+        logger.debug("otelexec.trigger.busy: %s", error)
+
+
+def _execute(
+    run: RunRecord, function: Callable[[Any], Any], classify: Classifier, *, takes_lapsed: bool = False, cancel_wins: bool = True
+) -> None:
+    runtime = _runtime.get()
+    attributes = _attributes(run)
+    options = Options(
+        run.task,
+        kind=SpanKind.CONSUMER,
+        attributes=attributes,
+        classify=classify,
+        timeout=run.max_seconds,
+        cancel_wins=cancel_wins,
+        exclusive=True,
+        takes_lapsed=takes_lapsed,
+        max_output_bytes=MAX_OUTPUT_BYTES,
+    )
+    begun: list[Execution] = []
+
+    def call() -> Any:
+        execution = current_execution()
+        if isinstance(execution, Execution):
+            begun.append(execution)
+            metrics.waited(attributes[semconv.QUEUE_LATENCY], run.task, attributes)
+        return function(_payload(run))
+
+    async def call_and_wait() -> Any:
+        value = call()
+        return _keep(run, await value if inspect.isawaitable(value) else value)
+
+    steps = lifecycle(runtime, options)
+    before = otel_context.get_current()
+    otel_context.attach(_context(run))
+    started = time.perf_counter_ns()
+    try:
+        if inspect.iscoroutinefunction(inspect.unwrap(function)):
+            asyncio.run(call_async(runtime, steps, call_and_wait, run.max_seconds))
+        else:
+            call_sync(runtime, steps, lambda: _keep(run, call()))
+    except (ExecutionBusy, ExecutionCancelled) as error:
+        if not begun and isinstance(error, ExecutionBusy):
+            raise
+    except Exception as error:
+        if not begun or raised_by_signal_handler(error):  # it was not opened, or a signal handler wants to get out
+            raise
+        logger.info("otelexec.trigger.failed: %s of %s", run.run_id, run.task, exc_info=not isinstance(error, _Expired))
+    finally:
+        # By value: the task may have attached and detached in any order.
+        otel_context.attach(before)
+        if begun and begun[0].ending is not None:
+            metrics.took((time.perf_counter_ns() - started) / 1e9, run.task, attributes, begun[0].ending)
+
+
+def _context(run: RunRecord) -> Context:
+    context, scope = incoming(engine.carrier_of(run), message_id=run.run_id, enqueued_unix_ns=run.created_unix_ns, context=Context())
+    if scope.correlation.execution_id == run.execution_id:
+        return context
+    # Signing keys that were changed in between: the ids are the store's own, whatever becomes of the signature.
+    correlation = scope.correlation.model_copy(update={"execution_id": run.execution_id, engine.RUN_ID: run.run_id})
+    own = Scope(correlation, links=scope.links, trusted=scope.trusted, message_id=run.run_id, enqueued_unix_ns=run.created_unix_ns)
+    return otel_context.set_value(SCOPE_KEY, own, with_ambient(context, correlation))
+
+
+def _attributes(run: RunRecord) -> dict[str, Any]:
+    return {
+        semconv.MESSAGING_SYSTEM: SYSTEM,
+        semconv.MESSAGING_OPERATION_NAME: "process",
+        semconv.MESSAGING_OPERATION_TYPE: "process",
+        semconv.MESSAGING_DESTINATION_NAME: run.task,
+        semconv.MESSAGING_MESSAGE_ID: run.run_id,
+        semconv.QUEUE_LATENCY: max(0.0, (time.time_ns() - run.due_unix_ns) / 1e9),
+    }
+
+
+def _payload(run: RunRecord) -> Any:
+    payload = wire.decode(run.payload, run.payload_type)
+    if isinstance(payload, Mapping) and semconv.PAYLOAD_KEY in payload:
+        return {key: value for key, value in payload.items() if key != semconv.PAYLOAD_KEY}
+    return payload
+
+
+def _keep(run: RunRecord, value: Any) -> Any:
+    """Keep what a task returned: on its attempt, or beside it where a core has closed that already."""
+    execution = current_execution()
+    if value is None or not isinstance(execution, Execution):
+        return value
+    execution.set_output(value)
+    if execution.had_core and execution.output is not None:
+        engine.commit(SetRunOutput(run.execution_id, execution.output))
+    return value
+
+
+def _classifier(run: RunRecord) -> Classifier:
+    more = run.attempts + 1 < run.max_attempts
+
+    def classify(error: BaseException) -> Ending | None:
+        if isinstance(error, SystemExit | KeyboardInterrupt) and raised_by_signal_handler(error):
+            error_type, message = describe(error, _MAX_ERROR_CHARS)
+            return Ending(CANCELLED, INTERRUPTED, error_type, message, error, retrying=more, depends_on_cancellation=True)
+        if not more or not isinstance(error, Exception) or isinstance(error, TimeoutError | ExecutionCancelled):
+            return None
+        error_type, message = describe(error, _MAX_ERROR_CHARS)
+        return Ending(FAILED, RETRY, error_type, message, error, retrying=True)
+
+    return classify

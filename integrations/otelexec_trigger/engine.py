@@ -1,0 +1,515 @@
+"""
+The local engine: runs in the store, asked for, found, changed and told about.
+
+The embedded default for development and small loads. What is called here commits before it returns; the running is done
+by `worker.py`. `local.py` offers it as a `TriggerBackend`, `serve.py` over the Trigger.dev wire contract.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import string
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, TypeVar
+
+from opentelemetry import context as otel_context
+from opentelemetry import trace
+from opentelemetry.context import Context
+
+from otelexec import request_cancel, semconv
+from otelexec import runtime as _runtime
+from otelexec.carrier import Carrier, read_headers
+from otelexec.correlation import Correlation, mint_id
+from otelexec.envelope import receive
+from otelexec.errors import SettingsError, StoreUnavailable
+from otelexec.lifecycle import execution_row
+from otelexec.propagation import entries, incoming
+from otelexec.store import run_statements as statements
+from otelexec.store.base import Store
+from otelexec.store.runs import (
+    AddTags,
+    BatchRecord,
+    CreateBatch,
+    Enqueued,
+    EnqueueRun,
+    RescheduleRun,
+    ResetKey,
+    RunKey,
+    RunRecord,
+    RunRow,
+    RunWrite,
+    SetRunMetadata,
+)
+from otelexec.store.schema import Transaction
+from otelexec.store.writes import CANCELLED, FAILED, LOST, PAUSED, QUEUED, RETRYING, RUNNING, SUCCEEDED, TIMED_OUT
+from otelexec.w3c import decode_trace
+from otelexec_trigger import wire
+from otelexec_trigger.runs import InvalidRequest, RunNotFound
+
+MAX_ATTEMPTS: Final = 3
+"""How many attempts a run has unless the call says otherwise."""
+EXPIRED: Final = "expired"
+"""Classification of a run that nobody began in time."""
+RUN_ID: Final = "run_id"
+"""The correlation field that names the run on its record, its spans and in its baggage."""
+
+_PATIENCE_SECONDS: Final = 5.0
+_ID_CHARS: Final = string.ascii_lowercase + string.digits
+_ID_LENGTH: Final = 25
+_CHANGES: Final = 20
+
+Found = TypeVar("Found")
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """
+    What a caller asks for.
+
+    Attributes:
+        task: The task's id.
+        payload: The payload as text; None without one.
+        payload_type: Its media type.
+        options: The options of the wire contract, by their names there.
+        request_key: Names this very call, so that a repetition gets the same answer; None: a repetition is another call.
+        batch_id: The batch that the run belongs to; None without one.
+        batch_index: Its place in the batch; None without one.
+    """
+
+    task: str
+    payload: str | None = None
+    payload_type: str = wire.JSON
+    options: Mapping[str, Any] = field(default_factory=dict)
+    request_key: str | None = None
+    batch_id: str | None = None
+    batch_index: int | None = None
+
+
+def new_run_id() -> str:
+    """Make a run id."""
+    return _mint("run_")
+
+
+def new_batch_id() -> str:
+    """Make a batch id."""
+    return _mint("batch_")
+
+
+def _mint(prefix: str) -> str:
+    return prefix + "".join(secrets.choice(_ID_CHARS) for _ in range(_ID_LENGTH))
+
+
+# --- Asking ------------------------------------------------------------------------------------------------------
+
+
+def enqueue(request: Request, correlation: Correlation, context: Context, *, run_id: str | None = None) -> Enqueued:
+    """
+    Ask for a run; it is durable when this returns.
+
+    Args:
+        request: What to run.
+        correlation: Who asks. Its execution id is the run's unless it has been run already; then the run gets a new one.
+        context: Whose current span is the parent of what the run does.
+        run_id: The run's id; None mints one.
+
+    Raises:
+        InvalidRequest: An option can't be used; nothing was written.
+        StoreUnavailable: The store could not take it.
+    """
+    row = _row(request, run_id or new_run_id())
+    result = commit(EnqueueRun(row, _executions(row, correlation, context), _keys(request)))
+    if not isinstance(result, Enqueued):
+        raise StoreUnavailable(f"the run of {request.task} was not written: {result}")
+    return result
+
+
+def _executions(row: RunRow, correlation: Correlation, context: Context) -> tuple[Any, ...]:
+    own = correlation.model_copy(update={RUN_ID: row.run_id})
+    # For a call with the ids of one that is done already: an expired key, a payload that was sent once before.
+    spare = own.model_copy(update={"execution_id": mint_id()})
+    return tuple((execution_row(row.task, each), json.dumps(entries(context, each, message_id=row.run_id))) for each in (own, spare))
+
+
+def origin(headers: object, payload: Any) -> tuple[Correlation, Context]:
+    """
+    Find out who asks for a run: from the payload's reserved key, else from headers. Never raises.
+
+    Args:
+        headers: Those of the call, in any shape; their trace goes before the payload's.
+        payload: The decoded payload.
+
+    Returns:
+        The correlation, and a context whose current span is the caller's.
+    """
+    carried = read_headers(headers)
+    enveloped = isinstance(payload, Mapping) and semconv.PAYLOAD_KEY in payload
+    token = otel_context.attach(Context())
+    try:
+        context, scope = receive(payload)[:2] if enveloped else incoming(carried)
+    finally:
+        otel_context.detach(token)
+    remote = decode_trace(carried.traceparent, carried.tracestate) if carried.traceparent else None
+    if remote is not None:
+        context = trace.set_span_in_context(trace.NonRecordingSpan(remote), context)
+    return scope.correlation, context
+
+
+def _row(request: Request, run_id: str) -> RunRow:
+    options = request.options
+    now = time.time_ns()
+    delay = _option(options, "delay", str)
+    due = now if delay is None else max(now, wire.due_unix_ns(delay, now))
+    ttl = _option(options, "ttl", str, int)
+    queue = _option(options, "queue", Mapping) or {}
+    key = _option(options, "concurrencyKey", str, int, float)
+    limit = queue.get("concurrencyLimit")
+    if limit is not None and (not isinstance(limit, int) or limit < 1):
+        raise InvalidRequest(f"queue.concurrencyLimit is a whole number above 0, not {limit!r}", status=400)
+    name = str(queue.get("name") or f"task/{request.task}")
+    lane = None
+    if key is not None:
+        lane = f"{name}/{key}"
+    elif limit is not None:
+        lane = name
+    attempts = _option(options, "maxAttempts", int)
+    if attempts is not None and attempts < 1:
+        raise InvalidRequest(f"maxAttempts is 1 or more, not {attempts}", status=400)
+    duration = _option(options, "maxDuration", int, float)
+    if duration is not None and duration <= 0:
+        raise InvalidRequest(f"maxDuration is a number of seconds above 0, not {duration}", status=400)
+    return RunRow(
+        run_id=run_id,
+        task=request.task,
+        payload=request.payload,
+        payload_type=request.payload_type,
+        options=json.dumps(dict(options)),
+        tags=json.dumps(wire.checked_tags(options.get("tags"))),
+        metadata=_metadata(options.get("metadata")),
+        lane=lane,
+        lane_limit=limit or 1,
+        max_attempts=attempts or MAX_ATTEMPTS,
+        max_seconds=None if duration is None else float(duration),
+        created_unix_ns=now,
+        due_unix_ns=due,
+        expires_unix_ns=None if not ttl else due + int((ttl if isinstance(ttl, int) else wire.seconds_of(ttl)) * 1e9),
+        batch_id=request.batch_id,
+        batch_index=request.batch_index,
+    )
+
+
+def _option(options: Mapping[str, Any], name: str, *kinds: type) -> Any:
+    value = options.get(name)
+    if value is None:
+        return None
+    if not isinstance(value, kinds) or isinstance(value, bool):
+        raise InvalidRequest(f"{name} can't be {str(value)[:64]!r}", status=400)
+    return value
+
+
+def _metadata(value: Any) -> str | None:
+    if value is None:
+        return None
+    text = value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        text = json.dumps(value)
+    if len(text.encode("utf-8", "replace")) > wire.MAX_METADATA_BYTES:
+        raise InvalidRequest(f"metadata has at most {wire.MAX_METADATA_BYTES} bytes", status=413)
+    return text
+
+
+def _keys(request: Request) -> tuple[RunKey, ...]:
+    now = time.time_ns()
+    keys = []
+    if request.request_key is not None:
+        keys.append(RunKey(f"request/{request.task}/{request.request_key}", now + int(wire.REQUEST_KEY_SECONDS * 1e9), exact=True))
+    key = _option(request.options, "idempotencyKey", str)
+    if key:
+        if len(key) > wire.MAX_KEY_CHARS:
+            raise InvalidRequest(f"an idempotency key has at most {wire.MAX_KEY_CHARS} characters, not {len(key)}", status=400)
+        keys.append(RunKey(key_name(request.task, key), now + int(_key_seconds(request.options.get("idempotencyKeyTTL")) * 1e9)))
+    return tuple(keys)
+
+
+def _key_seconds(ttl: object) -> float:
+    # The server ignores a text that it can't read, too.
+    try:
+        return wire.seconds_of(ttl) if isinstance(ttl, str) else wire.KEY_SECONDS
+    except InvalidRequest:
+        return wire.KEY_SECONDS
+
+
+def key_name(task: str, key: str) -> str:
+    """Give the name under which the store holds a task's idempotency key."""
+    return f"key/{task}/{key}"
+
+
+def create_batch(run_count: int, carrier: Mapping[str, str], *, key: str | None = None, request_key: str | None = None) -> tuple[str, bool]:
+    """
+    Announce a batch.
+
+    Args:
+        run_count: How many runs it will have.
+        carrier: The caller's trace headers, which every run of it takes over.
+        key: An idempotency key; None without one.
+        request_key: As in `Request`.
+
+    Returns:
+        The batch's id, and whether an earlier call with the same key had announced it.
+    """
+    now = time.time_ns()
+    keys = []
+    if request_key is not None:
+        keys.append(RunKey(f"request/batch/{request_key}", now + int(wire.REQUEST_KEY_SECONDS * 1e9), exact=True))
+    if key is not None:
+        keys.append(RunKey(f"batch/{key}", now + int(wire.KEY_SECONDS * 1e9)))
+    found: Any = commit(CreateBatch(new_batch_id(), run_count, json.dumps(dict(carrier)), now, tuple(keys)))
+    return found[0], found[1]
+
+
+# --- Finding -----------------------------------------------------------------------------------------------------
+
+
+def find(run_id: str) -> RunRecord | None:
+    """Give a run; None when there is none."""
+    return read(lambda tx: statements.find_run(tx, run_id))
+
+
+def find_by_key(task: str, key: str) -> RunRecord | None:
+    """Give the run that holds a task's idempotency key; None when none does."""
+    return read(lambda tx: statements.find_key(tx, key_name(task, key)))
+
+
+def find_batch(batch_id: str) -> BatchRecord | None:
+    """Give a batch; None when there is none."""
+    return read(lambda tx: statements.find_batch(tx, batch_id))
+
+
+def list_runs(
+    *,
+    limit: int,
+    before: int | None = None,
+    after: int | None = None,
+    tasks: Sequence[str] = (),
+    batch_id: str | None = None,
+    wanted: Callable[[RunRecord], bool] = lambda _: True,
+) -> list[RunRecord]:
+    """
+    Give runs, the newest first.
+
+    Args:
+        limit: At most so many.
+        before: Only runs older than the one with this `seq`; None: from the newest.
+        after: Only runs newer than the one with this `seq`; None: no limit.
+        tasks: Only runs of these tasks; empty: of any.
+        batch_id: Only runs of this batch; None: of any and none.
+        wanted: What else they must be like.
+    """
+    found: list[RunRecord] = []
+    while len(found) < limit:
+        page = read(lambda tx: statements.list_runs(tx, limit=200, before=before, after=after, tasks=tasks, batch_id=batch_id))  # noqa: B023
+        found += [run for run in page if wanted(run)]
+        if len(page) < 200 or after is not None:  # noqa: PLR2004 (the page above)
+            break
+        before = page[-1].seq
+    return found[:limit] if after is None else found[-limit:]
+
+
+def status_of(run: RunRecord, now_unix_ns: int | None = None) -> str:
+    """
+    Give a run's status as the wire contract spells it.
+
+    Args:
+        run: The run.
+        now_unix_ns: The time; None: now.
+    """
+    if run.state == QUEUED:
+        return "DELAYED" if run.due_unix_ns > (time.time_ns() if now_unix_ns is None else now_unix_ns) else "QUEUED"
+    if run.state == CANCELLED:
+        return "EXPIRED" if run.classification == EXPIRED else "CANCELED"
+    return _STATUSES.get(run.state, "FAILED")
+
+
+_STATUSES: Final = {
+    RUNNING: "EXECUTING",
+    RETRYING: "QUEUED",
+    PAUSED: "WAITING",
+    SUCCEEDED: "COMPLETED",
+    FAILED: "FAILED",
+    TIMED_OUT: "TIMED_OUT",
+    LOST: "CRASHED",
+}
+
+
+def is_ended(run: RunRecord) -> bool:
+    """Tell whether a run will not change any more."""
+    return run.state not in (QUEUED, RETRYING, RUNNING, PAUSED)
+
+
+def error_of(run: RunRecord) -> dict[str, Any] | None:
+    """Give what a run failed with; None while it has not."""
+    if status_of(run) not in ("FAILED", "CRASHED", "TIMED_OUT"):
+        return None
+    return {"name": (run.error_type or run.state).rpartition(".")[2], "message": run.error_message or ""}
+
+
+# --- Changing ----------------------------------------------------------------------------------------------------
+
+
+def cancel(run_id: str) -> RunRecord:
+    """
+    Cancel a run: the wish is durable before anything else happens.
+
+    A run that waits is closed at once, one that is being attempted ends when its worker has stopped it, and one that has
+    ended stays as it is.
+
+    Raises:
+        RunNotFound: There is no such run.
+    """
+    run = _found(find(run_id), run_id)
+    if is_ended(run):
+        return run
+    request_cancel(run.execution_id, terminate=True)
+    from otelexec_trigger.consume import dismiss
+
+    if run.state in (QUEUED, RETRYING):
+        dismiss(run)
+    return _found(find(run_id), run_id)
+
+
+def replay(run_id: str, headers: object = None) -> Enqueued:
+    """
+    Ask for the same once more: a new run and a new execution, for the same request.
+
+    Args:
+        run_id: The run to repeat.
+        headers: Those of the call; without a trace in them the new run belongs to the trace of the old one's call.
+
+    Raises:
+        RunNotFound: There is no such run.
+    """
+    run = _found(find(run_id), run_id)
+    options = {
+        name: value for name, value in json.loads(run.options).items() if name not in ("idempotencyKey", "idempotencyKeyTTL", "delay")
+    }
+    context, scope = incoming(carrier_of(run), message_id=run.run_id, context=Context())
+    correlation = scope.correlation.model_copy(update={"execution_id": mint_id()})
+    call = read_headers(headers)
+    remote = decode_trace(call.traceparent, call.tracestate) if call.traceparent else None
+    if remote is not None:
+        context = trace.set_span_in_context(trace.NonRecordingSpan(remote), context)
+    return enqueue(Request(run.task, run.payload, run.payload_type, {**options, "replayedFrom": run.run_id}), correlation, context)
+
+
+def reschedule(run_id: str, delay: str) -> RunRecord:
+    """
+    Give a delayed run another time.
+
+    Args:
+        run_id: The run.
+        delay: A duration from now, or a date.
+
+    Raises:
+        RunNotFound: There is no such run.
+        InvalidRequest: It does not wait for its time any more, or that is no delay.
+    """
+    now = time.time_ns()
+    answer = commit(RescheduleRun(run_id, max(now, wire.due_unix_ns(delay, now)), now))
+    if answer is False:
+        raise InvalidRequest(f"{run_id} is {status_of(_found(find(run_id), run_id))}: only a DELAYED run can be rescheduled", status=400)
+    return _found(find(run_id) if answer else None, run_id)
+
+
+def add_tags(run_id: str, tags: object) -> None:
+    """
+    Add tags to a run.
+
+    Raises:
+        RunNotFound: There is no such run.
+        InvalidRequest: They would be too many, or one is too long; none was added.
+    """
+    given = wire.checked_tags(tags)
+    answer = commit(AddTags(run_id, tuple(given), wire.MAX_TAGS, time.time_ns()))
+    if answer is None:
+        raise _missing(run_id)
+    if not answer:
+        raise InvalidRequest(f"a run has at most {wire.MAX_TAGS} tags, and with these {run_id} would have more", status=422)
+
+
+def change_metadata(run_id: str, change: Callable[[Any], Any]) -> Any:
+    """
+    Change a run's metadata, also while others do.
+
+    Args:
+        run_id: The run.
+        change: Takes the metadata and gives the new; may be called again with what somebody else made of it.
+
+    Returns:
+        The new metadata.
+
+    Raises:
+        RunNotFound: There is no such run.
+        InvalidRequest: The new metadata is too large.
+    """
+    for _ in range(_CHANGES):
+        run = _found(find(run_id), run_id)
+        new = change(None if run.metadata is None else json.loads(run.metadata))
+        if commit(SetRunMetadata(run_id, _metadata(new), run.metadata, time.time_ns())):
+            return new
+    raise StoreUnavailable(f"the metadata of {run_id} is being changed by others all the time")
+
+
+def reset_key(task: str, key: str) -> bool:
+    """Free a task's idempotency key; gives whether it was held."""
+    return bool(commit(ResetKey(key_name(task, key))))
+
+
+# --- The store ---------------------------------------------------------------------------------------------------
+
+
+def store() -> Store:
+    """
+    Give this process's store.
+
+    Raises:
+        SettingsError: It has none.
+    """
+    found = _runtime.get().store
+    if found is None:
+        raise SettingsError("The local backend keeps its runs in the store: set OTELEXEC_STORE to sqlite:///PATH or postgresql://...")
+    return found
+
+
+def read(query: Callable[[Transaction], Found]) -> Found:
+    """Run queries in one reading transaction."""
+    return store().read(query)
+
+
+def commit(write: RunWrite) -> object:
+    """
+    Commit a write durably.
+
+    Raises:
+        StoreError: It was not written.
+    """
+    store()
+    return _runtime.get().commit(write, durable=True, timeout_seconds=_PATIENCE_SECONDS)
+
+
+def carrier_of(run: RunRecord) -> Carrier:
+    """Give what a run carries to its worker."""
+    return read_headers(json.loads(run.carrier))
+
+
+def _found(run: RunRecord | None, run_id: str) -> RunRecord:
+    if run is None:
+        raise _missing(run_id)
+    return run
+
+
+def _missing(run_id: str) -> RunNotFound:
+    return RunNotFound(f"There is no run {run_id}.", status=404)

@@ -1,0 +1,40 @@
+"""The tasks that a local worker runs: callables of one argument, by id."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Final, TypeVar
+
+from otelexec.errors import SettingsError
+
+Function = TypeVar("Function", bound=Callable[[Any], Any])
+
+TASKS: Final[dict[str, Callable[[Any], Any]]] = {}
+"""What `task` has registered in this process, by task id."""
+
+
+def task(task_id: str) -> Callable[[Function], Function]:
+    """
+    Register a function, or coroutine function, as a task of `otelexec trigger worker`.
+
+    It is called with the decoded payload: what JSON makes of it, `str` for `text/plain`, None without one; without the
+    reserved key `_otelexec`. What it returns is the run's output, as JSON. The execution around it is
+    `otelexec.current_execution()`.
+
+    Args:
+        task_id: What it is triggered by.
+
+    Raises:
+        SettingsError: The id is empty, or another function has it.
+    """
+    if not task_id:
+        raise SettingsError("task() takes the task's id: @task('send-invoice')")
+
+    def register(function: Function) -> Function:
+        known = TASKS.get(task_id)
+        if known is not None and (known.__module__, known.__qualname__) != (function.__module__, function.__qualname__):
+            raise SettingsError(f"the task {task_id!r} is {known.__module__}.{known.__qualname__} already")
+        TASKS[task_id] = function
+        return function
+
+    return register
