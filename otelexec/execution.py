@@ -78,6 +78,8 @@ class Options:
             attempt that it can't open there is none.
         takes_lapsed: Whether, with `exclusive`, a running attempt of a process whose lease has lapsed does not count.
         max_output_bytes: Largest output in bytes of JSON; None means as in the settings.
+        number: The attempt's number where the backend counts the attempts itself; the store's own count is never gone below.
+            None: the store counts.
 
     Raises:
         SettingsError: The timeout is no number of seconds above 0.
@@ -98,6 +100,7 @@ class Options:
     exclusive: bool = False
     takes_lapsed: bool = False
     max_output_bytes: int | None = None
+    number: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse a timeout that is none; a name that UTF-8 can't hold is written as near as it can be."""

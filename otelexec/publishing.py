@@ -23,7 +23,7 @@ from otelexec.finalize import finalize, persist
 from otelexec.lifecycle import Call, Steps, begin, execution_row
 from otelexec.propagation import outgoing
 from otelexec.spans import request_of, row_of
-from otelexec.store.writes import REJECTED, AddSpans, Cancellation, Outcome, RecordQueued, RefuseQueued, RequestCancel
+from otelexec.store.writes import CANCELLED, REJECTED, AddSpans, Cancellation, Outcome, RecordQueued, RefuseQueued, RequestCancel
 from otelexec.w3c import clean
 
 if TYPE_CHECKING:
@@ -214,3 +214,15 @@ def request_cancel(execution_id: str, *, terminate: bool | None = None) -> str |
         if execution.id == execution_id:
             execution.cancelled_by(wish)
     return state if isinstance(state, str) else None
+
+
+def settle_queued(execution_id: str) -> None:
+    """
+    Close the record of an execution whose message its backend took back, if nobody has begun it: as `cancelled`, for good.
+
+    Args:
+        execution_id: Which.
+    """
+    runtime = _runtime.get()
+    if runtime.records:
+        runtime.write(RefuseQueued(execution_id, Outcome(CANCELLED, time.time_ns(), "publisher", sticky=True)), durable=True)

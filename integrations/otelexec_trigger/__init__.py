@@ -6,19 +6,34 @@ See integrations/README.md.
 
 from otelexec_trigger.backend import AsyncTriggerBackend, TriggerBackend
 from otelexec_trigger.local import AsyncLocalBackend, LocalBackend
+from otelexec_trigger.receiver import PermanentFailure, Receiver, Reply
 from otelexec_trigger.runs import BackendError, EnqueueError, InvalidRequest, Run, RunNotFound, TriggerError
+from otelexec_trigger.scripts import run
 from otelexec_trigger.tasks import task
+from otelexec_trigger.trigger_dev import AsyncTriggerDevBackend, TriggerDevBackend
+from otelexec_trigger.verifiers import QStash, StandardWebhooks, TimestampedHmac, TriggerDevAlert, VerificationError
 
 __all__ = [
     "AsyncLocalBackend",
     "AsyncTriggerBackend",
+    "AsyncTriggerDevBackend",
     "BackendError",
     "EnqueueError",
     "InvalidRequest",
     "LocalBackend",
+    "PermanentFailure",
+    "QStash",
+    "Receiver",
+    "Reply",
     "Run",
     "RunNotFound",
+    "StandardWebhooks",
+    "TimestampedHmac",
     "TriggerBackend",
+    "TriggerDevAlert",
+    "TriggerDevBackend",
     "TriggerError",
+    "VerificationError",
+    "run",
     "task",
 ]

@@ -138,7 +138,7 @@ def origin(headers: object, payload: Any) -> tuple[Correlation, Context]:
     Find out who asks for a run: from the payload's reserved key, else from headers. Never raises.
 
     Args:
-        headers: Those of the call, in any shape; their trace goes before the payload's.
+        headers: Those of the call, in any shape. The payload's own trace counts where it is a part of theirs.
         payload: The decoded payload.
 
     Returns:
@@ -152,7 +152,7 @@ def origin(headers: object, payload: Any) -> tuple[Correlation, Context]:
     finally:
         otel_context.detach(token)
     remote = decode_trace(carried.traceparent, carried.tracestate) if carried.traceparent else None
-    if remote is not None:
+    if remote is not None and remote.trace_id != trace.get_current_span(context).get_span_context().trace_id:
         context = trace.set_span_in_context(trace.NonRecordingSpan(remote), context)
     return scope.correlation, context
 

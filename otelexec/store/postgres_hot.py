@@ -72,7 +72,7 @@ def runs(writes: Sequence[Write]) -> list[tuple[bool, list[int]]]:
 
 def _is_simple(write: Write) -> bool:
     if isinstance(write, OpenAttempt):
-        return not (write.takes_over or write.repeated or write.exclusive)
+        return not (write.takes_over or write.repeated or write.exclusive or write.number)
     if isinstance(write, CloseAttempt):
         return write.if_cancelled is None
     if isinstance(write, RecordQueued):

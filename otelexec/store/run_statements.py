@@ -14,6 +14,7 @@ from otelexec.store.runs import (
     Enqueued,
     EnqueueRun,
     ForgetRuns,
+    HoldKey,
     PutPacket,
     RescheduleRun,
     ResetKey,
@@ -348,6 +349,12 @@ def put_packet(tx: Transaction, write: PutPacket) -> None:
     )
 
 
+def hold_key(tx: Transaction, write: HoldKey) -> str:
+    """Take a key that nobody holds, or whose time is over."""
+    held = _take_keys(tx, (RunKey(write.name, write.expires_unix_ns, exact=True),), write.owner)
+    return write.owner if held is None else held[0]
+
+
 APPLY: Final[Mapping[type, Callable[[Transaction, Any], object]]] = {
     EnqueueRun: enqueue_run,
     AddTags: add_tags,
@@ -358,19 +365,15 @@ APPLY: Final[Mapping[type, Callable[[Transaction, Any], object]]] = {
     ResetKey: reset_key,
     CreateBatch: create_batch,
     PutPacket: put_packet,
+    HoldKey: hold_key,
 }
 
 
 # --- What the writes of attempts ask -----------------------------------------------------------------------------
 
 
-def hindrance(tx: Transaction, write: OpenAttempt) -> str | None:
-    """
-    Tell what stands in the way of an exclusive attempt; None when nothing does.
-
-    The execution's row is made, if need be, and held: of two that ask at the same time, the second sees the first's answer.
-    """
-    execution = write.execution
+def ensure_execution(tx: Transaction, execution: ExecutionRow) -> None:
+    """Make the execution's row, without an attempt, if it is not there."""
     tx.execute(
         f"""INSERT INTO execution (execution_id, name, state, request_id, source, correlation, parent_execution_id)
             VALUES (?, ?, '{QUEUED}', ?, ?, ?, ?) ON CONFLICT (execution_id) DO NOTHING""",
@@ -383,6 +386,16 @@ def hindrance(tx: Transaction, write: OpenAttempt) -> str | None:
             execution.parent_execution_id,
         ),
     )
+
+
+def hindrance(tx: Transaction, write: OpenAttempt) -> str | None:
+    """
+    Tell what stands in the way of an exclusive attempt; None when nothing does.
+
+    The execution's row is made, if need be, and held: of two that ask at the same time, the second sees the first's answer.
+    """
+    execution = write.execution
+    ensure_execution(tx, execution)
     state, attempts = tx.execute(
         f"SELECT state, attempts FROM execution WHERE execution_id = ? {tx.lock}", (execution.execution_id,)
     ).fetchone()

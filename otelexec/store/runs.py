@@ -190,7 +190,16 @@ class PutPacket:
     at_unix_ns: int
 
 
-RunWrite = EnqueueRun | AddTags | SetRunMetadata | RescheduleRun | SetRunOutput | ForgetRuns | ResetKey | CreateBatch | PutPacket
+@dataclass(frozen=True, slots=True)
+class HoldKey:
+    """Take a key for an owner, or find who holds it. Gives the owner that does."""
+
+    name: str
+    owner: str
+    expires_unix_ns: int
+
+
+RunWrite = EnqueueRun | AddTags | SetRunMetadata | RescheduleRun | SetRunOutput | ForgetRuns | ResetKey | CreateBatch | PutPacket | HoldKey
 
 
 # --- What is read ------------------------------------------------------------------------------------------------

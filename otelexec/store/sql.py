@@ -20,7 +20,6 @@ from otelexec.store.writes import (
     NO_SPANS,
     PAUSED,
     QUEUED,
-    REJECTED,
     RETRYING,
     RUNNING,
     SUCCEEDED,
@@ -142,6 +141,10 @@ def open_attempt(tx: Transaction, write: OpenAttempt) -> Opened | Busy:
             return Opened(found[0], bool(found[1]), _cancellation(tx, execution.execution_id), found[2])
     if write.exclusive and (reason := run_statements.hindrance(tx, write)) is not None:
         return Busy(reason)
+    if write.number is not None:
+        run_statements.ensure_execution(tx, execution)
+        before = write.number - 1
+        tx.execute("UPDATE execution SET attempts = ? WHERE execution_id = ? AND attempts < ?", (before, execution.execution_id, before))
     number, state, snapshot, requested, terminate = tx.execute(
         _OPEN_EXECUTION,
         (
@@ -400,12 +403,12 @@ def record_queued(tx: Transaction, write: RecordQueued) -> None:
 
 
 def refuse_queued(tx: Transaction, write: RefuseQueued) -> None:
-    """Close an execution whose message was refused, unless it got further by another way."""
+    """Close an execution whose message was refused or taken back, unless it got further by another way."""
     outcome = write.outcome
     tx.execute(
-        f"""UPDATE execution SET state = '{REJECTED}', ended_unix_ns = ?, error_type = ?, error_message = ?
+        f"""UPDATE execution SET state = ?, sticky = ?, ended_unix_ns = ?, error_type = ?, error_message = ?
             WHERE execution_id = ? AND state = '{QUEUED}'""",
-        (outcome.ended_unix_ns, outcome.error_type, outcome.error_message, write.execution_id),
+        (outcome.state, int(outcome.sticky), outcome.ended_unix_ns, outcome.error_type, outcome.error_message, write.execution_id),
     )
     add_spans(tx, write.spans)
 

@@ -121,6 +121,7 @@ class OpenAttempt:
         exclusive: Whether it is opened only if no other attempt of the execution runs, and the execution's run, where it has
             one, waits for an attempt; else the answer is `Busy`.
         takes_lapsed: Whether a running attempt of a process whose lease has lapsed is no hindrance.
+        number: The attempt's least number; None: the next one.
     """
 
     token: str
@@ -137,6 +138,7 @@ class OpenAttempt:
     opened: tuple[SpanRow, ...] = ()
     exclusive: bool = False
     takes_lapsed: bool = False
+    number: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -423,11 +425,11 @@ class RecordQueued:
 @dataclass(frozen=True, slots=True)
 class RefuseQueued:
     """
-    Close a queued execution whose message was refused. Gives None.
+    Close a queued execution whose message was refused or taken back. Gives None.
 
     Attributes:
         execution_id: The execution.
-        frozen: The outcome (`rejected`); the PRODUCER span travels in `spans`.
+        outcome: `rejected`, or `cancelled` where it was taken back; the PRODUCER span travels in `spans`.
         spans: The PRODUCER span.
     """
 

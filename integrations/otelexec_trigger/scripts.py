@@ -1,0 +1,139 @@
+"""
+Scripts that a Trigger.dev task starts by `@trigger.dev/python`: an execution around the whole of one.
+
+The platform says in the environment what it runs (`TRACEPARENT`, and run id and attempt among the resource attributes); who
+asked for it stands in the payload, in the first argument.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+from opentelemetry import context as otel_context
+from opentelemetry import trace
+from opentelemetry.context import Context
+
+from otelexec import runtime as _runtime
+from otelexec import semconv
+from otelexec.carrier import read_env
+from otelexec.context import SCOPE_KEY
+from otelexec.correlation import Scope, with_ambient
+from otelexec.drivers import call_async, call_sync
+from otelexec.envelope import receive
+from otelexec.execution import Options
+from otelexec.lifecycle import lifecycle
+from otelexec.propagation import incoming
+from otelexec.w3c import decode_trace
+from otelexec_trigger.engine import RUN_ID
+from otelexec_trigger.trigger_dev import SYSTEM
+
+# The platform does not percent-encode the values, so a value ends where the next known name begins.
+_ATTRIBUTE: Final = r"(?:\A|,){}=(.*?)(?=,[A-Za-z_][\w.$-]*=|\Z)"
+
+
+def run(executor: Callable[[Any], Any], *, name: str | None = None) -> Any:
+    """
+    Run an executor as the execution that the platform has started this script for.
+
+    The payload is the JSON in `sys.argv[1]`; None without an argument. The result goes to standard output as one line of
+    JSON, the last one. What the executor raises goes on: Python then writes the traceback to standard error and exits with
+    1, or with the code of a SystemExit.
+
+    Args:
+        executor: A function or coroutine function of one argument, the payload without the reserved key.
+        name: Name of the execution; None: the executor's qualified name.
+
+    Returns:
+        What the executor returned.
+    """
+    runtime = _runtime.get()
+    argument = sys.argv[1] if len(sys.argv) > 1 else None
+    told = os.environ.get("OTEL_RESOURCE_ATTRIBUTES", "")
+    attempt = _attribute(told, "ctx.attempt.number") or ""
+    context, links = _context(_decoded(argument), _attribute(told, "ctx.run.id"))
+    options = Options(
+        name or f"{executor.__module__}.{executor.__qualname__}",
+        kind=trace.SpanKind.CONSUMER,
+        attributes=_attributes(told),
+        links=links,
+        number=int(attempt) if attempt.isdecimal() and len(attempt) < 6 else None,  # noqa: PLR2004 (a number that is one)
+    )
+
+    def call() -> Any:
+        payload = None if argument is None else json.loads(argument)
+        if isinstance(payload, dict) and semconv.PAYLOAD_KEY in payload:
+            payload = {key: value for key, value in payload.items() if key != semconv.PAYLOAD_KEY}
+        return executor(payload)
+
+    async def call_and_wait() -> Any:
+        value = call()
+        return await value if inspect.isawaitable(value) else value
+
+    steps = lifecycle(runtime, options)
+    before = otel_context.get_current()
+    otel_context.attach(context)
+    try:
+        if inspect.iscoroutinefunction(inspect.unwrap(executor)):
+            value = asyncio.run(call_async(runtime, steps, call_and_wait, None))
+        else:
+            value = call_sync(runtime, steps, call)
+    finally:
+        otel_context.attach(before)
+    sys.stdout.write(json.dumps(value, separators=(",", ":"), default=str) + "\n")
+    sys.stdout.flush()
+    return value
+
+
+def _context(payload: Any, run_id: str | None) -> tuple[Context, tuple[trace.Link, ...]]:
+    """Give the context of the execution: ids and baggage of the payload, the platform's span as parent, the sender's as a link."""
+    environment = read_env(os.environ)
+    token = otel_context.attach(Context())
+    try:
+        if isinstance(payload, Mapping) and semconv.PAYLOAD_KEY in payload:
+            context, scope, _ = receive(payload, message_id=run_id)
+        else:
+            context, scope = incoming(environment, message_id=run_id)
+    finally:
+        otel_context.detach(token)
+    links: tuple[trace.Link, ...] = ()
+    parent = decode_trace(environment.traceparent, environment.tracestate) if environment.traceparent else None
+    sender = trace.get_current_span(context).get_span_context()
+    if parent is not None:
+        if sender.is_valid and sender.span_id != parent.span_id:
+            links = (trace.Link(sender),)
+        context = trace.set_span_in_context(trace.NonRecordingSpan(parent), context)
+    if run_id is None:
+        return context, links
+    correlation = scope.correlation.model_copy(update={RUN_ID: run_id})
+    own = Scope(correlation, links=scope.links, trusted=scope.trusted, message_id=run_id, enqueued_unix_ns=scope.enqueued_unix_ns)
+    return otel_context.set_value(SCOPE_KEY, own, with_ambient(context, correlation)), links
+
+
+def _attributes(told: str) -> dict[str, Any]:
+    known = {
+        semconv.MESSAGING_SYSTEM: SYSTEM,
+        semconv.MESSAGING_OPERATION_NAME: "process",
+        semconv.MESSAGING_OPERATION_TYPE: "process",
+        semconv.MESSAGING_DESTINATION_NAME: _attribute(told, "ctx.task.id"),
+        semconv.MESSAGING_MESSAGE_ID: _attribute(told, "ctx.run.id"),
+    }
+    return {name: value for name, value in known.items() if value}
+
+
+def _attribute(told: str, name: str) -> str | None:
+    found = re.search(_ATTRIBUTE.format(re.escape(name)), told)
+    return found[1].strip() or None if found is not None else None
+
+
+def _decoded(argument: str | None) -> Any:
+    try:
+        return None if argument is None else json.loads(argument)
+    except (ValueError, RecursionError):
+        return None

@@ -1,0 +1,438 @@
+"""
+The client of Trigger.dev's REST contract; `otelexec trigger serve` speaks it as well.
+
+The platform drops the `baggage` header, so the context travels in the payload's reserved key, and a readable copy of the
+ids in tags and metadata, where the dashboard finds them.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import uuid
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+from urllib.parse import quote, urlencode
+
+import httpx
+from opentelemetry import context as otel_context
+from opentelemetry import trace
+
+from otelexec import inject, request_cancel, semconv
+from otelexec.correlation import Correlation
+from otelexec.errors import SettingsError
+from otelexec.propagation import entries
+from otelexec.publishing import Message, publish, settle_queued
+from otelexec.w3c import encode_traceparent
+from otelexec_trigger import wire
+from otelexec_trigger.backend import AsyncTriggerBackend, Delay, Operations, Trigger, TriggerBackend
+from otelexec_trigger.calls import Do, Enter, Http, Leave, Steps, Wait, published
+from otelexec_trigger.local import encode, json_text, options_of
+from otelexec_trigger.rendering import run_of
+from otelexec_trigger.runs import BackendError, EnqueueError, InvalidRequest, Run, RunNotFound, TriggerError
+
+logger = logging.getLogger("otelexec.trigger")
+
+SYSTEM: Final = "trigger.dev"
+"""`messaging.system`."""
+API_URL: Final = "https://api.trigger.dev"
+
+TIMEOUT_SECONDS: Final = 30.0
+MAX_ATTEMPTS: Final = 5
+FIRST_WAIT_SECONDS: Final = 1.0
+LAST_WAIT_SECONDS: Final = 30.0
+_FACTOR: Final = 1.6
+_RETRIED: Final = frozenset({408, 409, 429})
+_PAGE: Final = 100
+_BATCH_SENDS: Final = 5
+_METADATA_KEY: Final = "otelexec"
+
+
+class _Attempts:
+    """What the attempts of one call tell: whether any of them may have been accepted."""
+
+    def __init__(self) -> None:
+        self.unknown = False
+
+    def failed(self, error: httpx.HTTPError) -> None:
+        # Nothing was sent where no connection was made.
+        if not isinstance(error, httpx.ConnectError | httpx.ConnectTimeout | httpx.PoolTimeout | httpx.UnsupportedProtocol):
+            self.unknown = True
+
+    def answered(self, status: int) -> None:
+        if status >= 500 or status in _RETRIED:  # noqa: PLR2004 (HTTP's server errors)
+            self.unknown = True
+
+
+class TriggerDevOperations(Operations):
+    """
+    What a Trigger.dev server does.
+
+    Args:
+        api_url: Where it is.
+        secret_key: The environment's key.
+        max_attempts: How often a request is sent at most.
+        first_wait_seconds: How long to wait before the second attempt; each further one waits 1.6 times as long, up to 30 s.
+    """
+
+    def __init__(self, api_url: str, secret_key: str, *, max_attempts: int, first_wait_seconds: float) -> None:
+        self._url = api_url.rstrip("/")
+        self._key = secret_key
+        self._max_attempts = max_attempts
+        self._first_wait = first_wait_seconds
+
+    # Asking
+
+    def trigger(self, wanted: Trigger) -> Steps[str]:
+        """Ask for a run."""
+        options_of(wanted)
+        encode(wanted.payload)
+
+        def send(message: Message) -> Steps[str]:
+            context = otel_context.get_current()
+            payload, options = _prepare(wanted, message.correlation)
+            payload = yield from self._offload(payload, options)
+            body = _without_none({"payload": payload, "options": options})
+            path = f"/api/v1/tasks/{quote(wanted.task, safe='')}/trigger"
+            attempts = _Attempts()
+            try:
+                answer = yield from self._ask("POST", path, _body(body), attempts, entries(context, message.correlation))
+                run_id = _text(answer, "id")
+            except TriggerError as error:
+                raise self._enqueue_error(error, message, attempts) from error
+            if run_id is None:
+                message.acceptance_unknown()
+                text = f"{self._url} accepted the run of {wanted.task} and did not say its id"
+                raise EnqueueError(text, acceptance="unknown", retryable=True, status=200)
+            message.set_message_id(run_id)
+            return run_id
+
+        return (yield from published(_block(wanted), send))
+
+    def batch_trigger(self, wanted: Sequence[Trigger]) -> Steps[str]:
+        """Ask for several runs, at most a thousand in one batch."""
+        if not wanted:
+            raise InvalidRequest("A batch has at least one item.")
+        for each in wanted:
+            options_of(each)
+            encode(each.payload)
+        first: str | None = None
+        for start in range(0, len(wanted), wire.MAX_BATCH):
+            batch_id = yield from self._batch(wanted[start : start + wire.MAX_BATCH])
+            first = first or batch_id
+        return first or ""
+
+    def _batch(self, wanted: Sequence[Trigger]) -> Steps[str]:
+        base = otel_context.get_current()
+        blocks: list[tuple[publish, Message]] = []
+        attempts = _Attempts()
+        failure: BaseException | None = None
+        try:
+            lines = []
+            for index, each in enumerate(wanted):
+                otel_context.attach(base)  # the messages of one call are siblings
+                block = _block(each)
+                message: Message = yield Enter(block)
+                blocks.append((block, message))
+                payload, options = _prepare(each, message.correlation)
+                payload = yield from self._offload(payload, options)
+                lines.append(_body(_without_none({"index": index, "task": each.task, "payload": payload, "options": options})))
+            otel_context.attach(base)
+            try:
+                return (yield from self._send_batch(wanted, b"\n".join(lines) + b"\n", base, attempts))
+            except TriggerError as error:
+                raise self._enqueue_error(error, None, attempts) from error
+        except BaseException as error:
+            failure = error
+            raise
+        finally:
+            for block, message in reversed(blocks):
+                if isinstance(failure, EnqueueError) and failure.acceptance == "unknown":
+                    message.acceptance_unknown()
+                yield Leave(block, failure)
+            otel_context.attach(base)
+
+    def _send_batch(self, wanted: Sequence[Trigger], lines: bytes, base: Any, attempts: _Attempts) -> Steps[str]:
+        span = trace.get_current_span(base).get_span_context()
+        carried = {semconv.HEADER_TRACEPARENT: encode_traceparent(span)} if span.is_valid else {}
+        tasks = sorted({each.task for each in wanted})
+        created = yield from self._ask(
+            "POST", "/api/v3/batches", _body({"runCount": len(wanted), "taskIdentifiers": tasks}), _Attempts(), carried
+        )
+        batch_id = _text(created, "id")
+        if batch_id is None:
+            raise BackendError(f"{self._url} announced a batch and did not say its id", status=200)
+        for _ in range(_BATCH_SENDS):
+            # Some may be accepted from here on; sending all of them again is safe, since the server knows them by their index.
+            path = f"/api/v3/batches/{quote(batch_id, safe='')}/items"
+            answer = yield from self._ask("POST", path, lines, attempts, {"content-type": "application/x-ndjson"})
+            if answer.get("sealed") is not False:
+                return batch_id
+            attempts.unknown = True
+        raise BackendError(f"batch {batch_id} was sent {_BATCH_SENDS} times and is not complete", retryable=True)
+
+    def _offload(self, payload: str | None, options: dict[str, Any]) -> Steps[str | None]:
+        """Upload a payload that is too large for the call itself."""
+        if payload is None or len(payload.encode()) < wire.OFFLOAD_BYTES:
+            return payload
+        name = f"otelexec_{uuid.uuid4().hex}/payload.{'txt' if options['payloadType'] == wire.TEXT else 'json'}"
+        answer = yield from self._ask("PUT", f"/api/v2/packets/{name}", b"", _Attempts())
+        url = _text(answer, "presignedUrl")
+        if url is None:
+            raise EnqueueError(f"{self._url} gave no place to upload a payload of {len(payload)} characters", retryable=True)
+        # Where the bytes go is another server, which must not see the key.
+        uploaded = yield from self._send(Http("PUT", url, {"content-type": options["payloadType"]}, payload.encode()), _Attempts())
+        if uploaded.status_code >= 300:  # noqa: PLR2004 (anything but a success)
+            raise EnqueueError(
+                f"the upload of the payload was answered {uploaded.status_code}", status=uploaded.status_code, retryable=True
+            )
+        options["payloadType"] = wire.STORED
+        return name
+
+    def _enqueue_error(self, error: TriggerError, message: Message | None, attempts: _Attempts) -> EnqueueError:
+        if isinstance(error, EnqueueError):
+            return error
+        if attempts.unknown and message is not None:
+            message.acceptance_unknown()
+        acceptance: Any = "unknown" if attempts.unknown else "rejected"
+        return EnqueueError(str(error), acceptance=acceptance, retryable=error.retryable or attempts.unknown, status=error.status)
+
+    # Runs
+
+    def get(self, run_id: str) -> Steps[Run]:
+        """Give a run."""
+        told = yield from self._told(run_id)
+        if told.get("output") is None and isinstance(told.get("outputPresignedUrl"), str):
+            answer = yield from self._send(Http("GET", told["outputPresignedUrl"]), _Attempts())
+            if answer.status_code < 300:  # noqa: PLR2004 (a success)
+                told["output"] = wire.decode(answer.text, answer.headers.get("content-type", wire.JSON).partition(";")[0])
+        return run_of(told)
+
+    def cancel(self, run_id: str) -> Steps[bool]:
+        """Cancel a run: first the wish, then the backend, then the record."""
+        try:
+            told = yield from self._told(run_id)
+        except RunNotFound:
+            return False
+        execution_id = _execution_id(told)
+        if execution_id is not None:
+            yield Do(lambda: request_cancel(execution_id, terminate=True))
+        try:
+            yield from self._ask("POST", f"/api/v2/runs/{quote(run_id, safe='')}/cancel", b"", _Attempts())
+        except RunNotFound:
+            return False
+        if execution_id is not None:
+            yield Do(lambda: settle_queued(execution_id))
+        return True
+
+    def page(self, cursor: str | None, tasks: Sequence[str]) -> Steps[tuple[list[Run], str | None]]:
+        """Give a page of runs."""
+        query = {"page[size]": str(_PAGE)}
+        if cursor is not None:
+            query["page[after]"] = cursor
+        if tasks:
+            query["filter[taskIdentifier]"] = ",".join(tasks)
+        answer = yield from self._ask("GET", f"/api/v1/runs?{urlencode(query)}", None, _Attempts())
+        data, pagination = answer.get("data"), answer.get("pagination")
+        runs = [run_of(told) for told in data if isinstance(told, dict)] if isinstance(data, list) else []
+        return runs, _text(pagination, "next") if isinstance(pagination, dict) and runs else None
+
+    def replay(self, run_id: str) -> Steps[str]:
+        """Ask for the same once more."""
+        carried = entries_here()
+        answer = yield from self._ask("POST", f"/api/v1/runs/{quote(run_id, safe='')}/replay", b"", _Attempts(), carried)
+        new_id = _text(answer, "id")
+        if new_id is None:
+            raise BackendError(f"{self._url} replayed {run_id} and did not say the new run's id", status=200)
+        return new_id
+
+    def reschedule(self, run_id: str, delay: Delay) -> Steps[Run]:
+        """Give a delayed run another time."""
+        body = _body({"delay": wire.delay_text(delay)})
+        return run_of((yield from self._ask("POST", f"/api/v1/runs/{quote(run_id, safe='')}/reschedule", body, _Attempts())))
+
+    def add_tags(self, run_id: str, tags: str | Sequence[str]) -> Steps[None]:
+        """Add tags to a run."""
+        body = _body({"tags": wire.checked_tags(tags)})
+        yield from self._ask("POST", f"/api/v1/runs/{quote(run_id, safe='')}/tags", body, _Attempts())
+
+    def _told(self, run_id: str) -> Steps[dict[str, Any]]:
+        return (yield from self._ask("GET", f"/api/v3/runs/{quote(run_id, safe='')}", None, _Attempts()))
+
+    # Requests
+
+    def _ask(
+        self, method: str, path: str, content: bytes | None, attempts: _Attempts, headers: Mapping[str, str] | None = None
+    ) -> Steps[dict[str, Any]]:
+        """Make one logical call, in as many attempts as it takes; gives the answer's JSON object."""
+        response = yield from self._send(
+            Http(
+                method,
+                self._url + path,
+                {
+                    "authorization": f"Bearer {self._key}",
+                    "content-type": "application/json",
+                    "x-trigger-api-version": wire.API_VERSION,
+                    "x-trigger-source": "sdk",
+                    "x-trigger-request-idempotency-key": str(uuid.uuid4()),
+                    **(headers or {}),
+                },
+                content,
+            ),
+            attempts,
+        )
+        if response.status_code >= 300:  # noqa: PLR2004 (anything but a success)
+            raise _refusal(response, f"{method} {self._url}{path.partition('?')[0]}")
+        try:
+            answer = response.json()
+        except ValueError:
+            answer = None
+        return answer if isinstance(answer, dict) else {}
+
+    def _send(self, request: Http, attempts: _Attempts) -> Steps[httpx.Response]:
+        wait = self._first_wait
+        for attempt in range(1, self._max_attempts + 1):
+            error: httpx.HTTPError | None = None
+            asked: float | None = None
+            response: httpx.Response | None = None
+            try:
+                response = yield request
+                attempts.answered(response.status_code)
+                if attempt == self._max_attempts or not _is_retried(response):
+                    return response
+                asked = wire.wait_seconds(response.headers) if response.status_code == 429 else None  # noqa: PLR2004
+            except httpx.HTTPError as raised:
+                error = raised
+                attempts.failed(raised)
+            if error is not None and attempt == self._max_attempts:
+                text = f"{request.method} {self._url}: {type(error).__name__} {error}".rstrip()
+                raise BackendError(text, retryable=True) from error
+            yield Wait(min(wait if asked is None else asked, LAST_WAIT_SECONDS))
+            wait = min(wait * _FACTOR, LAST_WAIT_SECONDS)
+        raise AssertionError("the last attempt ends the loop")
+
+
+def _is_retried(response: httpx.Response) -> bool:
+    wanted = response.headers.get("x-should-retry")
+    if wanted in ("true", "false"):
+        return bool(wanted == "true") and response.status_code >= 400  # noqa: PLR2004 (an error of any kind)
+    return response.status_code in _RETRIED or response.status_code >= 500  # noqa: PLR2004 (HTTP's server errors)
+
+
+def _refusal(response: httpx.Response, what: str) -> TriggerError:
+    try:
+        body = response.json()
+    except ValueError:
+        body = None
+    said = body.get("error") or body.get("title") or body.get("detail") if isinstance(body, dict) else None
+    text = f"{what} was answered {response.status_code}" + (f": {str(said)[:500]}" if said else "")
+    kind = RunNotFound if response.status_code == 404 and "/runs/" in what else BackendError  # noqa: PLR2004
+    return kind(text, status=response.status_code, retryable=_is_retried(response))
+
+
+def _block(wanted: Trigger) -> publish:
+    return publish(wanted.task, destination=wanted.queue or wanted.task, system=SYSTEM, operation="trigger")
+
+
+def _prepare(wanted: Trigger, correlation: Correlation) -> tuple[str | None, dict[str, Any]]:
+    """Give payload and options of a message, with its correlation where the platform keeps it; in the message's own block."""
+    given = wanted.payload
+    payload, payload_type = encode(inject(given) if isinstance(given, Mapping) else given)
+    options = options_of(wanted)
+    options["payloadType"] = payload_type
+    if payload is not None:
+        options["payloadSize"] = len(payload.encode())
+    if wanted.key is None:
+        options["idempotencyKey"] = wire.idempotency_hash(correlation.execution_id)
+    members = correlation.members()
+    tags = options.get("tags", [])
+    added, dropped = wire.correlation_tags(members, len(tags))
+    options["tags"] = [*tags, *added]
+    if dropped:
+        logger.warning("otelexec.trigger.tags: no room for %s among the %d tags of a run", ", ".join(dropped), wire.MAX_TAGS)
+    if wanted.metadata is None or isinstance(wanted.metadata, Mapping):
+        shown = {name.removeprefix(semconv.PREFIX): value for name, value in members.items()}
+        metadata = {**(wanted.metadata or {}), _METADATA_KEY: shown}
+        if len(json_text(metadata, "metadata").encode()) <= wire.MAX_METADATA_BYTES:
+            options["metadata"] = metadata
+    if "metadata" in options:
+        options["metadata"] = json_text(options["metadata"], "metadata")
+        options["metadataType"] = wire.JSON
+    return payload, options
+
+
+def entries_here() -> dict[str, str]:
+    """Give the trace headers of the current span; nothing outside any."""
+    span = trace.get_current_span().get_span_context()
+    return {semconv.HEADER_TRACEPARENT: encode_traceparent(span)} if span.is_valid else {}
+
+
+def _execution_id(told: Mapping[str, Any]) -> str | None:
+    metadata = told.get("metadata")
+    ours = metadata.get(_METADATA_KEY) if isinstance(metadata, dict) else None
+    return _text(ours, "execution_id") if isinstance(ours, dict) else None
+
+
+def _body(value: Any) -> bytes:
+    return json_text(value, "the request").encode()
+
+
+def _without_none(value: dict[str, Any]) -> dict[str, Any]:
+    return {name: each for name, each in value.items() if each is not None}
+
+
+def _text(answer: Mapping[str, Any], name: str) -> str | None:
+    value = answer.get(name)
+    return value if isinstance(value, str) and value else None
+
+
+def _operations(api_url: str | None, secret_key: str | None, max_attempts: int, first_wait_seconds: float) -> TriggerDevOperations:
+    key = secret_key or os.environ.get("TRIGGER_SECRET_KEY", "")
+    if not key:
+        raise SettingsError("TRIGGER_SECRET_KEY: set it to the environment's key, tr_dev_... or tr_prod_..., or give secret_key=")
+    url = api_url or os.environ.get("TRIGGER_API_URL") or API_URL
+    if not url.startswith(("http://", "https://")):
+        raise SettingsError(f"TRIGGER_API_URL: must start with http:// or https://, not {url[:64]!r}")
+    return TriggerDevOperations(url, key, max_attempts=max_attempts, first_wait_seconds=first_wait_seconds)
+
+
+class TriggerDevBackend(TriggerBackend):
+    """
+    Trigger.dev, over its REST API.
+
+    Args:
+        api_url: The server; None: TRIGGER_API_URL, else the cloud's.
+        secret_key: The environment's key; None: TRIGGER_SECRET_KEY.
+        timeout_seconds: How long one attempt waits for an answer.
+        max_attempts: How often a request is sent at most.
+        first_wait_seconds: How long to wait before the second attempt; each further one waits 1.6 times as long, up to 30 s.
+
+    Raises:
+        SettingsError: There is no key, or the URL is none.
+    """
+
+    def __init__(
+        self,
+        api_url: str | None = None,
+        secret_key: str | None = None,
+        *,
+        timeout_seconds: float = TIMEOUT_SECONDS,
+        max_attempts: int = MAX_ATTEMPTS,
+        first_wait_seconds: float = FIRST_WAIT_SECONDS,
+    ) -> None:
+        super().__init__(_operations(api_url, secret_key, max_attempts, first_wait_seconds), httpx.Client(timeout=timeout_seconds))
+
+
+class AsyncTriggerDevBackend(AsyncTriggerBackend):
+    """The same, with `await`; see `TriggerDevBackend` for the arguments."""
+
+    def __init__(
+        self,
+        api_url: str | None = None,
+        secret_key: str | None = None,
+        *,
+        timeout_seconds: float = TIMEOUT_SECONDS,
+        max_attempts: int = MAX_ATTEMPTS,
+        first_wait_seconds: float = FIRST_WAIT_SECONDS,
+    ) -> None:
+        super().__init__(_operations(api_url, secret_key, max_attempts, first_wait_seconds), httpx.AsyncClient(timeout=timeout_seconds))
