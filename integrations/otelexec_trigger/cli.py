@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Final
 
 import typer
@@ -21,6 +23,17 @@ from otelexec_trigger.worker import Worker
 app = typer.Typer(help="The local engine: runs in the store, triggered over HTTP or from Python. For development and small loads.")
 
 _CLOSE_SECONDS: Final = 5
+
+
+class _Server(uvicorn.Server):
+    """Ends well when it is told to: uvicorn would raise the signal once more afterwards."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Have SIGTERM and SIGINT end the server."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.handle_exit)
+        yield
 
 
 @app.command()
@@ -50,7 +63,7 @@ def serve(
         log_config=None,
     )
     console.say(f"Serving Trigger.dev's contract on http://{_shown(listener)}")
-    uvicorn.Server(config).run(sockets=[listener])
+    _Server(config).run(sockets=[listener])
     sweeper.stop(_CLOSE_SECONDS)
 
 

@@ -33,7 +33,7 @@ class LocalOperations(Operations):
         options = options_of(wanted)
         payload, payload_type = encode(wanted.payload)
         if wanted.key is not None:
-            held = yield Do(lambda: engine.find_by_key(wanted.task, options["idempotencyKey"]))
+            held = yield Do(lambda: _held(wanted.task, options["idempotencyKey"]))
             if held is not None:
                 run_id: str = held.run_id
                 return run_id
@@ -102,6 +102,13 @@ class LocalOperations(Operations):
     def add_tags(self, run_id: str, tags: str | Sequence[str]) -> Steps[None]:
         """Add tags to a run."""
         yield Do(lambda: engine.add_tags(run_id, tags))
+
+
+def _held(task: str, key: str) -> Any:
+    try:
+        return engine.find_by_key(task, key)
+    except StoreError as error:
+        raise EnqueueError(f"The store did not answer: {error}", retryable=True) from error
 
 
 def _block(wanted: Trigger) -> publish:

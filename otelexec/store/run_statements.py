@@ -59,7 +59,7 @@ def find_run(tx: Transaction, run_id: str) -> RunRecord | None:
 def find_key(tx: Transaction, name: str) -> RunRecord | None:
     """Give the run that holds a key; None when no run does, or it has freed it."""
     now = tx.now_unix_ns()
-    row = tx.execute("SELECT run_id, expires_unix_ns FROM run_key WHERE name = ?", (name,)).fetchone()
+    row = tx.execute("SELECT owner, expires_unix_ns FROM run_key WHERE name = ?", (name,)).fetchone()
     run = None if row is None or row[1] <= now else find_run(tx, row[0])
     return None if run is None or _has_freed_its_key(run.state, run.classification) else run
 

@@ -1,0 +1,109 @@
+"""The tasks of the tests' workers."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import otelexec
+from otelexec_trigger import task
+
+
+def count(mark: str) -> int:
+    """Count one run of a task, and give which it is."""
+    path = Path(mark)
+    with path.open("a") as file:
+        file.write(f"{os.getpid()}\n")
+    return len(path.read_text().splitlines())
+
+
+@task("echo")
+def echo(payload: Any) -> Any:
+    return payload
+
+
+@task("kind")
+def kind(payload: Any) -> str:
+    return type(payload).__name__
+
+
+@task("who")
+def who(payload: Any) -> dict[str, Any]:
+    run = otelexec.current_execution()
+    assert isinstance(run, otelexec.Execution)
+    return {"id": run.id, "request": run.correlation.request_id, "attempt": run.attempt, "fields": dict(run.correlation.fields)}
+
+
+@task("fail")
+def fail(payload: Any) -> None:
+    raise LookupError("no such thing")
+
+
+@task("flaky")
+def flaky(mark: str) -> str:
+    if count(mark) == 1:
+        raise ValueError("the first time")
+    return "the second time"
+
+
+@task("sleep")
+def sleep(payload: dict[str, Any]) -> str:
+    count(payload["mark"])
+    time.sleep(payload["seconds"])
+    return "slept"
+
+
+@task("nap")
+async def nap(payload: dict[str, Any]) -> str:
+    count(payload["mark"])
+    await asyncio.sleep(payload["seconds"])
+    return "napped"
+
+
+@task("heeds")
+def heeds(mark: str) -> str:
+    count(mark)
+    run = otelexec.current_execution()
+    deadline = time.monotonic() + 60
+    while not run.cancel_requested and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return "heeded"
+
+
+@task("die")
+def die(mark: str) -> str:
+    if count(mark) == 1:
+        os.kill(os.getpid(), 9)
+    return "alive"
+
+
+@task("leave")
+def leave(payload: int) -> None:
+    os._exit(payload)
+
+
+@otelexec.execution("the.core", core=True)
+def core(number: int) -> int:
+    return number * 2
+
+
+@task("cored")
+def cored(payload: int) -> dict[str, int]:
+    return {"twice": core(payload)}
+
+
+@task("alone")
+def alone(payload: dict[str, str]) -> bool:
+    """Tell whether no other one of its kind ran at the same time."""
+    count(payload["mark"])
+    held = Path(payload["held"])
+    try:
+        held.touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    time.sleep(0.2)
+    held.unlink()
+    return True
