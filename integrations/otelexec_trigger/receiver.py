@@ -19,6 +19,7 @@ import hashlib
 import inspect
 import json
 import logging
+import time
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -51,6 +52,8 @@ DUPLICATE: Final = "duplicate"
 
 _RETRY_AFTER: Final = {"retry-after": "5"}
 _PATIENCE_SECONDS: Final = 5.0
+_HELD_SECONDS: Final = 86_400.0
+"""How long a proof is held at least: the clock that it was verified by may not be the store's."""
 
 ASGIScope = MutableMapping[str, Any]
 ASGIReceive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -238,7 +241,8 @@ class Receiver:
         runtime = _runtime.get()
         if not verified.proof or not runtime.records:
             return
-        write = HoldKey(f"proof/{verified.proof}", verified.identity, int(verified.valid_until * 1e9))
+        until = max(verified.valid_until, time.time() + _HELD_SECONDS)
+        write = HoldKey(f"proof/{verified.proof}", verified.identity, int(until * 1e9))
         holder = runtime.commit(write, durable=True, timeout_seconds=_PATIENCE_SECONDS)
         if holder != verified.identity:
             raise VerificationError("The token came with another message id before.")

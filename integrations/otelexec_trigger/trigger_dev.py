@@ -291,25 +291,24 @@ class TriggerDevOperations(Operations):
 
     def _send(self, request: Http, attempts: _Attempts) -> Steps[httpx.Response]:
         wait = self._first_wait
-        for attempt in range(1, self._max_attempts + 1):
-            error: httpx.HTTPError | None = None
-            asked: float | None = None
-            response: httpx.Response | None = None
+        for left in reversed(range(self._max_attempts)):
+            pause = wait
             try:
-                response = yield request
+                response: httpx.Response = yield request
+            except httpx.HTTPError as error:
+                attempts.failed(error)
+                if not left:
+                    text = f"{request.method} {self._url}: {type(error).__name__} {error}".rstrip()
+                    raise BackendError(text, retryable=True) from error
+            else:
                 attempts.answered(response.status_code)
-                if attempt == self._max_attempts or not _is_retried(response):
+                if not left or not _is_retried(response):
                     return response
-                asked = wire.wait_seconds(response.headers) if response.status_code == 429 else None  # noqa: PLR2004
-            except httpx.HTTPError as raised:
-                error = raised
-                attempts.failed(raised)
-            if error is not None and attempt == self._max_attempts:
-                text = f"{request.method} {self._url}: {type(error).__name__} {error}".rstrip()
-                raise BackendError(text, retryable=True) from error
-            yield Wait(min(wait if asked is None else asked, LAST_WAIT_SECONDS))
+                asked = wire.wait_seconds(response.headers) if response.status_code == 429 else None  # noqa: PLR2004 (too many requests)
+                pause = wait if asked is None else asked
+            yield Wait(min(pause, LAST_WAIT_SECONDS))
             wait = min(wait * _FACTOR, LAST_WAIT_SECONDS)
-        raise AssertionError("the last attempt ends the loop")
+        raise SettingsError("max_attempts is 1 or more")
 
 
 def _is_retried(response: httpx.Response) -> bool:

@@ -10,8 +10,10 @@ can't disagree, and a run needs no lease beside the one of the process that work
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from otelexec.store.writes import ExecutionRow
+if TYPE_CHECKING:
+    from otelexec.store.writes import ExecutionRow
 
 # --- What is written ---------------------------------------------------------------------------------------------
 

@@ -11,10 +11,9 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
-if TYPE_CHECKING:
-    from otelexec.store.runs import RunWrite
+from otelexec.store.runs import RunWrite
 
 # Attempt states (design section 4).
 RUNNING = "running"
@@ -576,7 +575,26 @@ class Prune:
 
 
 Write: TypeAlias = (
-    "OpenAttempt | CloseAttempt | RecordObserved | CloseLost | AmendAttempt | Contribute | ReadContributions | CloseOuter | "
-    "RecordQueued | RefuseQueued | AddSpans | RecordProgress | Heartbeat | RequestCancel | Ingested | ClaimOutbox | "
-    "SettleOutbox | ReleaseClaims | RetryParked | ForgetNonces | Prune | RunWrite"
+    OpenAttempt
+    | CloseAttempt
+    | RecordObserved
+    | CloseLost
+    | AmendAttempt
+    | Contribute
+    | ReadContributions
+    | CloseOuter
+    | RecordQueued
+    | RefuseQueued
+    | AddSpans
+    | RecordProgress
+    | Heartbeat
+    | RequestCancel
+    | Ingested
+    | ClaimOutbox
+    | SettleOutbox
+    | ReleaseClaims
+    | RetryParked
+    | ForgetNonces
+    | Prune
+    | RunWrite
 )

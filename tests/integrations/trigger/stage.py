@@ -8,8 +8,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +129,7 @@ class Stage(ReadStage):
         for process in self.processes:
             if isinstance(process, Process):
                 for pid in process.children():
-                    with _gone():
+                    with suppress(ProcessLookupError):
                         os.kill(pid, signal.SIGKILL)
             process.stop(signal.SIGKILL)
 
@@ -139,11 +139,3 @@ def _answers(url: str) -> bool:
         return httpx.get(f"{url}/health", timeout=5).status_code == 200
     except httpx.HTTPError:
         return False
-
-
-@contextmanager
-def _gone() -> Iterator[None]:
-    try:
-        yield
-    except ProcessLookupError:
-        pass

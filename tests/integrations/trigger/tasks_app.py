@@ -8,8 +8,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-import otelexec
 from otelexec_trigger import task
+
+import otelexec
 
 
 def count(mark: str) -> int:

@@ -1,4 +1,4 @@
-"""What every `TriggerBackend` promises: the local one, and the Trigger.dev client against `otelexec trigger serve`, both also with await."""
+"""What every `TriggerBackend` promises: the local one, the Trigger.dev client against `otelexec trigger serve`, and both with await."""
 
 from __future__ import annotations
 
@@ -10,9 +10,6 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-
-import otelexec
-from otelexec import semconv
 from otelexec_trigger import (
     AsyncLocalBackend,
     AsyncTriggerDevBackend,
@@ -24,6 +21,9 @@ from otelexec_trigger import (
     TriggerDevBackend,
     TriggerError,
 )
+
+import otelexec
+from otelexec import semconv
 from tests.integrations.trigger.stage import Stage
 from tests.records import until
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import httpx
 import pytest
+from otelexec_trigger import LocalBackend
 
 from otelexec.store.writes import ENDED_STATES
-from otelexec_trigger import LocalBackend
 from tests.integrations.trigger.conftest import Fresh
 from tests.integrations.trigger.stage import KEY, Stage
 from tests.records import until

@@ -10,8 +10,8 @@ import httpx
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-
 from otelexec_trigger import wire
+
 from tests.integrations.trigger.stage import KEY, Stage
 from tests.records import until
 
