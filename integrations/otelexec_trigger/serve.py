@@ -358,7 +358,8 @@ class Server:
 
     async def create_packet(self, request: Request) -> Response:
         """`PUT /api/v2/packets/{name}`: where to upload a payload."""
-        return JSONResponse({"presignedUrl": self._signed(request, request.path_params["name"], "PUT")})
+        name = request.path_params["name"]
+        return JSONResponse({"presignedUrl": self._signed(request, name, "PUT"), "storagePath": name})
 
     async def find_packet(self, request: Request) -> Response:
         """`GET /api/v1/packets/{name}`: where to download it."""

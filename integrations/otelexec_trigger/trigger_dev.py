@@ -187,7 +187,7 @@ class TriggerDevOperations(Operations):
                 f"the upload of the payload was answered {uploaded.status_code}", status=uploaded.status_code, retryable=True
             )
         options["payloadType"] = wire.STORED
-        return name
+        return _text(answer, "storagePath") or name
 
     def _enqueue_error(self, error: TriggerError, message: Message | None, attempts: _Attempts) -> EnqueueError:
         if isinstance(error, EnqueueError):

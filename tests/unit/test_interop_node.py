@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
-import shutil
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import pytest
 from opentelemetry import baggage, trace
@@ -19,6 +15,7 @@ from opentelemetry.context.context import Context
 from otelexec import runtime, settings, w3c
 from otelexec.correlation import Correlation, correlate
 from otelexec.propagation import entries, extract_headers
+from tests.node import node_with
 
 Node = Callable[[bytes], bytes]
 
@@ -47,38 +44,15 @@ TEXTS = [
 ]
 
 
-def unavailable(reason: str) -> NoReturn:
-    """Skip on a laptop; where CI runs, Node belongs to the machine."""
-    if os.environ.get("CI"):
-        pytest.fail(f"{reason}, and CI is set")
-    pytest.skip(reason)
-
-
 @pytest.fixture(scope="module")
 def node() -> Node:
-    """Give what runs the script, with its packages in a cache folder outside the tree."""
-    binary, npm = shutil.which("node"), shutil.which("npm")
-    if binary is None or npm is None:
-        unavailable("node and npm are not installed")
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "otelexec-tests" / "node"
-    wanted = [f"{name}@{version}" for name, version in PACKAGES.items()]
-    folder = cache / "-".join(PACKAGES.values())
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # test processes that run side by side install once
-        if not (folder / ".done").exists():
-            command = [npm, "install", "--prefix", str(folder), "--no-audit", "--no-fund", "--no-save", "--prefer-offline", *wanted]
-            try:
-                done = subprocess.run(command, capture_output=True, text=True, timeout=90, check=False)
-            except subprocess.TimeoutExpired:
-                unavailable("npm did not answer within 90 s")
-            if done.returncode:
-                unavailable(f"npm could not install {', '.join(wanted)}: {done.stderr.strip()[-300:]}")
-            (folder / ".done").touch()
+    """Give what runs the script."""
+    runner = node_with(PACKAGES)
 
     def run(asked: bytes) -> bytes:
-        environ = os.environ | {"NODE_PATH": str(folder / "node_modules")}
-        return subprocess.run([binary, str(SCRIPT)], input=asked, env=environ, capture_output=True, timeout=60, check=True).stdout
+        done = runner.run(str(SCRIPT), given=asked)
+        assert done.returncode == 0, done.stderr.decode()
+        return done.stdout
 
     return run
 
