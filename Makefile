@@ -1,6 +1,6 @@
 # PYTHON  the interpreter that the environment is made with
 # STORE   where `make demo` keeps its records: a URL, for example sqlite:////tmp/demo.db, or `postgres` for an embedded PostgreSQL
-# BACKEND what `make demo` runs the work with: its own queue, celery or rq
+# BACKEND what `make demo` runs the work with: its own queue, celery, rq or trigger
 # ARGS    passed on to pytest, the benchmarks or Jaeger's script, for example ARGS="-k spool"
 PYTHON ?= python3
 STORE ?=
@@ -15,13 +15,15 @@ EMBEDDED := $(VENV)/.embedded
 DEV := $(VENV)/.dev
 CELERY := $(VENV)/.celery
 RQ := $(VENV)/.rq
+TRIGGER := $(VENV)/.trigger
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint types bench jaeger clean
 
 help:
 	@echo "make demo    run webhooks and a schedule through workers, kill one, show every record and its span"
-	@echo "             (BACKEND=celery or rq: the same on Celery or RQ, with a Valkey that comes along)"
+	@echo "             (BACKEND=celery or rq: the same on Celery or RQ, with a Valkey that comes along;"
+	@echo "              BACKEND=trigger: on the local engine, asked for over Trigger.dev's contract)"
 	@echo "make test    run the tests (ARGS=... goes to pytest; OTELEXEC_TEST_LONG=1 adds the long sweeps, 2 the longest)"
 	@echo "make lint    ruff check and ruff format --check"
 	@echo "make types   mypy and pyright"
@@ -29,7 +31,7 @@ help:
 	@echo "make jaeger  run a real Jaeger on loopback, without Docker (needs Go; built once)"
 	@echo "make clean   remove the environment, builds and caches of this folder"
 
-demo: $(if $(filter celery,$(BACKEND)),$(CELERY),$(if $(filter rq,$(BACKEND)),$(RQ),$(RUNTIME))) $(if $(filter postgres,$(STORE)),$(EMBEDDED))
+demo: $(if $(filter celery,$(BACKEND)),$(CELERY),$(if $(filter rq,$(BACKEND)),$(RQ),$(if $(filter trigger,$(BACKEND)),$(TRIGGER),$(RUNTIME)))) $(if $(filter postgres,$(STORE)),$(EMBEDDED))
 	$(if $(STORE),OTELEXEC_STORE='$(STORE)') $(BIN)/otelexec demo --backend $(BACKEND)
 
 test: $(DEV)
@@ -80,6 +82,10 @@ $(CELERY): $(RUNTIME)
 
 $(RQ): $(RUNTIME)
 	@$(PIP) --constraint constraints.txt --build-constraint constraints.txt --editable '.[rq]' --group demo-rq
+	@touch $@
+
+$(TRIGGER): $(RUNTIME)
+	@$(PIP) --constraint constraints.txt --build-constraint constraints.txt --editable '.[trigger]'
 	@touch $@
 
 $(DEV): $(RUNTIME)

@@ -49,9 +49,23 @@ def serve(
     Callers show the key in TRIGGER_SECRET_KEY. The SDK finds the server by TRIGGER_API_URL=http://ADDRESS:N. All state is in the
     store; the runs are attempted by `otelexec trigger worker`.
     """
-    server = Server(os.environ.get("TRIGGER_SECRET_KEY", ""))
+    key = os.environ.get("TRIGGER_SECRET_KEY", "")
+    Server(key)
     _configure(store)
-    listener = _listen(host, port)
+    listener = listen(host, port)
+    console.say(f"Serving Trigger.dev's contract on http://{_shown(listener)}")
+    serve_on(listener, key)
+
+
+def serve_on(listener: socket.socket, key: str) -> None:
+    """
+    Serve until SIGTERM or SIGINT.
+
+    Args:
+        listener: Where to listen; closed at the end.
+        key: What callers show.
+    """
+    server = Server(key)
     sweeper = Sweeper()
     sweeper.start()
     config = uvicorn.Config(
@@ -62,7 +76,6 @@ def serve(
         timeout_graceful_shutdown=_CLOSE_SECONDS,
         log_config=None,
     )
-    console.say(f"Serving Trigger.dev's contract on http://{_shown(listener)}")
     _Server(config).run(sockets=[listener])
     sweeper.stop(_CLOSE_SECONDS)
 
@@ -98,7 +111,17 @@ def _configure(store: str | None) -> None:
         raise SettingsError("OTELEXEC_STORE: the local engine keeps its runs in the store; it can't be `none`")
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
+    """
+    Bind a socket.
+
+    Args:
+        host: The address.
+        port: The port; 0 for a free one.
+
+    Raises:
+        Failure: The address can't be used.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     # A server that was killed leaves connections behind that would keep the port from the next one.

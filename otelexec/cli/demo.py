@@ -3,8 +3,8 @@
 
 Around it stand `demo_stories.py` (what should come of it), `demo_jobs.py` (what a user writes), `demo_process.py` (the web
 process and the workers), `demo_queue.py` (the queue between them), `demo_crew.py` (starts and ends the processes) and
-`demo_view.py` (the table). With `--backend celery` or `rq` the jobs, the processes and the crew are
-those of `demo_celery*.py` or `demo_rq*.py`.
+`demo_view.py` (the table). With `--backend celery`, `rq` or `trigger` the jobs, the processes and the crew are
+those of `demo_celery*.py`, `demo_rq*.py` or `demo_trigger*.py`.
 """
 
 from __future__ import annotations
@@ -32,12 +32,24 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 import otelexec
 from otelexec import runtime as _runtime
 from otelexec import settings as _settings
-from otelexec.cli import demo_celery, demo_postgres, demo_result, demo_rq, options
+from otelexec.cli import demo_celery, demo_postgres, demo_result, demo_rq, demo_trigger, options
 from otelexec.cli.console import STYLES, lines, plural
 from otelexec.cli.demo_celery import CeleryCrew
 from otelexec.cli.demo_crew import Crew, CrewError
 from otelexec.cli.demo_rq import RqCrew
-from otelexec.cli.demo_stories import CELERY_STORIES, RQ_STORIES, SCHEDULE, SCHEDULE_TIMES, SCHEDULED, SEGMENTS, STORIES, Story, unexpected
+from otelexec.cli.demo_stories import (
+    CELERY_STORIES,
+    RQ_STORIES,
+    SCHEDULE,
+    SCHEDULE_TIMES,
+    SCHEDULED,
+    SEGMENTS,
+    STORIES,
+    TRIGGER_STORIES,
+    Story,
+    unexpected,
+)
+from otelexec.cli.demo_trigger import TriggerCrew
 from otelexec.reconcile import Death, Reconciler
 from otelexec.store.base import Store
 from otelexec.store.records import AttemptRecord, ExecutionRecord
@@ -55,13 +67,17 @@ class Backend(StrEnum):
     OWN = "own"
     CELERY = "celery"
     RQ = "rq"
+    TRIGGER = "trigger"
 
 
 def demo(
     *,
     backend: Annotated[
         Backend,
-        typer.Option(help="What runs the work: a small queue of the demo's own, or Celery or RQ with a Valkey that the demo brings."),
+        typer.Option(
+            help="What runs the work: a small queue of the demo's own, Celery or RQ with a Valkey that the demo brings, "
+            "or the local engine behind Trigger.dev's contract."
+        ),
     ] = Backend.OWN,
 ) -> None:
     """
@@ -70,7 +86,9 @@ def demo(
     No service is needed. The records go to OTELEXEC_STORE if it is set, else to a new store of the demo's own; with
     `postgres`, to an embedded PostgreSQL that runs as long as the demo.
     """
-    install = {Backend.CELERY: demo_celery.missing, Backend.RQ: demo_rq.missing}.get(backend, lambda: None)()
+    install = {Backend.CELERY: demo_celery.missing, Backend.RQ: demo_rq.missing, Backend.TRIGGER: demo_trigger.missing}.get(
+        backend, lambda: None
+    )()
     if install is not None:
         raise options.Failure(f"this demo needs more than is installed: {install}", code=2)
     with contextlib.ExitStack() as around:
@@ -85,6 +103,7 @@ _CREWS: Mapping[Backend, tuple[type[Crew], Sequence[Story]]] = {
     Backend.OWN: (Crew, STORIES),
     Backend.CELERY: (CeleryCrew, CELERY_STORIES),
     Backend.RQ: (RqCrew, RQ_STORIES),
+    Backend.TRIGGER: (TriggerCrew, TRIGGER_STORIES),
 }
 
 

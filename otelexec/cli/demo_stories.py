@@ -55,6 +55,7 @@ STORIES: Final = (*_BOTH, Story("contract.sign", "legal", ("paused", "succeeded"
 CELERY_STORIES: Final = (*_BOTH, Story("stock.forecast", "shop", ("rejected",)))
 """No worker knows the last one."""
 RQ_STORIES: Final = _BOTH
+TRIGGER_STORIES: Final = _BOTH
 
 
 def unexpected(records: Sequence[ExecutionRecord], stories: Sequence[Story]) -> list[str]:
