@@ -1,0 +1,335 @@
+"""The Trigger.dev client against a server that misbehaves: what is sent again, what is said of it, and what stands on record."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from otelexec_trigger import AsyncTriggerDevBackend, BackendError, EnqueueError, Run, RunNotFound, TriggerDevBackend, wire
+from otelexec_trigger.rendering import run_of
+
+import otelexec
+from otelexec import semconv
+from otelexec.errors import SettingsError
+from otelexec.store.records import ExecutionRecord
+from tests.records import Records
+
+CUT = 0
+"""A status that is none: the connection is cut after the request was read."""
+
+
+@dataclass
+class Served:
+    """What a scripted server got, and what it answers next."""
+
+    url: str = ""
+    answers: list[tuple[int, dict[str, str], Any]] = field(default_factory=list)
+    requests: list[tuple[str, str, dict[str, str], bytes]] = field(default_factory=list)
+
+    def answer(self, status: int, body: Any = None, **headers: str) -> None:
+        self.answers.append((status, {name.replace("_", "-"): value for name, value in headers.items()}, body))
+
+
+@pytest.fixture
+def served() -> Iterator[Served]:
+    state = Served()
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def _serve(self) -> None:
+            body = self.rfile.read(int(self.headers.get("content-length", 0)))
+            state.requests.append((self.command, self.path, {name.lower(): value for name, value in self.headers.items()}, body))
+            status, headers, answer = state.answers.pop(0) if len(state.answers) > 1 else state.answers[0]
+            if status == CUT:
+                self.close_connection = True
+                self.connection.shutdown(socket.SHUT_RDWR)
+                return
+            data = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
+            self.send_response(status)
+            for name, value in {"content-type": "application/json", "content-length": str(len(data)), **headers}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(data)
+
+        def do_GET(self) -> None:
+            self._serve()
+
+        def do_POST(self) -> None:
+            self._serve()
+
+        def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 (the base class's name)
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        state.url = f"http://127.0.0.1:{server.server_port}"
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+        thread.start()
+        yield state
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def records(isolated: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], list[ExecutionRecord]]]:
+    path = tmp_path / "client.db"
+    monkeypatch.setenv("OTELEXEC_STORE", f"sqlite:///{path}")
+    monkeypatch.setenv("OTELEXEC_RELAY", "false")
+
+    def read() -> list[ExecutionRecord]:
+        if not path.exists():
+            return []
+        found = Records(path)
+        try:
+            return found.all()
+        finally:
+            found.close()
+
+    yield read
+    otelexec.shutdown()
+
+
+@pytest.fixture
+def backend(served: Served, records: Any) -> Iterator[TriggerDevBackend]:
+    with TriggerDevBackend(served.url, "tr_dev_secret", first_wait_seconds=0.001, timeout_seconds=10) as made:
+        yield made
+
+
+OK = {"id": "run_1", "isCached": False}
+
+
+def test_a_call_that_is_repeated_has_one_uuid_and_another_call_another(served: Served, backend: TriggerDevBackend) -> None:
+    for answer in (500, 503, 429, 408, 409):
+        served.answers = []
+        served.answer(answer, {"error": "later"}, retry_after="0")
+        served.answer(answer, {"error": "later"}, retry_after="0")
+        served.answer(200, OK)
+        served.requests.clear()
+        assert backend.trigger("task", {"a": 1}) == "run_1"
+        uuids = {headers["x-trigger-request-idempotency-key"] for _, _, headers, _ in served.requests}
+        assert (len(served.requests), len(uuids)) == (3, 1)
+        assert len({body for _, _, _, body in served.requests}) == 1
+    backend.trigger("task")
+    assert served.requests[-1][2]["x-trigger-request-idempotency-key"] not in uuids
+
+
+@pytest.mark.parametrize(
+    ("answers", "expected"),
+    [
+        ([422], ("rejected", False, "rejected", 1)),
+        ([400], ("rejected", False, "rejected", 1)),
+        ([401], ("rejected", False, "rejected", 1)),
+        ([413], ("rejected", False, "rejected", 1)),
+        ([500], ("unknown", True, "queued", 5)),
+        ([503], ("unknown", True, "queued", 5)),
+        ([CUT], ("unknown", True, "queued", 5)),
+        ([500, 422], ("unknown", True, "queued", 2)),
+        ([CUT, 422], ("unknown", True, "queued", 2)),
+        ([200], ("unknown", True, "queued", 1)),
+    ],
+)
+def test_what_is_known_of_a_failed_call_and_what_stands_on_record(
+    served: Served,
+    backend: TriggerDevBackend,
+    records: Callable[[], list[ExecutionRecord]],
+    answers: list[int],
+    expected: tuple[str, bool, str, int],
+) -> None:
+    acceptance, retryable, state, requests = expected
+    for status in answers:
+        served.answer(status, {"error": "no"} if status != 200 else {"isCached": False})
+    with pytest.raises(EnqueueError) as caught:
+        backend.trigger("task", {"a": 1})
+    error = caught.value
+    assert (error.acceptance, error.retryable) == (acceptance, retryable)
+    assert len(served.requests) == requests
+    assert "tr_dev_secret" not in str(error)
+    (record,) = records()
+    assert (record.name, record.state) == ("task", state)
+    otelexec.shutdown()
+    (span,) = Records(Path(str(otelexec.runtime.settings().store).removeprefix("sqlite:///"))).spans()
+    assert span.kind == "producer"
+    assert span.status == "error"
+    assert span.attributes[semconv.EXECUTION_ID] == record.execution_id
+
+
+def test_where_nothing_listens_nothing_was_accepted(records: Callable[[], list[ExecutionRecord]]) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    backend = TriggerDevBackend(f"http://127.0.0.1:{port}", "k", max_attempts=2, first_wait_seconds=0.001)
+    with pytest.raises(EnqueueError) as caught:
+        backend.trigger("task")
+    assert (caught.value.acceptance, caught.value.retryable) == ("rejected", True)
+    assert [record.state for record in records()] == ["rejected"]
+    backend.close()
+
+
+def test_the_servers_word_on_retrying_wins(served: Served, backend: TriggerDevBackend) -> None:
+    served.answer(500, {"error": "no"}, x_should_retry="false")
+    with pytest.raises(EnqueueError):
+        backend.trigger("task")
+    assert len(served.requests) == 1
+    served.answers = []
+    served.answer(404, {"error": "not yet"}, x_should_retry="true")
+    served.answer(200, {"id": "run_1", "status": "QUEUED"})
+    assert backend.get("run_1").state == "pending"
+
+
+@pytest.mark.parametrize("unit", [1, 1000])
+def test_a_rate_limits_end_is_awaited_in_either_unit(served: Served, backend: TriggerDevBackend, unit: int) -> None:
+    reset = int(time.time() + 1.2) + 1
+    served.answer(429, {"title": "Rate Limit Exceeded"}, x_ratelimit_reset=str(reset * unit))
+    served.answer(200, OK)
+    assert backend.trigger("task") == "run_1"
+    assert time.time() >= reset - 0.1
+
+
+def test_an_outcome_that_is_unknown_is_repeated_under_the_same_id(served: Served, backend: TriggerDevBackend) -> None:
+    served.answer(200, {})
+    with otelexec.correlate(source="webhook", execution_id="e-1"), pytest.raises(EnqueueError):
+        backend.trigger("task", {"a": 1})
+    served.answers = []
+    served.answer(200, OK)
+    with otelexec.correlate(source="webhook", execution_id="e-1"):
+        assert backend.trigger("task", {"a": 1}) == "run_1"
+    first, second = (json.loads(body)["options"]["idempotencyKey"] for _, _, _, body in served.requests)
+    assert first == second == wire.idempotency_hash("e-1")
+
+
+def test_a_batch_is_sent_again_until_it_is_whole(served: Served, backend: TriggerDevBackend, records: Any) -> None:
+    served.answer(202, {"id": "batch_1", "runCount": 2, "isCached": False})
+    served.answer(200, {"id": "batch_1", "sealed": False})
+    served.answer(200, {"id": "batch_1", "sealed": True})
+    assert backend.batch_trigger([{"task": "a", "payload": {"n": 1}}, {"task": "b"}]) == "batch_1"
+    assert [path for _, path, _, _ in served.requests] == ["/api/v3/batches", *["/api/v3/batches/batch_1/items"] * 2]
+    assert served.requests[1][3] == served.requests[2][3]
+    items = [json.loads(line) for line in served.requests[1][3].splitlines()]
+    assert [(item["index"], item["task"]) for item in items] == [(0, "a"), (1, "b")]
+    assert len({item["options"]["idempotencyKey"] for item in items}) == 2
+    assert [record.state for record in records()] == ["queued", "queued"]
+
+
+def test_more_than_a_thousand_items_are_several_batches(served: Served, backend: TriggerDevBackend) -> None:
+    for number in (1, 2):
+        served.answer(202, {"id": f"batch_{number}", "isCached": False})
+        served.answer(200, {"sealed": True})
+    assert backend.batch_trigger([{"task": "t"}] * 1001) == "batch_1"
+    assert [json.loads(body)["runCount"] for _, path, _, body in served.requests if path.endswith("batches")] == [1000, 1]
+
+
+def test_a_batch_that_is_refused_leaves_rejected_records(served: Served, backend: TriggerDevBackend, records: Any) -> None:
+    served.answer(422, {"error": "too many"})
+    with pytest.raises(EnqueueError) as caught:
+        backend.batch_trigger([{"task": "a"}, {"task": "b"}])
+    assert caught.value.acceptance == "rejected"
+    assert {record.state for record in records()} == {"rejected"}
+
+
+def test_too_many_tags_lose_the_correlations_and_say_so(
+    served: Served, backend: TriggerDevBackend, caplog: pytest.LogCaptureFixture
+) -> None:
+    served.answer(200, OK)
+    backend.trigger("task", tags=[f"t{number}" for number in range(9)])
+    tags = json.loads(served.requests[-1][3])["options"]["tags"]
+    assert len(tags) == 10
+    assert tags[:9] == [f"t{number}" for number in range(9)]
+    assert "no room for otelexec.request_id" in caplog.text
+    with otelexec.correlate(source="webhook", path="/" + "x" * 200):
+        backend.trigger("task")
+    assert all(len(tag) <= 128 for tag in json.loads(served.requests[-1][3])["options"]["tags"])
+
+
+def test_cancelling_asks_for_it_first_then_the_backend_then_closes_the_record(
+    served: Served, backend: TriggerDevBackend, records: Callable[[], list[ExecutionRecord]]
+) -> None:
+    served.answer(200, OK)
+    backend.trigger("task", {"a": 1})
+    (record,) = records()
+    served.answers = []
+    served.answer(200, {"id": "run_1", "status": "QUEUED", "metadata": {"otelexec": {"execution_id": record.execution_id}}})
+    served.answer(409, {"error": "busy"}, x_should_retry="false")
+    with pytest.raises(BackendError):
+        backend.cancel("run_1")
+    (wanted,) = records()
+    assert wanted.cancellation is not None
+    assert wanted.state == "queued"
+    served.answers = []
+    served.answer(200, {"id": "run_1", "status": "QUEUED", "metadata": {"otelexec": {"execution_id": record.execution_id}}})
+    served.answer(200, {"id": "run_1"})
+    assert backend.cancel("run_1") is True
+    (cancelled,) = records()
+    assert cancelled.state == "cancelled"
+    assert cancelled.ended_unix_ns is not None
+    served.answers = []
+    served.answer(404, {"error": "none"})
+    assert backend.cancel("run_2") is False
+
+
+def test_lists_follow_their_pages(served: Served, backend: TriggerDevBackend) -> None:
+    served.answer(200, {"data": [{"id": "run_3"}, {"id": "run_2"}], "pagination": {"next": "run_2"}})
+    served.answer(200, {"data": [{"id": "run_1"}], "pagination": {"previous": "run_1"}})
+    assert [run.id for run in backend.list()] == ["run_3", "run_2", "run_1"]
+    assert "page%5Bafter%5D=run_2" in served.requests[1][1]
+
+
+@pytest.mark.parametrize(
+    ("status", "state", "ended"),
+    [
+        ("COMPLETED", "succeeded", True),
+        ("CRASHED", "failed", True),
+        ("SYSTEM_FAILURE", "failed", True),
+        ("EXPIRED", "expired", True),
+        ("TIMED_OUT", "timed_out", True),
+        ("CANCELED", "cancelled", True),
+        ("WAITING", "waiting", False),
+        ("PENDING_VERSION", "pending", False),
+        ("A_NEW_ONE", "A_NEW_ONE", False),
+    ],
+)
+def test_a_status_has_one_state_whatever_the_booleans_say(status: str, state: str, ended: bool) -> None:
+    run = run_of({"id": "run_1", "status": status, "isCompleted": False})
+    assert (run.state, run.has_ended) == (state, ended)
+
+
+def test_answers_of_any_shape_are_a_run() -> None:
+    assert run_of({}) == Run("", "", raw={})
+    assert run_of({"id": 3, "status": None, "error": "text", "attemptCount": "2", "tags": None}).error == {"message": "text"}
+
+
+def test_a_missing_run_is_told(served: Served, backend: TriggerDevBackend) -> None:
+    served.answer(404, {"error": "Not found"})
+    with pytest.raises(RunNotFound) as caught:
+        backend.get("run_1")
+    assert caught.value.status == 404
+
+
+def test_without_a_key_it_says_what_to_set(isolated: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRIGGER_SECRET_KEY", raising=False)
+    with pytest.raises(SettingsError, match="TRIGGER_SECRET_KEY"):
+        TriggerDevBackend("http://127.0.0.1:1")
+    with pytest.raises(SettingsError, match="TRIGGER_API_URL"):
+        TriggerDevBackend("127.0.0.1:1", "k")
+
+
+async def test_the_asynchronous_client_does_the_same(served: Served, records: Callable[[], list[ExecutionRecord]]) -> None:
+    served.answer(500, {"error": "later"})
+    served.answer(200, OK)
+    async with AsyncTriggerDevBackend(served.url, "k", first_wait_seconds=0.001) as backend:
+        assert await backend.trigger("task", {"a": 1}) == "run_1"
+        served.answers = []
+        served.answer(422, {"error": "no"})
+        with pytest.raises(EnqueueError):
+            await backend.trigger("other", {"a": 1})
+        served.answers = []
+        served.answer(200, {"data": [{"id": "run_1"}], "pagination": {}})
+        assert [run.id async for run in backend.list()] == ["run_1"]
+    assert {record.name: record.state for record in records()} == {"task": "queued", "other": "rejected"}
