@@ -96,6 +96,10 @@ _CLOSE: Final = f"""
             UPDATE execution SET state = w_xs, ended_unix_ns = w_xe, snapshot = NULL
             WHERE execution_id = w_e AND state || '' <> 'succeeded';
         ELSIF r_duplicate = 0 THEN
+            IF w_st = 'lost' AND EXISTS (SELECT 1 FROM run WHERE execution_id = w_e AND max_attempts > r_number) THEN
+                w_xs := 'retrying';
+                w_xe := NULL;
+            END IF;
             UPDATE execution SET state = w_xs, ended_unix_ns = w_xe, sticky = w_sk, snapshot = COALESCE(w_sn, snapshot)
             WHERE execution_id = w_e AND latest = r_number AND NOT (state || '' = 'succeeded' OR sticky = 1);
         END IF;
@@ -201,8 +205,12 @@ def version_of(session: Session) -> int:
     Raises:
         psycopg.Error: It could not be read.
     """
-    [[found]] = session.execute("SELECT to_regclass($1)::text", (f"{SCHEMA}.schema_version",)).fetchall()
-    if found is None:
+    # Of the tables themselves: what `to_regclass` says may be remembered from before the wait for another process's migration.
+    found = session.execute(
+        "SELECT 1 FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE n.nspname = $1 AND c.relname = 'schema_version'",
+        (SCHEMA,),
+    ).fetchall()
+    if not found:
         return 0
     [[version]] = session.execute(f"SELECT version FROM {SCHEMA}.schema_version").fetchall()
     return int(version)

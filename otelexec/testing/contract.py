@@ -6,12 +6,13 @@ from otelexec.testing.attempts import AttemptContract
 from otelexec.testing.family import FamilyContract
 from otelexec.testing.model import check_against_model
 from otelexec.testing.outbox import OutboxContract
+from otelexec.testing.queueing import QueueContract
 from otelexec.testing.reading import ReadingContract
 from otelexec.testing.rows import OpenStore
 from otelexec.testing.sharing import SharingContract
 
 
-class StoreContract(AttemptContract, FamilyContract, OutboxContract, ReadingContract, SharingContract):
+class StoreContract(AttemptContract, FamilyContract, OutboxContract, QueueContract, ReadingContract, SharingContract):
     """
     Tests that a store inherits. The class that inherits them has two fixtures.
 

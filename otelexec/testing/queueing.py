@@ -1,0 +1,303 @@
+"""Contract: exclusive attempts, and the queue of runs in the store."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from functools import partial
+
+from otelexec.store import run_statements as statements
+from otelexec.store.base import Store
+from otelexec.store.runs import (
+    AddTags,
+    CreateBatch,
+    DueRun,
+    Enqueued,
+    EnqueueRun,
+    ForgetRuns,
+    HoldKey,
+    PutPacket,
+    RescheduleRun,
+    ResetKey,
+    RunKey,
+    RunRecord,
+    RunRow,
+    SetRunMetadata,
+    SetRunOutput,
+)
+from otelexec.store.writes import (
+    CANCELLED,
+    FAILED,
+    LOST,
+    SUCCEEDED,
+    Busy,
+    Cancellation,
+    OpenAttempt,
+    Opened,
+    Outcome,
+    Prune,
+    RefuseQueued,
+    RequestCancel,
+)
+from otelexec.testing.rows import OpenStore, beat, closing, execution, losing, opened, opening, record, states, write
+from otelexec.testing.sharing import at_once
+
+FAR = 2**62
+HOUR = 3_600_000_000_000
+
+
+def run_row(run_id: str = "r", *, task: str = "task", lane: str | None = None, limit: int = 1, attempts: int = 3, due: int = 1) -> RunRow:
+    """Give a run that is due."""
+    return RunRow(run_id, task, "1", "application/json", "{}", "[]", None, lane, limit, attempts, None, 1, due)
+
+
+def enqueue(store: Store, row: RunRow, execution_id: str | None = None, *, keys: tuple[RunKey, ...] = ()) -> Enqueued:
+    """Ask for a run of an execution that is named as the run, if nothing else is said; a spare one stands by."""
+    own = execution_id or f"e-{row.run_id}"
+    executions = tuple((execution(each), "{}") for each in (own, f"spare-{row.run_id}"))
+    (answer,) = write(store, EnqueueRun(row, executions, keys))
+    assert isinstance(answer, Enqueued)
+    return answer
+
+
+def exclusive(token: str, execution_id: str, *, process_id: str = "p") -> OpenAttempt:
+    """Give an open that wants to be the only one."""
+    return replace(opening(token, execution_id, process_id=process_id), exclusive=True)
+
+
+def found(store: Store, run_id: str = "r") -> RunRecord:
+    """Give a run that must be there."""
+    run = store.read(lambda tx: statements.find_run(tx, run_id))
+    assert run is not None
+    return run
+
+
+def due(store: Store, *tasks: str, lapsed: bool = False) -> list[DueRun]:
+    """Give what may be attempted."""
+    return store.read(lambda tx: statements.due_runs(tx, tasks or ("task",), limit=100, lapsed_too=lapsed))
+
+
+class QueueContract:
+    """Runs and exclusive attempts."""
+
+    def test_an_exclusive_attempt_is_opened_while_no_other_runs(self, store: Store) -> None:
+        first, second = exclusive("t1", "e"), exclusive("t2", "e")
+        assert opened(store, first) == Opened(1)
+        (busy,) = write(store, second)
+        assert isinstance(busy, Busy)
+        assert "attempt 1" in busy.reason
+        assert opened(store, replace(first, repeated=True)) == Opened(1)
+        write(store, closing(first, FAILED))
+        assert opened(store, second).number == 2
+        write(store, closing(second))
+        assert opened(store, exclusive("t3", "e")).duplicate
+
+    def test_of_many_exclusive_attempts_at_once_one_is_opened(self, store: Store, other_store: OpenStore) -> None:
+        stores = [store, other_store(), other_store()]
+        answers: list[object] = []
+
+        def attempt(number: int) -> None:
+            (answer,) = stores[number % 3].commit([exclusive(f"t{number}", "e")], durable=False, timeout_seconds=20)
+            answers.append(answer)
+
+        for round_ in range(5):
+            answers.clear()
+            at_once(*(partial(attempt, number) for number in range(round_ * 6, round_ * 6 + 6)))
+            assert sum(isinstance(answer, Opened) for answer in answers) == 1, answers
+            (running,) = (each for each in record(store).attempts if each.ended_unix_ns is None)
+            for number in range(round_ * 6, round_ * 6 + 6):
+                write(store, losing(opening(f"t{number}", "e")))
+            assert running.attempt == round_ + 1
+
+    def test_a_backend_that_counts_attempts_names_the_least_number(self, store: Store) -> None:
+        assert opened(store, replace(opening("t1"), number=3)).number == 3
+        assert opened(store, replace(opening("t2"), number=2)).number == 4
+
+    def test_a_run_and_its_execution_are_one(self, store: Store) -> None:
+        answer = enqueue(store, run_row())
+        assert answer == Enqueued("r", "e-r", cached=False, created=True)
+        assert found(store).state == record(store, "e-r").state == "queued"
+        assert [each.run.run_id for each in due(store)] == ["r"]
+        assert not due(store, "another")
+        attempt = exclusive("t", "e-r")
+        opened(store, attempt)
+        assert (found(store).state, found(store).attempts) == ("running", 1)
+        assert not due(store)
+        write(store, closing(attempt))
+        assert found(store).state == "succeeded"
+        (busy,) = write(store, exclusive("t2", "e-r"))
+        assert isinstance(busy, Busy)
+
+    def test_a_failed_attempt_is_followed_by_another_after_a_while(self, store: Store) -> None:
+        enqueue(store, run_row())
+        for number, ended in ((1, store.now_unix_ns()), (2, store.now_unix_ns() - HOUR)):
+            attempt = exclusive(f"t{number}", "e-r")
+            opened(store, attempt)
+            write(store, closing(attempt, FAILED, retrying=True, ended=ended))
+            assert found(store).state == "retrying"
+            assert len(due(store)) == (0 if number == 1 else 1)
+
+    def test_a_lost_attempt_is_retried_while_there_are_any(self, store: Store) -> None:
+        enqueue(store, run_row(attempts=2))
+        for token, state in (("t1", "retrying"), ("t2", LOST)):
+            attempt = exclusive(token, "e-r")
+            opened(store, attempt)
+            write(store, losing(attempt))
+            assert states(store, "e-r")[0] == state
+        assert not due(store)
+        plain = opening("t", "plain")
+        opened(store, plain)
+        write(store, losing(plain))
+        assert states(store, "plain") == (LOST, [LOST])
+
+    def test_an_attempt_of_a_process_whose_lease_has_lapsed_may_be_joined(self, store: Store) -> None:
+        enqueue(store, run_row())
+        opened(store, exclusive("t1", "e-r", process_id="unheard of"))
+        beat(store, "p")
+        assert not due(store, lapsed=True), "of a process without a row nobody knows the lease"
+        write(store, losing(opening("t1", "e-r")))
+        opened(store, exclusive("t2", "e-r"))
+        assert not due(store, lapsed=True), "its lease holds"
+        (busy,) = write(store, replace(exclusive("t3", "e-r"), takes_lapsed=True))
+        assert isinstance(busy, Busy)
+
+    def test_runs_of_a_lane_wait_for_each_other(self, store: Store) -> None:
+        for number in range(3):
+            enqueue(store, run_row(f"r{number}", lane="lane", limit=2))
+        opened(store, exclusive("t0", "e-r0"))
+        assert len(due(store)) == 2
+        opened(store, exclusive("t1", "e-r1"))
+        assert not due(store)
+        (busy,) = write(store, exclusive("t2", "e-r2"))
+        assert isinstance(busy, Busy)
+        write(store, closing(opening("t0", "e-r0")))
+        assert opened(store, exclusive("t2", "e-r2")).number == 1
+
+    def test_a_key_asks_for_one_run_until_that_has_failed(self, store: Store) -> None:
+        key = (RunKey("key/task/k", FAR),)
+        enqueue(store, run_row("r1"), keys=key)
+        assert enqueue(store, run_row("r2"), keys=key) == Enqueued("r1", "e-r1", cached=True, created=False)
+        held = store.read(lambda tx: statements.find_key(tx, "key/task/k"))
+        assert held is not None
+        assert held.run_id == "r1"
+        attempt = exclusive("t", "e-r1")
+        opened(store, attempt)
+        write(store, closing(attempt, FAILED))
+        assert store.read(lambda tx: statements.find_key(tx, "key/task/k")) is None
+        assert enqueue(store, run_row("r3"), keys=key).created
+        assert write(store, ResetKey("key/task/k"), ResetKey("key/task/k")) == [True, False]
+        assert enqueue(store, run_row("r4"), keys=key).created
+
+    def test_a_call_that_is_repeated_gets_the_same_answer(self, store: Store) -> None:
+        keys = (RunKey("request/1", FAR, exact=True), RunKey("key/task/k", FAR))
+        enqueue(store, run_row("r1"), keys=keys)
+        attempt = exclusive("t", "e-r1")
+        opened(store, attempt)
+        write(store, closing(attempt, FAILED))
+        assert enqueue(store, run_row("r2"), keys=keys) == Enqueued("r1", "e-r1", cached=False, created=False)
+
+    def test_a_key_lapses(self, store: Store) -> None:
+        key = (RunKey("key/task/k", store.now_unix_ns() - 1),)
+        assert enqueue(store, run_row("r1"), keys=key).created
+        assert enqueue(store, run_row("r2"), keys=key).created
+        assert write(store, HoldKey("proof", "a", FAR), HoldKey("proof", "b", FAR)) == ["a", "a"]
+
+    def test_one_key_asked_for_by_many_at_once_has_one_run(self, store: Store, other_store: OpenStore) -> None:
+        stores = [store, other_store()]
+        key = (RunKey("key/task/k", FAR),)
+        answers: list[Enqueued] = []
+
+        def ask(number: int) -> None:
+            answers.append(enqueue(stores[number % 2], run_row(f"r{number}"), keys=key))
+
+        at_once(*(partial(ask, number) for number in range(8)))
+        assert len({answer.run_id for answer in answers}) == 1
+        assert sum(answer.created for answer in answers) == 1
+
+    def test_an_execution_that_has_a_run_or_an_attempt_gets_no_other_run(self, store: Store) -> None:
+        assert enqueue(store, run_row("r1"), "e").execution_id == "e"
+        assert enqueue(store, run_row("r2"), "e").execution_id == "spare-r2"
+        opened(store, opening("t", "worked"))
+        assert enqueue(store, run_row("r3"), "worked").execution_id == "spare-r3"
+
+    def test_a_batch_has_each_of_its_runs_once(self, store: Store) -> None:
+        key = (RunKey("batch/b", FAR),)
+        assert write(store, CreateBatch("b1", 2, "{}", 5, key)) == [("b1", False)]
+        assert write(store, CreateBatch("b2", 2, "{}", 5, key)) == [("b1", True)]
+        row = replace(run_row("r1"), batch_id="b1", batch_index=0)
+        assert enqueue(store, row).created
+        assert enqueue(store, replace(row, run_id="r2")) == Enqueued("r1", "e-r1", cached=False, created=False)
+        enqueue(store, replace(row, run_id="r3", batch_index=1))
+        batch = store.read(lambda tx: statements.find_batch(tx, "b1"))
+        assert batch is not None
+        assert (batch.run_count, batch.enqueued) == (2, 2)
+        runs = store.read(lambda tx: statements.list_runs(tx, limit=10, batch_id="b1"))
+        assert [run.run_id for run in runs] == ["r3", "r1"]
+        assert store.read(lambda tx: statements.find_batch(tx, "none")) is None
+
+    def test_what_can_be_changed_of_a_run(self, store: Store) -> None:
+        enqueue(store, replace(run_row(due=FAR), expires_unix_ns=FAR + 10))
+        assert not due(store)
+        assert write(store, RescheduleRun("r", 7, 2), RescheduleRun("r", 9, 2), RescheduleRun("none", 7, 2)) == [True, False, None]
+        assert (found(store).due_unix_ns, found(store).expires_unix_ns) == (7, 17)
+        assert write(store, AddTags("r", ("a", "b"), 2, 3), AddTags("r", ("b", "c"), 2, 3), AddTags("none", (), 2, 3)) == [
+            True,
+            False,
+            None,
+        ]
+        assert found(store).tags == '["a", "b"]'
+        changes = [SetRunMetadata("r", "1", None, 4), SetRunMetadata("r", "2", None, 4), SetRunMetadata("none", "1", None, 4)]
+        assert write(store, *changes) == [True, False, None]
+        write(store, SetRunOutput("e-r", "42"), PutPacket("name", "content", "text/plain", 1))
+        assert (found(store).metadata, found(store).result, found(store).updated_unix_ns) == ("1", "42", 4)
+        assert store.read(lambda tx: statements.find_packet(tx, "name")) == ("content", "text/plain")
+
+    def test_runs_that_will_not_be_run_are_found(self, store: Store) -> None:
+        enqueue(store, replace(run_row("expired", lane="lane"), expires_unix_ns=1))
+        enqueue(store, run_row("cancelled", lane="lane", due=FAR))
+        enqueue(store, run_row("running", lane="lane"))
+        write(store, RequestCancel("e-cancelled", Cancellation(1, terminate=True)))
+        opened(store, exclusive("t", "e-running"))
+        hopeless = store.read(lambda tx: statements.hopeless_runs(tx, limit=10))
+        assert {run.run_id for run in hopeless} == {"expired", "cancelled"}
+        # An attempt that only closes it takes no place in its lane.
+        assert opened(store, exclusive("t2", "e-expired")).number == 1
+        assert opened(store, exclusive("t3", "e-cancelled")).cancellation is not None
+
+    def test_ended_runs_leave_the_queue_and_are_pruned_with_their_records(self, store: Store) -> None:
+        enqueue(store, run_row("r1"))
+        enqueue(store, run_row("r2"))
+        attempt = exclusive("t", "e-r1")
+        opened(store, attempt)
+        write(store, replace(closing(attempt), frozen=replace(closing(attempt).frozen, request=b"")))
+        assert store.read(lambda tx: statements.ended_runs(tx, limit=10)) == ["e-r1"]
+        write(store, ForgetRuns(("e-r1",)))
+        assert not store.read(lambda tx: statements.ended_runs(tx, limit=10))
+        write(store, Prune(time.time_ns()))
+        assert store.read(lambda tx: statements.find_run(tx, "r1")) is None
+        assert found(store, "r2").state == "queued"
+
+    def test_a_queued_execution_whose_message_was_taken_back_is_cancelled_for_good(self, store: Store) -> None:
+        enqueue(store, run_row())
+        back = RefuseQueued("e-r", Outcome(CANCELLED, 5, "publisher", sticky=True))
+        write(store, back)
+        assert record(store, "e-r").state == CANCELLED
+        attempt = opening("t", "e-r")
+        opened(store, attempt)
+        write(store, closing(attempt, FAILED))
+        assert record(store, "e-r").state == CANCELLED
+        other = opening("t", "begun")
+        opened(store, other)
+        write(store, replace(back, execution_id="begun"), closing(other))
+        assert record(store, "begun").state == SUCCEEDED
+
+    def test_lists_go_both_ways(self, store: Store) -> None:
+        for number in range(5):
+            enqueue(store, run_row(f"r{number}", task=f"task{number % 2}"))
+        newest = store.read(lambda tx: statements.list_runs(tx, limit=2))
+        assert [run.run_id for run in newest] == ["r4", "r3"]
+        older = store.read(lambda tx: statements.list_runs(tx, limit=2, before=newest[-1].seq))
+        assert [run.run_id for run in older] == ["r2", "r1"]
+        newer = store.read(lambda tx: statements.list_runs(tx, limit=2, after=older[-1].seq))
+        assert [run.run_id for run in newer] == ["r3", "r2"]
+        assert len(store.read(lambda tx: statements.list_runs(tx, limit=9, tasks=("task0",)))) == 3
