@@ -100,6 +100,7 @@ for point in PathDistribution(info).entry_points:
         "opentelemetry_id_generator otelexec True",
         "opentelemetry_instrumentor otelexec_celery True",
         "opentelemetry_instrumentor otelexec_rq True",
+        "otelexec.commands trigger True",
     }
 
 
