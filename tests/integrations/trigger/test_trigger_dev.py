@@ -18,6 +18,7 @@ from otelexec_trigger.rendering import run_of
 
 import otelexec
 from otelexec import semconv
+from otelexec.decoded import DecodedSpan
 from otelexec.errors import SettingsError
 from otelexec.store.records import ExecutionRecord
 from tests.records import Records
@@ -79,8 +80,12 @@ def served() -> Iterator[Served]:
 
 
 @pytest.fixture
-def records(isolated: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], list[ExecutionRecord]]]:
-    path = tmp_path / "client.db"
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "client.db"
+
+
+@pytest.fixture
+def records(isolated: None, path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], list[ExecutionRecord]]]:
     monkeypatch.setenv("OTELEXEC_STORE", f"sqlite:///{path}")
     monkeypatch.setenv("OTELEXEC_RELAY", "false")
 
@@ -101,6 +106,11 @@ def records(isolated: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def backend(served: Served, records: Any) -> Iterator[TriggerDevBackend]:
     with TriggerDevBackend(served.url, "tr_dev_secret", first_wait_seconds=0.001, timeout_seconds=10) as made:
         yield made
+
+
+@pytest.fixture
+def read(records: Callable[[], list[ExecutionRecord]], path: Path) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    return records, lambda: Records(path).spans()
 
 
 OK = {"id": "run_1", "isCached": False}
@@ -139,11 +149,12 @@ def test_a_call_that_is_repeated_has_one_uuid_and_another_call_another(served: S
 def test_what_is_known_of_a_failed_call_and_what_stands_on_record(
     served: Served,
     backend: TriggerDevBackend,
-    records: Callable[[], list[ExecutionRecord]],
+    read: tuple[Callable[[], list[ExecutionRecord]], Callable[[], list[DecodedSpan]]],
     answers: list[int],
     expected: tuple[str, bool, str, int],
 ) -> None:
     acceptance, retryable, state, requests = expected
+    records, spans = read
     for status in answers:
         served.answer(status, {"error": "no"} if status != 200 else {"isCached": False})
     with pytest.raises(EnqueueError) as caught:
@@ -155,7 +166,7 @@ def test_what_is_known_of_a_failed_call_and_what_stands_on_record(
     (record,) = records()
     assert (record.name, record.state) == ("task", state)
     otelexec.shutdown()
-    (span,) = Records(Path(str(otelexec.runtime.settings().store).removeprefix("sqlite:///"))).spans()
+    (span,) = spans()
     assert span.kind == "producer"
     assert span.status == "error"
     assert span.attributes[semconv.EXECUTION_ID] == record.execution_id
