@@ -214,7 +214,7 @@ def _metadata(value: Any) -> str | None:
         return None
     text = value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
     try:
-        json.loads(text)
+        wire.loads(text)
     except (ValueError, RecursionError):
         text = json.dumps(value)
     if len(text.encode("utf-8", "replace")) > wire.MAX_METADATA_BYTES:
@@ -376,7 +376,7 @@ def cancel(run_id: str) -> RunRecord:
     request_cancel(run.execution_id, terminate=True)
     from otelexec_trigger.consume import dismiss
 
-    if run.state in (QUEUED, RETRYING):
+    if run.state in (QUEUED, RETRYING, PAUSED):
         dismiss(run)
     return _found(find(run_id), run_id)
 

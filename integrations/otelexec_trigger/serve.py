@@ -22,7 +22,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from otelexec import semconv
-from otelexec.errors import SettingsError, StoreError
+from otelexec.errors import SettingsError, StoreError, StoreRejected
 from otelexec.store import run_statements as statements
 from otelexec.store.runs import PutPacket, RunRecord
 from otelexec_trigger import engine, wire
@@ -309,7 +309,7 @@ class Server:
             else:
                 repeated += 1
         batch = await run_in_threadpool(lambda: engine.find_batch(batch_id))
-        enqueued_count = 0 if batch is None else batch.enqueued
+        enqueued_count = 0 if batch is None else len(batch.runs)
         expected = 0 if batch is None else batch.run_count
         return JSONResponse(
             {
@@ -330,10 +330,10 @@ class Server:
             batch = engine.find_batch(batch_id)
             if batch is None:
                 raise Refused(404, f"There is no batch {batch_id}.")
-            runs = engine.list_runs(limit=wire.MAX_BATCH, batch_id=batch_id)
+            runs = [run for run in map(engine.find, batch.runs) if run is not None]
             ended = [run for run in runs if engine.is_ended(run)]
             failed = [run for run in ended if run.state != "succeeded"]
-            status = "PENDING" if batch.enqueued < batch.run_count else "PROCESSING"
+            status = "PENDING" if len(runs) < batch.run_count else "PROCESSING"
             if len(ended) == batch.run_count:
                 status = "COMPLETED"
             told = {
@@ -342,7 +342,7 @@ class Server:
                 "createdAt": wire.iso(batch.created_unix_ns),
                 "updatedAt": wire.iso(max([batch.created_unix_ns, *(run.updated_unix_ns for run in runs)])),
                 "runCount": batch.run_count,
-                "runs": [run.run_id for run in sorted(runs, key=lambda run: run.batch_index or 0)],
+                "runs": list(batch.runs),
                 "successfulRunCount": len(ended) - len(failed),
                 "failedRunCount": len(failed),
                 "errors": [],
@@ -410,6 +410,8 @@ def _answered(handler: Handler) -> Handler:
             return await handler(request)
         except (Refused, TriggerError) as error:
             return _error(error.status or 422, str(error))
+        except StoreRejected as error:
+            return _error(400, f"this can't be stored: {error}")
         except StoreError as error:
             logger.warning("otelexec.trigger.store: %s", error)
             return _error(503, "the store can't be reached at the moment")
@@ -463,7 +465,7 @@ async def _json_object(request: Request, limit: int = 256 * 1024) -> dict[str, A
 
 def _object(text: bytes) -> dict[str, Any]:
     try:
-        value = json.loads(text)
+        value = wire.loads(text)
     except (ValueError, RecursionError) as error:
         raise Refused(400, f"the body is no JSON: {str(error)[:200]}") from None
     if not isinstance(value, dict):

@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
@@ -164,7 +164,9 @@ def checked_tags(tags: object) -> list[str]:
     Raises:
         InvalidRequest: One is no text or too long, or there are too many.
     """
-    given = [] if tags is None else [tags] if isinstance(tags, str) else list(tags)  # type: ignore[call-overload]
+    if tags is not None and not isinstance(tags, str | Sequence):
+        raise InvalidRequest(f"tags are a string or several, not {str(tags)[:32]}", status=400)
+    given = [] if tags is None else [tags] if isinstance(tags, str) else list(tags)
     for tag in given:
         if not isinstance(tag, str) or not 0 < len(tag) <= MAX_TAG_CHARS:
             raise InvalidRequest(f"a tag has 1 to {MAX_TAG_CHARS} characters, not {str(tag)[:32]!r} of {len(str(tag))}", status=422)
@@ -219,6 +221,25 @@ def wait_seconds(headers: Mapping[str, str]) -> float | None:
     return max(0.0, (reset / 1000 if reset >= _MILLISECONDS_FROM else reset) - time.time())
 
 
+def loads(text: str | bytes) -> Any:
+    """
+    Read JSON, without the NaN and the infinities that Python would read (RFC 8259, section 6), and could not write again.
+
+    Raises:
+        ValueError: It is none.
+        RecursionError: It is nested too deeply.
+    """
+    return json.loads(text, parse_constant=_finite, parse_float=_finite)
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if value != value or abs(value) == float("inf"):  # noqa: PLR0124 (a NaN is unequal to itself)
+        msg = f"JSON has no {text[:32]}"
+        raise ValueError(msg)
+    return value
+
+
 def decode(payload: str | None, payload_type: str) -> Any:
     """
     Give what a payload or an output means, as far as it is JSON.
@@ -233,7 +254,7 @@ def decode(payload: str | None, payload_type: str) -> Any:
     if payload is None or payload_type == TEXT:
         return payload
     try:
-        value = json.loads(payload)
+        value = loads(payload)
     except (ValueError, RecursionError) as error:
         raise InvalidRequest(f"the payload is no JSON: {error}", status=400) from None
     return value.get("json") if payload_type == SUPERJSON and isinstance(value, dict) else value

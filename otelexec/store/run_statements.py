@@ -24,7 +24,7 @@ from otelexec.store.runs import (
     SetRunOutput,
 )
 from otelexec.store.schema import Transaction
-from otelexec.store.writes import CANCELLED, FAILED, LOST, QUEUED, RETRYING, RUNNING, TIMED_OUT, ExecutionRow, OpenAttempt
+from otelexec.store.writes import CANCELLED, FAILED, LOST, PAUSED, QUEUED, RETRYING, RUNNING, TIMED_OUT, ExecutionRow, OpenAttempt
 
 FIRST_RETRY_SECONDS: Final = 1
 """How long after the end of the first attempt the second may begin; each further one waits twice as long."""
@@ -43,8 +43,10 @@ _RUN = f"""SELECT r.seq, r.run_id, r.execution_id, r.task, r.payload, r.payload_
     FROM run r JOIN execution e ON e.execution_id = r.execution_id
     LEFT JOIN attempt a ON a.execution_id = r.execution_id AND {_LAST}"""
 
-# When a `retrying` run may be attempted again. Both stores shift integers; neither has the other's LEAST.
-_RETRY_NS = f"""CASE WHEN e.attempts > 6 THEN CAST({LAST_RETRY_SECONDS * _NANOSECONDS} AS BIGINT)
+# When a `retrying` run may be attempted again: at once after a first attempt that was lost, since that says little of the next one.
+# Both stores shift integers; neither has the other's LEAST.
+_RETRY_NS = f"""CASE WHEN a.state = '{LOST}' AND e.attempts = 1 THEN 0
+    WHEN e.attempts > 6 THEN CAST({LAST_RETRY_SECONDS * _NANOSECONDS} AS BIGINT)
     ELSE CAST({FIRST_RETRY_SECONDS * _NANOSECONDS} AS BIGINT) << (e.attempts - 1) END"""
 
 _LAPSED = "p.heartbeat_unix_ns + CAST(p.lease_seconds * 1000000000 AS BIGINT) < ?"
@@ -101,12 +103,20 @@ def list_runs(
 
 def find_batch(tx: Transaction, batch_id: str) -> BatchRecord | None:
     """Give one batch; None when it is not there."""
-    row = tx.execute(
-        """SELECT b.batch_id, b.run_count, b.carrier, b.created_unix_ns, (SELECT COUNT(*) FROM run r WHERE r.batch_id = b.batch_id)
-           FROM run_batch b WHERE b.batch_id = ?""",
-        (batch_id,),
-    ).fetchone()
-    return None if row is None else BatchRecord(*row)
+    row = tx.execute("SELECT batch_id, run_count, carrier, created_unix_ns FROM run_batch WHERE batch_id = ?", (batch_id,)).fetchone()
+    if row is None:
+        return None
+    places = dict(tx.execute("SELECT batch_index, run_id FROM run WHERE batch_id = ?", (batch_id,)).fetchall())
+    # Items whose key another run held already.
+    prefix = _item(batch_id)
+    held = tx.execute("SELECT name, owner FROM run_key WHERE name >= ? AND name < ?", (prefix, prefix[:-1] + chr(ord("/") + 1))).fetchall()
+    for name, owner in held:
+        places.setdefault(int(name.removeprefix(prefix)), owner)
+    return BatchRecord(row[0], row[1], row[2], row[3], tuple(places[place] for place in sorted(places)))
+
+
+def _item(batch_id: str) -> str:
+    return f"item/{batch_id}/"
 
 
 def find_packet(tx: Transaction, name: str) -> tuple[str, str] | None:
@@ -162,7 +172,7 @@ def ended_runs(tx: Transaction, *, limit: int) -> list[str]:
     """Give the execution ids of runs that have ended and still stand in the queue."""
     rows = tx.execute(
         f"""SELECT r.execution_id FROM run r JOIN execution e ON e.execution_id = r.execution_id
-            WHERE r.pending = 1 AND e.state NOT IN ('{QUEUED}', '{RETRYING}', '{RUNNING}', 'paused') LIMIT ?""",
+            WHERE r.pending = 1 AND e.state NOT IN ('{QUEUED}', '{RETRYING}', '{RUNNING}', '{PAUSED}') LIMIT ?""",
         (limit,),
     ).fetchall()
     return [row[0] for row in rows]
@@ -178,6 +188,11 @@ def enqueue_run(tx: Transaction, write: EnqueueRun) -> Enqueued:
     if held is not None:
         found = find_run(tx, held[0])
         if found is not None:
+            if run.batch_id is not None:
+                tx.execute(
+                    "INSERT INTO run_key (name, owner, expires_unix_ns) VALUES (?, ?, ?) ON CONFLICT (name) DO NOTHING",
+                    (f"{_item(run.batch_id)}{run.batch_index}", found.run_id, max(key.expires_unix_ns for key in write.keys)),
+                )
             return Enqueued(found.run_id, found.execution_id, cached=not held[1], created=False)
     if run.batch_id is not None:
         row = tx.execute(
@@ -400,7 +415,7 @@ def hindrance(tx: Transaction, write: OpenAttempt) -> str | None:
         f"SELECT state, attempts FROM execution WHERE execution_id = ? {tx.lock}", (execution.execution_id,)
     ).fetchone()
     run = tx.execute("SELECT lane, lane_limit, max_attempts FROM run WHERE execution_id = ?", (execution.execution_id,)).fetchone()
-    if run is not None and state not in (QUEUED, RETRYING, RUNNING):
+    if run is not None and state not in (QUEUED, RETRYING, RUNNING, PAUSED):
         return f"it is {state}"
     lapsed = f"AND NOT ({_LAPSED})" if write.takes_lapsed else ""
     running = tx.execute(

@@ -249,13 +249,13 @@ class RunRecord:
 
 @dataclass(frozen=True, slots=True)
 class BatchRecord:
-    """A batch and how many of its runs are there."""
+    """A batch and the ids of those of its runs that are there, in their order."""
 
     batch_id: str
     run_count: int
     carrier: str
     created_unix_ns: int
-    enqueued: int
+    runs: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)

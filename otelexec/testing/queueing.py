@@ -230,10 +230,22 @@ class QueueContract:
         enqueue(store, replace(row, run_id="r3", batch_index=1))
         batch = store.read(lambda tx: statements.find_batch(tx, "b1"))
         assert batch is not None
-        assert (batch.run_count, batch.enqueued) == (2, 2)
+        assert (batch.run_count, batch.runs) == (2, ("r1", "r3"))
         runs = store.read(lambda tx: statements.list_runs(tx, limit=10, batch_id="b1"))
         assert [run.run_id for run in runs] == ["r3", "r1"]
         assert store.read(lambda tx: statements.find_batch(tx, "none")) is None
+
+    def test_an_item_of_a_batch_whose_key_has_a_run_is_that_run(self, store: Store) -> None:
+        key = (RunKey("key/task/k", FAR),)
+        enqueue(store, run_row("known"), keys=key)
+        write(store, CreateBatch("b1", 2, "{}", 5))
+        enqueue(store, replace(run_row("r1"), batch_id="b1", batch_index=1))
+        for _ in range(2):
+            item = replace(run_row("r2"), batch_id="b1", batch_index=0)
+            assert enqueue(store, item, keys=key).run_id == "known"
+        batch = store.read(lambda tx: statements.find_batch(tx, "b1"))
+        assert batch is not None
+        assert batch.runs == ("known", "r1")
 
     def test_what_can_be_changed_of_a_run(self, store: Store) -> None:
         enqueue(store, replace(run_row(due=FAR), expires_unix_ns=FAR + 10))

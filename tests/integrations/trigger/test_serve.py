@@ -99,6 +99,12 @@ def test_a_key_lapses_after_its_time(client: httpx.Client) -> None:
         ("/api/v1/tasks/echo/trigger", json.dumps({"options": {"tags": [str(n) for n in range(11)]}}).encode(), 422),
         ("/api/v1/tasks/echo/trigger", json.dumps({"options": {"metadata": "x" * 300_000}}).encode(), 413),
         ("/api/v1/tasks/echo/trigger", b'"' + b"x" * (wire.MAX_BODY_BYTES + 1) + b'"', 413),
+        ("/api/v1/tasks/echo/trigger", b'{"payload": NaN}', 400),
+        ("/api/v1/tasks/echo/trigger", b'{"payload": 1e999}', 400),
+        ("/api/v1/tasks/echo/trigger", b'{"payload": "\\ud800"}', 400),
+        ("/api/v1/tasks/echo/trigger", b'{"options": {"idempotencyKey": "\\ud800"}}', 400),
+        ("/api/v1/tasks/echo/trigger", b'{"options": {"delay": "999999999w"}}', 400),
+        ("/api/v1/tasks/echo/trigger", b'{"options": {"maxAttempts": 99999999999999999999}}', 400),
         ("/api/v2/tasks/batch", b'{"items": []}', 400),
         ("/api/v2/tasks/batch", b'{"items": [{}]}', 400),
         ("/api/v3/batches", b'{"runCount": 0}', 400),
@@ -118,7 +124,7 @@ def test_what_cannot_be_is_refused_and_leaves_nothing(common: Stage, client: htt
 
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=20),
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=20),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
     max_leaves=8,
 )
@@ -141,7 +147,7 @@ OPTIONS = st.dictionaries(
         max_size=3,
     ),
 )
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 def test_no_request_breaks_the_server(
     client: httpx.Client, payload: Any, options: dict[str, Any], task: str, headers: dict[str, str]
 ) -> None:
@@ -178,6 +184,23 @@ def test_a_batch_in_two_phases_may_be_sent_again(common: Stage, client: httpx.Cl
     for run in told["runs"]:
         assert common.ended(run, "succeeded").consumer().trace_id == TRACE.split("-")[1]
     assert client.post(path, content='{"index": 3, "task": "echo"}', headers=headers).status_code == 400
+
+
+def test_an_item_of_a_batch_whose_key_has_a_run_is_that_run(client: httpx.Client) -> None:
+    known = trigger(client, "kind", 1, idempotencyKey="in-a-batch")
+    batch = client.post("/api/v3/batches", json={"runCount": 2}).json()["id"]
+    items = [{"index": 0, "task": "kind", "options": {"idempotencyKey": "in-a-batch"}}, {"index": 1, "task": "kind", "payload": "2"}]
+    for sent in range(2):
+        told = client.post(
+            f"/api/v3/batches/{batch}/items",
+            content="\n".join(map(json.dumps, items)),
+            headers={"content-type": "application/x-ndjson"},
+        ).json()
+        assert told["sealed"] is True, sent
+    until(lambda: client.get(f"/api/v2/batches/{batch}").json()["status"] == "COMPLETED", 25)
+    runs = client.get(f"/api/v2/batches/{batch}").json()["runs"]
+    assert runs[0] == known
+    assert len(set(runs)) == 2
 
 
 def test_a_batch_of_before_is_accepted_in_one_phase(client: httpx.Client) -> None:
