@@ -33,6 +33,7 @@ from tests.benchmarks import (
     propagation,
     reconcile,
     relay,
+    rq_tasks,
     sequential,
     tasks,
     threads,
@@ -67,6 +68,7 @@ BENCHMARKS: dict[str, Callable[..., list[Result]]] = {
     "postgres-reconcile": postgres_reconcile.run,
     "postgres-growth": postgres_growth.run,
     "celery": celery_tasks.run,
+    "rq": rq_tasks.run,
 }
 
 

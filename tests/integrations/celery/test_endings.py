@@ -336,7 +336,10 @@ def test_a_core_that_succeeded_stays_so_when_the_child_is_killed(common: Stage, 
         result.get(timeout=LOST_SECONDS)
     seen = common.look(result.id)
     assert seen is not None
-    assert (seen.record.state, seen.states) == ("succeeded", ["succeeded"])
+    first, *more = seen.attempts
+    assert (seen.record.state, first.state) == ("succeeded", "succeeded")
+    # billiard runs a task once more whose child died before it was heard that it had begun; that changes nothing.
+    assert all(attempt.duplicate for attempt in more)
     until(lambda: outer_of(common, seen) == "lost", LOST_SECONDS)
 
 
