@@ -122,12 +122,13 @@ def _execute(
             asyncio.run(call_async(runtime, steps, call_and_wait, run.max_seconds))
         else:
             call_sync(runtime, steps, lambda: _keep(run, call()))
-    except (ExecutionBusy, ExecutionCancelled) as error:
-        if not begun and isinstance(error, ExecutionBusy):
+    except BaseException as error:
+        if not begun and isinstance(error, ExecutionCancelled):
+            return
+        if not begun:
             raise
-    except Exception as error:
-        if not begun or raised_by_signal_handler(error):  # it was not opened, or a signal handler wants to get out
-            raise
+        # All else is on the record: a cancelled coroutine and an exit are the end of the task, not of the process, whose own
+        # signal handlers raise nothing.
         logger.info("otelexec.trigger.failed: %s of %s", run.run_id, run.task, exc_info=not isinstance(error, _Expired))
     finally:
         # By value: the task may have attached and detached in any order.

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Final
 
 from otelexec import runtime as _runtime
@@ -145,7 +145,7 @@ class Worker:
 
     def _buried(self, pid: int, code: int) -> None:
         endings = self._endings.pop(pid, {})
-        if code == UNUSABLE:
+        if code == UNUSABLE and not self._had_begun(pid):
             self._unusable = True
             self._stopping.set()
             return
@@ -154,16 +154,29 @@ class Worker:
         # Also after a 0: a task may leave by `os._exit`.
         self._supervisor.died(pid, code, endings)
 
+    def _had_begun(self, pid: int) -> bool:
+        """Tell whether a child had an attempt open when it ended: then its exit code is the task's."""
+        try:
+            return bool(self._processes([pid]))
+        except StoreError as error:
+            logger.debug("otelexec.trigger.child: %s", error)
+            return True
+
+    @staticmethod
+    def _processes(pids: Collection[int]) -> dict[str, int]:
+        """Give the process ids that the store has for children with something open, and the pid of each."""
+        own = _runtime.get().process
+        return {
+            row.process_id: row.pid
+            for row in engine.store().processes()
+            if row.pid in pids and (row.boot_id, row.pid_namespace) == (own.boot_id, own.pid_namespace)
+        }
+
     def _enforce_limits(self) -> None:
         """Kill the children whose task is over its time, or goes on although it was cancelled."""
         store = engine.store()
         mine = {slot.process.pid: slot for slot in self._slots if slot.process is not None}
-        own = _runtime.get().process
-        processes = {
-            row.process_id: row.pid
-            for row in store.processes()
-            if row.pid in mine and (row.boot_id, row.pid_namespace) == (own.boot_id, own.pid_namespace)
-        }
+        processes = self._processes(mine)
         work = [item for item in store.open_work(list(processes), limit=500) if item.kind == "attempt"] if processes else []
         if not work:
             return

@@ -81,6 +81,16 @@ def die(mark: str) -> str:
     return "alive"
 
 
+@task("pid")
+def pid(_: object) -> int:
+    return os.getpid()
+
+
+@task("exits")
+def exits(payload: int) -> None:
+    raise SystemExit(payload)
+
+
 @task("leave")
 def leave(payload: int) -> None:
     os._exit(payload)

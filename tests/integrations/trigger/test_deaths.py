@@ -63,7 +63,20 @@ def test_a_task_that_kills_its_process_is_attempted_again_and_the_signal_is_name
     assert worker.stop() == 0
 
 
-@pytest.mark.parametrize("code", [0, 3])
+def test_a_task_that_exits_fails_and_its_process_goes_on(fresh: Fresh) -> None:
+    stage = fresh()
+    worker = stage.worker(1)
+    backend = LocalBackend()
+    pids = [ended(backend.trigger("pid")).output]
+    run = ended(backend.trigger("exits", 78))
+    assert (run.state, run.attempts) == ("failed", 1)
+    assert run.error["name"] == "SystemExit"
+    pids.append(ended(backend.trigger("pid")).output)
+    assert len(set(pids)) == 1
+    assert worker.process.poll() is None
+
+
+@pytest.mark.parametrize("code", [0, 3, 78])
 def test_a_task_that_leaves_without_a_word_has_crashed_once_its_attempts_are_used_up(fresh: Fresh, code: int) -> None:
     stage = fresh()
     stage.worker(1)
@@ -131,8 +144,8 @@ def test_a_coroutine_is_stopped_at_once(fresh: Fresh) -> None:
     pid = stage.wait_for_run(mark)
     assert backend.cancel(run_id)
     assert ended(run_id, 10).state == "cancelled"
-    assert backend.get(backend.trigger("echo", 1)).id
-    assert pid in worker.children(), "the process goes on with other runs"
+    assert ended(backend.trigger("pid")).output == pid, "the process goes on with other runs"
+    assert worker.stop() == 0
 
 
 def test_a_worker_that_is_told_to_end_lets_its_run_end(fresh: Fresh) -> None:

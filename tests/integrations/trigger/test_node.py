@@ -27,6 +27,8 @@ PACKAGES = {
     "@opentelemetry/sdk-trace-node": "2.0.1",
 }
 
+pytestmark = pytest.mark.timeout(400)  # the first time, npm fetches the packages
+
 
 @pytest.fixture(scope="module")
 def node() -> Node:
