@@ -1,8 +1,8 @@
 """
 Who sent a delivery: the signatures of push backends, verified on the raw body before anything else looks at it.
 
-A verifier takes headers and body and gives the delivery's identity, or raises `VerificationError` and nothing else. Keys
-are compared in constant time.
+A verifier takes headers and body, whatever these are, and gives the delivery's identity, or raises `VerificationError` and
+nothing else. Signatures are compared in constant time.
 """
 
 from __future__ import annotations
@@ -12,13 +12,16 @@ import binascii
 import hashlib
 import hmac
 import json
+import logging
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 from otelexec.errors import OtelexecError, SettingsError
+
+logger = logging.getLogger("otelexec.trigger")
 
 TOLERANCE_SECONDS: Final = 300.0
 """How far a delivery's clock may be from ours, either way (Standard Webhooks, section "Verifying webhook authenticity")."""
@@ -27,8 +30,9 @@ _MAX_HEADER_CHARS: Final = 16_384
 _MAX_IDENTITY_CHARS: Final = 512
 _FAR: Final = 2**33
 """No time in seconds since 1970 is beyond this for now; a NaN or an infinity is not within it either."""
-_PREFIX: Final = re.compile(r"\Asignkey-[^-]+-")
-_TIMESTAMP: Final = re.compile(r"\A\d{1,12}\Z")
+_PREFIX: Final = re.compile(rb"\Asignkey-[^-]+-")
+_TIMESTAMP: Final = re.compile(r"\A(0|[1-9][0-9]{0,11})\Z")
+"""Without zeros in front: where nothing stands between body and time, a body's last zero would else pass for the time's first."""
 _HEX_SHA256: Final = re.compile(r"\A[0-9a-fA-F]{64}\Z")
 
 Clock = Callable[[], float]
@@ -45,7 +49,7 @@ class Verified:
 
     Attributes:
         identity: Names it; a redelivery has the same.
-        proof: What proved it, where that does not cover the identity: it must never serve another one. Empty where it does.
+        proof: What proved it, where that does not cover the identity: it must never serve another one. Empty where it does cover it.
         valid_until: Until when the proof would be taken, in seconds since 1970; 0 where there is none.
     """
 
@@ -65,7 +69,7 @@ class Verifier(Protocol):
         Verify a delivery.
 
         Args:
-            headers: By lowercase name.
+            headers: Found by a name in any case.
             body: As it came.
 
         Raises:
@@ -89,17 +93,19 @@ class TriggerDevAlert:
     def __init__(self, key: str | bytes) -> None:
         (self._key,) = _keys(key)
 
-    def verify(self, headers: Mapping[str, str], body: bytes) -> Verified:
+    def verify(self, headers: object, body: bytes) -> Verified:
         """Verify an alert; its identity is the body's `id`, else the signature."""
-        signature = _header(headers, "x-trigger-signature-hmacsha256").strip().lower()
+        found, body = lowercase(headers), raw(body)
+        signature = _header(found, "x-trigger-signature-hmacsha256").strip().lower()
         if not _same(signature, hmac.digest(self._key, body, hashlib.sha256).hex()):
             raise VerificationError("The alert's signature is none of ours.")
         try:
             told = json.loads(body)
         except (ValueError, RecursionError):
             told = None
-        found = told.get("id") if isinstance(told, dict) else None
-        return Verified(_identity(found) if isinstance(found, str) and found else signature)
+        alert = told.get("id") if isinstance(told, dict) else None
+        named = isinstance(alert, str | int) and not isinstance(alert, bool) and alert != ""
+        return Verified(identity_of(str(alert)) if named else signature)
 
 
 class TimestampedHmac:
@@ -111,6 +117,9 @@ class TimestampedHmac:
         header: The header that holds the signature.
         tolerance_seconds: How old or how far ahead a signature may be.
         clock: Gives seconds since 1970.
+
+    Raises:
+        SettingsError: There is no key, or nothing of one is left.
     """
 
     def __init__(
@@ -121,20 +130,22 @@ class TimestampedHmac:
         tolerance_seconds: float = TOLERANCE_SECONDS,
         clock: Clock = time.time,
     ) -> None:
-        self._keys = [_PREFIX.sub("", key.decode("utf-8", "surrogateescape")).encode("utf-8", "surrogateescape") for key in _keys(keys)]
+        # Checked again: a prefix with nothing behind it would be an empty key.
+        self._keys = _keys([_PREFIX.sub(b"", key) for key in _keys(keys)])
         self._header = header.lower()
         self._tolerance = tolerance_seconds
         self._clock = clock
         self.provider = self._header
 
-    def verify(self, headers: Mapping[str, str], body: bytes) -> Verified:
+    def verify(self, headers: object, body: bytes) -> Verified:
         """Verify a delivery; its identity is the signature with its time, so that a delivery signed anew is another one."""
+        found, body = lowercase(headers), raw(body)
         parts: dict[str, str] = {}
-        for part in re.split("[&,]", _header(headers, self._header)):
+        for part in re.split("[&,]", _header(found, self._header)):
             name, _, value = part.strip().partition("=")
             parts.setdefault(name, value)
         sent, signature = parts.get("t", ""), parts.get("s", "").lower()
-        if not _TIMESTAMP.match(sent) or not sent.isascii() or not _HEX_SHA256.match(signature):
+        if not _TIMESTAMP.match(sent) or not _HEX_SHA256.match(signature):
             raise VerificationError(f"{self._header} is not of the form t=<seconds>&s=<hex>.")
         digests = [hmac.digest(key, body + sent.encode(), hashlib.sha256).hex() for key in self._keys]
         if not any(_same(signature, digest) for digest in digests):
@@ -148,7 +159,8 @@ class QStash:
     Deliveries of Upstash QStash: `Upstash-Signature` is a JWT (HS256) over the URL and the body's digest.
 
     The message id is in a header that the token does not cover. So a token is bound to the first message id that it came
-    with, durably, and with any other one it is refused.
+    with, durably, and with any other one, or without one, it is refused: whoever has seen a delivery can't make a second one
+    of it. Delivered again by QStash itself, a message has the same id and a new token.
 
     Args:
         keys: The current signing key, and the next one.
@@ -167,9 +179,10 @@ class QStash:
         self._tolerance = tolerance_seconds
         self._clock = clock
 
-    def verify(self, headers: Mapping[str, str], body: bytes) -> Verified:
+    def verify(self, headers: object, body: bytes) -> Verified:
         """Verify a delivery; its identity is `Upstash-Message-Id`, else the token."""
-        token = _header(headers, "upstash-signature").strip()
+        found, body = lowercase(headers), raw(body)
+        token = _header(found, "upstash-signature").strip()
         parts = token.split(".")
         if len(parts) != 3 or not token.isascii():  # noqa: PLR2004 (RFC 7515, section 3.1)
             raise VerificationError("upstash-signature is no signed token.")
@@ -182,9 +195,9 @@ class QStash:
             raise VerificationError("The token is not signed by HS256.")
         self._check(claims, body)
         proof = hashlib.sha256(signed).hexdigest()
-        message_id = headers.get("upstash-message-id", "").strip()
-        until = float(claims["exp"]) + self._tolerance
-        return Verified(_identity(message_id), proof, until) if message_id else Verified(proof)
+        message_id = found.get("upstash-message-id", "").strip()
+        # The token without a message id is a name like any other, or leaving out the header would make a second delivery of one.
+        return Verified(identity_of(message_id) if message_id else proof, proof, float(claims["exp"]) + self._tolerance)
 
     def _check(self, claims: Mapping[str, Any], body: bytes) -> None:
         if claims.get("iss") != "Upstash":
@@ -228,40 +241,98 @@ class StandardWebhooks:
         self._tolerance = tolerance_seconds
         self._clock = clock
 
-    def verify(self, headers: Mapping[str, str], body: bytes) -> Verified:
+    def verify(self, headers: object, body: bytes) -> Verified:
         """Verify a delivery; its identity is `webhook-id`, which the signature covers."""
-        message_id, sent = _header(headers, "webhook-id"), _header(headers, "webhook-timestamp").strip()
-        signatures = _header(headers, "webhook-signature").split()
-        if not _TIMESTAMP.match(sent) or not sent.isascii():
+        found, body = lowercase(headers), raw(body)
+        message_id, sent = _header(found, "webhook-id"), _header(found, "webhook-timestamp").strip()
+        signatures = _header(found, "webhook-signature").split()
+        if not message_id:
+            raise VerificationError("webhook-id is empty.")
+        if not _TIMESTAMP.match(sent):
             raise VerificationError("webhook-timestamp is no number of seconds.")
-        signed = f"{message_id}.{sent}.".encode("utf-8", "surrogateescape") + body
+        signed = f"{message_id}.{sent}.".encode("utf-8", "surrogatepass") + body
         wanted = [base64.b64encode(hmac.digest(key, signed, hashlib.sha256)).decode() for key in self._keys]
         given = [text.removeprefix("v1,") for text in signatures if text.startswith("v1,")]
         if not any(_same(each, digest) for each in given for digest in wanted):
             raise VerificationError("The signature is none of ours.")
         _check_time(int(sent), self._tolerance, self._clock())
-        return Verified(_identity(message_id))
+        return Verified(identity_of(message_id))
 
 
 # --- What they share ---------------------------------------------------------------------------------------------
 
 
-def lowercase(headers: object) -> dict[str, str]:
+class Headers(Mapping[str, str]):
+    """
+    Headers by lowercase name, found by a name in any case.
+
+    Args:
+        found: Them, by lowercase name.
+    """
+
+    def __init__(self, found: Mapping[str, str]) -> None:
+        self._found = found
+
+    def __getitem__(self, name: str) -> str:
+        return self._found[name.lower()]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._found)
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+
+def lowercase(headers: object) -> Headers:
     """
     Give headers by lowercase name, whatever they came in: a mapping or pairs, of text or bytes. The first of several counts.
 
     Args:
-        headers: Any object; what is no header is left out.
+        headers: Any object; what is no header is left out. Never raises because of it.
     """
-    items = getattr(headers, "items", None)
-    pairs: Any = items() if callable(items) else headers if isinstance(headers, Iterable) else ()
+    if isinstance(headers, Headers):
+        return headers
     found: dict[str, str] = {}
-    for pair in pairs:
-        if isinstance(pair, Sequence) and len(pair) == 2:  # noqa: PLR2004 (a pair)
-            name, value = (each.decode("latin-1") if isinstance(each, bytes) else each for each in pair)
-            if isinstance(name, str) and isinstance(value, str):
-                found.setdefault(name.lower(), value)
-    return found
+    try:
+        items = getattr(headers, "items", None)
+        pairs: Any = items() if callable(items) else headers if isinstance(headers, Iterable) else ()
+        for pair in pairs:
+            if isinstance(pair, Sequence) and len(pair) == 2:  # noqa: PLR2004 (a pair)
+                name, value = (each.decode("latin-1") if isinstance(each, bytes) else each for each in pair)
+                if isinstance(name, str) and isinstance(value, str):
+                    found.setdefault(name.lower(), value)
+    except Exception:  # the object's own code
+        logger.debug("otelexec.trigger.unreadable: %s", type(headers).__name__, exc_info=True)
+    return Headers(found)
+
+
+def raw(body: object) -> bytes:
+    """
+    Give a body as bytes; one that a server has made text of is UTF-8, and its signature tells whether it was.
+
+    Args:
+        body: Any object.
+
+    Raises:
+        VerificationError: It is no body.
+    """
+    if isinstance(body, str):
+        return body.encode("utf-8", "surrogatepass")
+    if isinstance(body, bytes | bytearray | memoryview):
+        return bytes(body)
+    raise VerificationError(f"A body is bytes, not {type(body).__name__}.")
+
+
+def identity_of(name: str) -> str:
+    """
+    Give the identity that a delivery's name makes: the name, or its digest where no record could hold it as it is.
+
+    Args:
+        name: Any text.
+    """
+    if len(name) <= _MAX_IDENTITY_CHARS and name.isprintable():
+        return name
+    return hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _keys(keys: str | bytes | Iterable[str | bytes]) -> list[bytes]:
@@ -283,10 +354,6 @@ def _header(headers: Mapping[str, str], name: str) -> str:
 
 def _same(given: str, wanted: str) -> bool:
     return hmac.compare_digest(given.encode("utf-8", "surrogatepass"), wanted.encode())
-
-
-def _identity(text: str) -> str:
-    return text if len(text) <= _MAX_IDENTITY_CHARS else hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _check_time(sent: int, tolerance_seconds: float, now: float) -> None:
