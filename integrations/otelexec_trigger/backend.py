@@ -13,7 +13,7 @@ from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, Self
 
 from otelexec_trigger.calls import Steps, drive, drive_async
-from otelexec_trigger.runs import Run
+from otelexec_trigger.runs import InvalidRequest, Run
 
 if TYPE_CHECKING:
     import httpx
@@ -52,6 +52,13 @@ class Trigger:
     queue: str | None = None
     concurrency_key: str | None = None
     max_attempts: int | None = None
+
+
+def _wanted(items: Sequence[Mapping[str, Any]]) -> list[Trigger]:
+    try:
+        return [Trigger(**item) for item in items]
+    except TypeError as error:
+        raise InvalidRequest(f"an item is a dict with `task` and the other arguments of trigger(): {error}") from None
 
 
 class Operations(ABC):
@@ -160,7 +167,7 @@ class TriggerBackend:
             InvalidRequest: An item can't be sent; none was.
             EnqueueError: As for `trigger`, for all of them.
         """
-        return drive(self._operations.batch_trigger([Trigger(**item) for item in items]), self._client)
+        return drive(self._operations.batch_trigger(_wanted(items)), self._client)
 
     def get(self, run_id: str) -> Run:
         """
@@ -278,7 +285,7 @@ class AsyncTriggerBackend:
 
     async def batch_trigger(self, items: Sequence[Mapping[str, Any]]) -> str:
         """Ask for several runs in one call; as `TriggerBackend.batch_trigger`."""
-        return await drive_async(self._operations.batch_trigger([Trigger(**item) for item in items]), self._client)
+        return await drive_async(self._operations.batch_trigger(_wanted(items)), self._client)
 
     async def get(self, run_id: str) -> Run:
         """Give a run as it is now; as `TriggerBackend.get`."""

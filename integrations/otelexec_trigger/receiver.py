@@ -41,8 +41,9 @@ from otelexec.execution import Execution, Options, current_execution
 from otelexec.lifecycle import Steps, lifecycle
 from otelexec.propagation import incoming
 from otelexec.store.runs import HoldKey
-from otelexec.store.writes import CANCELLED
-from otelexec_trigger.verifiers import VerificationError, Verified, Verifier, lowercase
+from otelexec.store.writes import CANCELLED, SUCCEEDED
+from otelexec_trigger.scripts import awaited, is_coroutine_function, name_of, run_to_end
+from otelexec_trigger.verifiers import VerificationError, Verified, Verifier, identity_of, lowercase, raw
 
 logger = logging.getLogger("otelexec.trigger")
 
@@ -80,17 +81,27 @@ class Reply:
     headers: Mapping[str, str] = field(default_factory=dict)
 
 
+@dataclass(slots=True)
+class _Attempt:
+    """What a verified delivery is worked on with. `execution` is there once it was opened in the store."""
+
+    payload: Any
+    context: Context
+    steps: Steps
+    execution: Execution | None = None
+
+
 class Receiver:
     """
     An ASGI application that takes deliveries of a push backend and runs an executor with each.
 
     Args:
-        executor: A function or coroutine function of one argument: what JSON makes of the body; text or bytes where it is no
-            JSON. The execution around it is `otelexec.current_execution()`.
+        executor: Any callable of one argument, what JSON makes of the body; text or bytes where it is no JSON. What it returns
+            is awaited if it can be. The execution around it is `otelexec.current_execution()`.
         verifier: Knows the backend's signatures.
         name: Name of the execution; None: the executor's qualified name.
-        identity: Takes headers (by lowercase name) and body and names the delivery; None: as the verifier has it. A redelivery
-            must have the same name, another delivery must not.
+        identity: Takes headers (found by a name in any case) and body and names the delivery; None, or where it gives None or
+            nothing: as the verifier has it. A redelivery must have the same name, another delivery must not.
         max_body_bytes: Largest body, in bytes.
 
     Raises:
@@ -110,10 +121,10 @@ class Receiver:
             raise SettingsError(f"max_body_bytes is 1 or more, not {max_body_bytes}")
         self._executor = executor
         self._verifier = verifier
-        self._name = name or f"{executor.__module__}.{executor.__qualname__}"
+        self._name = name or name_of(executor)
         self._identity = identity
         self._max_body_bytes = max_body_bytes
-        self._is_async = inspect.iscoroutinefunction(inspect.unwrap(executor))
+        self._is_async = is_coroutine_function(executor)
 
     # A plain function
 
@@ -128,21 +139,18 @@ class Receiver:
         Returns:
             What to answer. Never raises because of the delivery or the executor.
         """
-        prepared = self._prepare(headers, body)
-        if isinstance(prepared, Reply):
-            return prepared
-        context, steps = prepared
+        attempt = self._prepare(headers, body)
+        if isinstance(attempt, Reply):
+            return attempt
         before = otel_context.get_current()
-        otel_context.attach(context)
+        otel_context.attach(attempt.context)
         try:
             if self._is_async:
-                asyncio.run(call_async(_runtime.get(), steps, lambda: self._call_async(body), None))
+                run_to_end(call_async(_runtime.get(), attempt.steps, lambda: self._call_and_wait(attempt), None))
             else:
-                call_sync(_runtime.get(), steps, lambda: self._call(body))
-        except Exception as error:
-            if raised_by_signal_handler(error):
-                raise
-            return self._failure(error)
+                call_sync(_runtime.get(), attempt.steps, lambda: self._call(attempt))
+        except BaseException as error:
+            return self._answer(attempt, error)
         finally:
             otel_context.attach(before)
         return _told(200, "ok")
@@ -154,15 +162,28 @@ class Receiver:
         prepared = await asyncio.to_thread(self._prepare, headers, body)
         if isinstance(prepared, Reply):
             return prepared
-        context, steps = prepared
-        token = otel_context.attach(context)
+        attempt = prepared
+
+        async def deliver() -> Reply:
+            try:
+                await call_async(_runtime.get(), attempt.steps, lambda: self._call_and_wait(attempt), None)
+            except asyncio.CancelledError:
+                raise
+            except BaseException as error:  # a SystemExit would end the server's loop
+                return self._answer(attempt, error)
+            return _told(200, "ok")
+
+        # A task of its own, which a request to cancel the execution cancels: what cancels this one is the server.
+        token = otel_context.attach(attempt.context)
+        task = asyncio.create_task(deliver())
+        otel_context.detach(token)
         try:
-            await call_async(_runtime.get(), steps, lambda: self._call_async(body), None)
-        except Exception as error:
-            return self._failure(error)
-        finally:
-            otel_context.detach(token)
-        return _told(200, "ok")
+            return await task
+        except asyncio.CancelledError as error:
+            own = asyncio.current_task()
+            if own is None or own.cancelling():
+                raise
+            return self._answer(attempt, error)
 
     # ASGI
 
@@ -178,6 +199,8 @@ class Receiver:
         if reply is None:  # the client is gone, and has not sent the whole delivery
             return
         headers = {"content-type": "application/json", "content-length": str(len(reply.body)), **reply.headers}
+        if reply.status == 413 and scope.get("http_version", "1.1").startswith("1"):  # noqa: PLR2004 (HTTP/2 has no such header)
+            headers["connection"] = "close"
         raw = [(name.encode(), value.encode()) for name, value in headers.items()]
         await send({"type": "http.response.start", "status": reply.status, "headers": raw})
         await send({"type": "http.response.body", "body": reply.body})
@@ -186,8 +209,9 @@ class Receiver:
         if scope["method"] != "POST":
             return _told(405, "a delivery is a POST", {"allow": "POST"})
         headers = lowercase(scope["headers"])
-        length = headers.get("content-length", "")
-        if length.isdecimal() and int(length) > self._max_body_bytes:
+        length = headers.get("content-length", "").lstrip("0")
+        # By the number of digits first: int() refuses to read too many.
+        if length.isdecimal() and (len(length) > len(str(self._max_body_bytes)) or int(length) > self._max_body_bytes):
             return self._too_large()
         body = bytearray()
         while True:
@@ -198,30 +222,35 @@ class Receiver:
             if len(body) > self._max_body_bytes:
                 return self._too_large()
             if not message.get("more_body", False):
-                return await self.deliver_async(scope["headers"], bytes(body))
+                return await self.deliver_async(headers, bytes(body))
 
     def _too_large(self) -> Reply:
-        return _told(413, f"a delivery has at most {self._max_body_bytes} bytes", {"connection": "close"})
+        return _told(413, f"a delivery has at most {self._max_body_bytes} bytes")
 
     # One delivery
 
-    def _prepare(self, headers: object, body: bytes) -> Reply | tuple[Context, Steps]:
-        """Verify a delivery and give the context and the lifecycle of its attempt, or the answer that turns it away."""
-        if len(body) > self._max_body_bytes:
-            return self._too_large()
+    def _prepare(self, headers: object, body: object) -> Reply | _Attempt:
+        """Verify a delivery and give the attempt that is to be made, or the answer that turns it away."""
         found = lowercase(headers)
         try:
-            verified = self._verifier.verify(found, body)
-            identity = verified.identity if self._identity is None else str(self._identity(found, body))
-            self._bind(verified)
+            content = raw(body)
+            if len(content) > self._max_body_bytes:
+                return self._too_large()
+            verified = self._verifier.verify(found, content)
+            named = self._identity(found, content) if self._identity is not None else None
+            # Never text made of a None: every delivery without a name would be the duplicate of the first.
+            identity = verified.identity if named is None or named == "" else identity_of(str(named))
         except VerificationError as error:
-            logger.warning("otelexec.trigger.refused: %s: %s", self._name, error)
-            return _told(401, str(error))
-        except StoreError as error:
-            return self._failure(error)
+            return self._refuse(error)
         except Exception:
             logger.exception("otelexec.trigger.refused: %s", self._name)
             return _told(400, "the delivery can't be read")
+        try:
+            self._bind(verified)
+        except VerificationError as error:
+            return self._refuse(error)
+        except StoreError as error:
+            return self._unavailable(error)
         options = Options(
             self._name,
             kind=SpanKind.CONSUMER,
@@ -233,7 +262,8 @@ class Receiver:
             },
             exclusive=_runtime.get().records,
         )
-        return self._context(found, body, identity), lifecycle(_runtime.get(), options)
+        payload = _decode(content)
+        return _Attempt(_without_envelope(payload), self._context(found, payload, identity), lifecycle(_runtime.get(), options))
 
     @staticmethod
     def _bind(verified: Verified) -> None:
@@ -247,8 +277,7 @@ class Receiver:
         if holder != verified.identity:
             raise VerificationError("The token came with another message id before.")
 
-    def _context(self, headers: Mapping[str, str], body: bytes, identity: str) -> Context:
-        payload = _decode(body)
+    def _context(self, headers: Mapping[str, str], payload: Any, identity: str) -> Context:
         token = otel_context.attach(Context())
         try:
             if isinstance(payload, Mapping) and semconv.PAYLOAD_KEY in payload:
@@ -271,33 +300,67 @@ class Receiver:
         own = Scope(correlation, links=scope.links, trusted=False, message_id=identity)
         return otel_context.set_value(SCOPE_KEY, own, with_ambient(context, correlation))
 
-    def _call(self, body: bytes) -> Any:
-        return None if _is_duplicate() else self._executor(_without_envelope(_decode(body)))
+    def _call(self, attempt: _Attempt) -> Any:
+        if _begins(attempt):
+            value = self._executor(attempt.payload)
+            return run_to_end(awaited(value)) if inspect.isawaitable(value) else value
+        return None
 
-    async def _call_async(self, body: bytes) -> Any:
-        return None if _is_duplicate() else await self._executor(_without_envelope(_decode(body)))
+    async def _call_and_wait(self, attempt: _Attempt) -> Any:
+        if _begins(attempt):
+            return await awaited(self._executor(attempt.payload))
+        return None
 
-    def _failure(self, error: Exception) -> Reply:
-        if isinstance(error, ExecutionBusy):
-            return _told(409, "the delivery is being worked on", _RETRY_AFTER)
-        if isinstance(error, ExecutionCancelled):
+    # Answers to what did not go well
+
+    def _answer(self, attempt: _Attempt, error: BaseException) -> Reply:
+        """Answer what a delivery raised. Raises it where it is not the executor's: the process is to end."""
+        if isinstance(error, KeyboardInterrupt | GeneratorExit) or raised_by_signal_handler(error):
+            raise error
+        execution = attempt.execution
+        if execution is None:
+            return self._not_begun(error)
+        ending = execution.ending
+        if ending is not None and ending.state == SUCCEEDED:  # SystemExit(0)
+            return _told(200, "ok")
+        if ending is not None and ending.state == CANCELLED and execution.cancel_requested:
             return _told(200, "cancelled")
         if isinstance(error, PermanentFailure):
             return _told(422, str(error))
-        if isinstance(error, StoreError):
-            logger.warning("otelexec.trigger.store: %s: %s", self._name, error)
-            return _told(503, "the store can't be reached at the moment", _RETRY_AFTER)
         logger.info("otelexec.trigger.failed: %s", self._name, exc_info=error)
         return _told(500, "the executor failed")
 
+    def _not_begun(self, error: BaseException) -> Reply:
+        if isinstance(error, ExecutionCancelled):
+            return _told(200, "cancelled")
+        if isinstance(error, StoreError):
+            return self._unavailable(error)
+        if isinstance(error, ExecutionBusy):
+            # The attempt that is in the way may be one of a process that has died, and nobody else may be there to notice: a
+            # runtime looks for such ones only once its thread runs, which an attempt that is not made does not start.
+            _runtime.get().heartbeat.ensure()
+            return _told(409, "the delivery is being worked on", _RETRY_AFTER)
+        logger.error("otelexec.trigger.failed: %s was not begun", self._name, exc_info=error)
+        return _told(500, "the delivery was not begun")
 
-def _is_duplicate() -> bool:
-    """Tell whether the execution has succeeded before; then its attempt ends as a duplicate, and calls nothing."""
+    def _refuse(self, error: VerificationError) -> Reply:
+        logger.warning("otelexec.trigger.refused: %s: %s", self._name, error)
+        return _told(401, str(error))
+
+    def _unavailable(self, error: StoreError) -> Reply:
+        logger.warning("otelexec.trigger.store: %s: %s", self._name, error)
+        return _told(503, "the store can't be reached at the moment", _RETRY_AFTER)
+
+
+def _begins(attempt: _Attempt) -> bool:
+    """Tell whether the executor is to be called: not when the execution has succeeded before, then the attempt ends as a duplicate."""
     execution = current_execution()
-    if not isinstance(execution, Execution) or not execution.duplicate:
-        return False
-    execution.ending = Ending(CANCELLED, DUPLICATE)
-    return True
+    if not isinstance(execution, Execution):
+        return True
+    attempt.execution = execution
+    if execution.duplicate:
+        execution.ending = Ending(CANCELLED, DUPLICATE)
+    return not execution.duplicate
 
 
 def _decode(body: bytes) -> Any:

@@ -8,12 +8,15 @@ asked for it stands in the payload, in the first argument.
 from __future__ import annotations
 
 import asyncio
+import contextvars
+import functools
 import inspect
 import json
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
 from opentelemetry import context as otel_context
@@ -35,7 +38,7 @@ from otelexec_trigger.engine import RUN_ID
 from otelexec_trigger.trigger_dev import SYSTEM
 
 # The platform does not percent-encode the values, so a value ends where the next known name begins.
-_ATTRIBUTE: Final = r"(?:\A|,){}=(.*?)(?=,[A-Za-z_][\w.$-]*=|\Z)"
+_ATTRIBUTE: Final = r"(?:\A|,)\s*{}=(.*?)(?=,\s*[A-Za-z_][\w.$-]*=|\Z)"
 
 
 def run(executor: Callable[[Any], Any], *, name: str | None = None) -> Any:
@@ -44,14 +47,15 @@ def run(executor: Callable[[Any], Any], *, name: str | None = None) -> Any:
 
     The payload is the JSON in `sys.argv[1]`; None without an argument. The result goes to standard output as one line of
     JSON, the last one. What the executor raises goes on: Python then writes the traceback to standard error and exits with
-    1, or with the code of a SystemExit.
+    1, or with the code of a SystemExit. A result that JSON does not have is such an exception too. As a decorator, it runs
+    the function where that is defined.
 
     Args:
-        executor: A function or coroutine function of one argument, the payload without the reserved key.
+        executor: Any callable of one argument, the payload without the reserved key. What it returns is awaited if it can be.
         name: Name of the execution; None: the executor's qualified name.
 
     Returns:
-        What the executor returned.
+        What the executor returned, awaited.
     """
     runtime = _runtime.get()
     argument = sys.argv[1] if len(sys.argv) > 1 else None
@@ -59,7 +63,7 @@ def run(executor: Callable[[Any], Any], *, name: str | None = None) -> Any:
     attempt = _attribute(told, "ctx.attempt.number") or ""
     context, links = _context(_decoded(argument), _attribute(told, "ctx.run.id"))
     options = Options(
-        name or f"{executor.__module__}.{executor.__qualname__}",
+        name or name_of(executor),
         kind=trace.SpanKind.CONSUMER,
         attributes=_attributes(told),
         links=links,
@@ -72,23 +76,65 @@ def run(executor: Callable[[Any], Any], *, name: str | None = None) -> Any:
             payload = {key: value for key, value in payload.items() if key != semconv.PAYLOAD_KEY}
         return executor(payload)
 
-    async def call_and_wait() -> Any:
+    # Made into JSON within the attempt: its record is not to say that all went well when the script then ends with 1.
+
+    def call_sync_() -> tuple[Any, str]:
         value = call()
-        return await value if inspect.isawaitable(value) else value
+        value = run_to_end(awaited(value)) if inspect.isawaitable(value) else value
+        return value, _line(value)
+
+    async def call_async_() -> tuple[Any, str]:
+        value = await awaited(call())
+        return value, _line(value)
 
     steps = lifecycle(runtime, options)
     before = otel_context.get_current()
     otel_context.attach(context)
     try:
-        if inspect.iscoroutinefunction(inspect.unwrap(executor)):
-            value = asyncio.run(call_async(runtime, steps, call_and_wait, None))
+        if is_coroutine_function(executor):
+            value, line = run_to_end(call_async(runtime, steps, call_async_, None))
         else:
-            value = call_sync(runtime, steps, call)
+            value, line = call_sync(runtime, steps, call_sync_)
     finally:
         otel_context.attach(before)
-    sys.stdout.write(json.dumps(value, separators=(",", ":"), default=str) + "\n")
+    sys.stdout.write(line)
     sys.stdout.flush()
     return value
+
+
+def name_of(executor: Callable[..., Any]) -> str:
+    """Give the qualified name of any callable, such as a partial or an object that can be called."""
+    target = executor
+    while isinstance(target, functools.partial):
+        target = target.func
+    target = inspect.unwrap(target)
+    named = target if hasattr(target, "__qualname__") else type(target)
+    return f"{named.__module__}.{named.__qualname__}"
+
+
+def is_coroutine_function(executor: Callable[..., Any]) -> bool:
+    """Tell whether a callable is a coroutine function, or an object that is called like one."""
+    target = inspect.unwrap(executor)
+    return inspect.iscoroutinefunction(target) or inspect.iscoroutinefunction(target.__call__)
+
+
+async def awaited(value: Any) -> Any:
+    """Give a value, or what it becomes if it can be awaited."""
+    return await value if inspect.isawaitable(value) else value
+
+
+def run_to_end(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    """Run a coroutine to its end, also where this thread's event loop is running already."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(coroutine)
+    with ThreadPoolExecutor(1, thread_name_prefix="otelexec-trigger") as pool:
+        return pool.submit(contextvars.copy_context().run, asyncio.run, coroutine).result()
+
+
+def _line(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"), default=str, allow_nan=False) + "\n"
 
 
 def _context(payload: Any, run_id: str | None) -> tuple[Context, tuple[trace.Link, ...]]:
@@ -111,7 +157,11 @@ def _context(payload: Any, run_id: str | None) -> tuple[Context, tuple[trace.Lin
         context = trace.set_span_in_context(trace.NonRecordingSpan(parent), context)
     if run_id is None:
         return context, links
-    correlation = scope.correlation.model_copy(update={RUN_ID: run_id})
+    known = {RUN_ID: run_id}
+    if not scope.trusted:
+        # The payload's ids are not believed, but the run id is the platform's: its next attempt is to be the same execution's.
+        known |= {"execution_id": run_id, "request_id": run_id}
+    correlation = scope.correlation.model_copy(update=known)
     own = Scope(correlation, links=scope.links, trusted=scope.trusted, message_id=run_id, enqueued_unix_ns=scope.enqueued_unix_ns)
     return otel_context.set_value(SCOPE_KEY, own, with_ambient(context, correlation)), links
 

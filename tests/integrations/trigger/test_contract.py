@@ -273,6 +273,14 @@ def test_what_is_over_a_limit_is_refused_before_anything_is_sent(common: Stage, 
     assert len(common.records()) == before
 
 
+def test_an_item_of_a_batch_that_is_none_is_refused(common: Stage, backend: Any) -> None:
+    before = len(common.records())
+    for items in ([], [{"payload": 1}], [{"task": "echo", "tag": "x"}], [{"task": "echo"}, {"task": "echo", "delay": "soon"}]):
+        with pytest.raises(InvalidRequest):
+            backend.batch_trigger(items)
+    assert len(common.records()) == before
+
+
 def test_a_payload_that_is_no_json_is_refused(backend: Any) -> None:
     with pytest.raises(InvalidRequest, match="JSON"):
         backend.trigger("echo", {"a": object()})

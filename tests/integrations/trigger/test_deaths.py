@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import sqlite3
+import threading
 import time
+from contextlib import closing, suppress
 from typing import Any
 
 import httpx
@@ -185,6 +188,34 @@ def test_a_server_that_is_killed_after_it_accepted_gives_the_same_run_to_the_sam
     assert other["id"] != first["id"]
     stage.worker(1)
     assert ended(first["id"]).output == {"a": 1}
+
+
+def test_a_server_that_is_killed_between_its_commit_and_its_answer_has_one_run(fresh: Fresh) -> None:
+    """The kill follows the commit as soon as that can be seen; where the answer was faster, the repetition gets it again."""
+    stage = fresh()
+    server, url = stage.serve()
+    port = int(url.rsplit(":", 1)[1])
+    for number in range(1, 7):
+        headers = {"authorization": f"Bearer {KEY}", "x-trigger-request-idempotency-key": f"call-{number}"}
+        answers: list[str] = []
+
+        def call(headers: dict[str, str] = headers, answers: list[str] = answers) -> None:
+            with suppress(httpx.HTTPError):
+                answer = httpx.post(f"{url}/api/v1/tasks/echo/trigger", json={"payload": 1}, headers=headers, timeout=20)
+                answers.append(answer.json()["id"])
+
+        with closing(sqlite3.connect(stage.path)) as connection:
+            thread = threading.Thread(target=call)
+            thread.start()
+            deadline = time.monotonic() + 20
+            while connection.execute("SELECT COUNT(*) FROM run").fetchone()[0] < number and time.monotonic() < deadline:
+                pass  # any pause would let the answer out
+            server.kill()
+            thread.join(30)
+            server, _ = stage.serve(port)
+            call()
+            assert len(set(answers)) == 1
+            assert connection.execute("SELECT COUNT(*) FROM run").fetchone()[0] == number
 
 
 def test_runs_with_workers_killed_at_random_are_all_accounted_for(fresh: Fresh) -> None:

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from otelexec_trigger import PermanentFailure, QStash, Receiver, Reply, StandardWebhooks, TimestampedHmac, TriggerDevAlert
 from otelexec_trigger.verifiers import Verifier
 
 import otelexec
 from otelexec import semconv
 from otelexec.store.records import ExecutionRecord
+from tests.integrations.stage import ROOT
 from tests.integrations.trigger.signing import (
     BODY,
     SECRET,
@@ -26,7 +32,7 @@ from tests.integrations.trigger.signing import (
     signed_by_time,
     standard,
 )
-from tests.records import Records
+from tests.records import Records, until
 
 
 class Hook:
@@ -150,6 +156,81 @@ def test_one_that_comes_while_the_first_runs_is_to_come_again(path: Path) -> Non
     assert [attempt.duplicate for attempt in record.attempts] == [False, True]
 
 
+KILLED = """
+import sys, time
+sys.path[:0] = ["integrations"]
+from otelexec_trigger import Receiver, StandardWebhooks
+from tests.integrations.trigger.signing import BODY, SECRET, clock, standard
+
+def hang(payload):
+    print("running", flush=True)
+    time.sleep(600)
+
+Receiver(hang, verifier=StandardWebhooks(SECRET, clock=clock), name="hook").deliver(standard(BODY), BODY)
+"""
+
+
+def test_a_delivery_whose_process_was_killed_runs_again(path: Path, hook: Hook, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTELEXEC_RECONCILE", "true")
+    with subprocess.Popen([sys.executable, "-c", KILLED], cwd=ROOT, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"running\n"
+        process.kill()
+    made = receiver(hook)
+    assert made.deliver(standard(BODY), BODY).status == 409  # nobody has noticed, and this process has had nothing else to do yet
+    until(lambda: made.deliver(standard(BODY), BODY).status == 200, 30)
+    assert len(hook.calls) == 1
+    (record,) = records(path)
+    assert [attempt.state for attempt in record.attempts] == ["lost", "succeeded"]
+
+
+@pytest.mark.parametrize(("code", "status", "state"), [(3, 500, "failed"), (0, 200, "succeeded")])
+async def test_an_executor_that_exits_does_not_end_the_server(path: Path, hook: Hook, code: int, status: int, state: str) -> None:
+    hook.raises = SystemExit(code)
+
+    async def executor(payload: Any) -> None:
+        hook(payload)
+
+    for number, function in enumerate((hook, executor)):
+        assert (await receiver(function).deliver_async(standard(BODY, message=f"m{number}"), BODY)).status == status
+    assert [record.state for record in records(path)] == [state, state]
+
+
+async def cancel_itself(payload: Any) -> None:
+    otelexec.request_cancel(str(otelexec.current_execution().id), terminate=True)
+    await asyncio.sleep(30)
+
+
+async def test_what_is_cancelled_while_it_runs_is_not_to_come_again(path: Path) -> None:
+    made = receiver(cancel_itself)
+    assert (await made.deliver_async(standard(BODY), BODY)).status == 200
+    assert (await asyncio.to_thread(made.deliver, standard(BODY, message="m"), BODY)).status == 200
+    assert [record.state for record in records(path)] == ["cancelled", "cancelled"]
+
+
+async def test_what_the_server_cancels_is_to_come_again(path: Path) -> None:
+    began, leave = asyncio.Event(), asyncio.Event()
+
+    async def executor(payload: Any) -> None:
+        began.set()
+        await leave.wait()
+
+    made = receiver(executor)
+    request = asyncio.create_task(made.deliver_async(standard(BODY), BODY))
+    await began.wait()
+    request.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await request
+    leave.set()
+    assert (await made.deliver_async(standard(BODY), BODY)).status == 200
+    assert [attempt.state for attempt in records(path)[0].attempts] == ["cancelled", "succeeded"]
+
+
+def test_the_cancellation_of_another_execution_is_a_failure(path: Path, hook: Hook) -> None:
+    hook.raises = otelexec.ExecutionCancelled("another", execution_id="another")
+    assert receiver(hook).deliver(standard(BODY), BODY).status == 500
+
+
 def test_forged_and_stale_deliveries_leave_nothing(path: Path, hook: Hook) -> None:
     made = receiver(hook)
     for headers, body in ((standard(BODY), BODY + b"x"), ({}, BODY), (standard(BODY, at=1), BODY), (None, b"")):
@@ -170,6 +251,7 @@ def test_a_byte_equal_replay_does_not_run_and_a_delivery_signed_anew_does(path: 
 def test_one_token_never_serves_two_message_ids(path: Path, hook: Hook) -> None:
     made = receiver(hook, QStash(["current"], url=URL, clock=clock))
     assert made.deliver(pushed(BODY), BODY).status == 200
+    assert made.deliver(pushed(BODY, None), BODY).status == 401
     assert made.deliver(pushed(BODY, "msg_other"), BODY).status == 401
     otelexec.shutdown()
     assert made.deliver(pushed(BODY, "msg_other"), BODY).status == 401
@@ -191,6 +273,14 @@ def test_identity_names_deliveries_as_it_is_told(path: Path, hook: Hook) -> None
         assert made.deliver(signed_by_time(BODY, at=clock() + second), BODY).status == 200
     assert len(hook.calls) == 1
     assert made.deliver(signed_by_time(b"[]"), b"[]").status == 400
+
+
+def test_a_delivery_that_identity_has_no_name_for_is_named_by_its_verifier(path: Path, hook: Hook) -> None:
+    made = receiver(hook, identity=lambda headers, _: headers.get("X-Job"))
+    for message, job in (("m1", {}), ("m2", {}), ("m3", {"x-job": "j"}), ("m4", {"X-JOB": "j"})):
+        assert made.deliver(standard(BODY, message=message) | job, BODY).status == 200
+    assert [json.loads(record.correlation)["webhook_id"] for record in records(path)] == ["m1", "m2", "j"]
+    assert len(hook.calls) == 3
 
 
 def test_two_receivers_may_get_a_message_each_under_one_id(path: Path, hook: Hook) -> None:
@@ -233,6 +323,53 @@ def test_bodies_that_are_no_object_get_there(path: Path, hook: Hook, body: bytes
     made = receiver(hook, TriggerDevAlert("key"))
     assert made.deliver(signed_alert(body), body).status == 200
     assert hook.calls == [{b"plain text": "plain text", b"\xff\xfe": b"\xff\xfe", b"[1, 2]": [1, 2], b"": ""}[body]]
+
+
+NAMES = st.sampled_from(["webhook-id", "Webhook-Timestamp", "webhook-signature", "content-length", "traceparent", "baggage"])
+ANY = st.text(st.characters(), max_size=30) | st.binary(max_size=30)
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@given(
+    headers=st.lists(st.tuples(NAMES | ANY, ANY), max_size=6) | st.none() | st.integers(),
+    body=st.binary(max_size=50) | st.text(st.characters()) | st.none() | st.lists(st.integers()),
+)
+def test_nothing_unsigned_gets_anywhere(path: Path, hook: Hook, headers: Any, body: Any) -> None:
+    reply = receiver(hook).deliver(headers, body)
+    assert 400 <= reply.status < 500
+    assert not hook.calls
+    assert not path.exists()
+
+
+class Asynchronous:
+    def __init__(self) -> None:
+        self.calls: list[Any] = []
+
+    async def __call__(self, payload: Any, *_: Any) -> None:
+        await asyncio.sleep(0)
+        self.calls.append(payload)
+
+
+def wrapped(executor: Any) -> Any:
+    def call(payload: Any) -> Any:
+        return executor(payload)
+
+    return call
+
+
+@pytest.mark.parametrize("wrap", [lambda executor: executor, wrapped, functools.partial])
+@pytest.mark.parametrize("how", ["plain", "in a loop", "awaited"])
+async def test_what_can_be_awaited_is(path: Path, wrap: Any, how: str) -> None:
+    executor = Asynchronous()
+    made = Receiver(wrap(executor), verifier=StandardWebhooks(SECRET, clock=clock))
+    if how == "plain":
+        reply = await asyncio.to_thread(made.deliver, standard(BODY), BODY)
+    elif how == "in a loop":
+        reply = made.deliver(standard(BODY), BODY)
+    else:
+        reply = await made.deliver_async(standard(BODY), BODY)
+    assert (reply.status, len(executor.calls)) == (200, 1)
+    assert records(path)[0].state == "succeeded"
 
 
 # --- ASGI --------------------------------------------------------------------------------------------------------
@@ -285,6 +422,7 @@ async def test_a_coroutine_runs_in_the_loop(path: Path) -> None:
 async def test_what_is_too_large_is_not_read_to_its_end(path: Path, hook: Hook) -> None:
     app = receiver(hook, max_body_bytes=100)
     assert await serve(app, {"content-length": "101"}, [b"x" * 101]) == (413, 0)
+    assert await serve(app, {"content-length": "9" * 5000}, [b"x"]) == (413, 0)
     assert await serve(app, {}, [b"x" * 60] * 10) == (413, 2)
     assert app.deliver({}, b"x" * 101).status == 413
     assert not hook.calls

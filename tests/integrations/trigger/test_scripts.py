@@ -21,7 +21,7 @@ SENDER = "00-0af7651916cd43dd8448eb211c80319c-00f067aa0ba902b7-01"
 ENVELOPE = {"v": 1, "traceparent": SENDER, "baggage": "otelexec.execution_id=e-1,otelexec.request_id=r-1,otelexec.source=webhook"}
 
 SCRIPT = """
-import asyncio, sys
+import asyncio, functools, sys
 import otelexec
 from otelexec_trigger import run
 
@@ -44,7 +44,23 @@ def leave(payload):
 def core(payload):
     return 42
 
-run(dict(main=main, slowly=slowly, fail=fail, leave=leave, core=lambda payload: core(payload))[sys.argv[2]], name="script")
+class Called:
+    async def __call__(self, payload):
+        return await slowly(payload)
+
+if sys.argv[2] == "decorated":
+    @run
+    def decorated(payload):
+        return decorated.__name__ if "decorated" in globals() else "not there yet"
+else:
+    run(
+        dict(
+            main=main, slowly=slowly, fail=fail, leave=leave, core=lambda payload: core(payload),
+            called=Called(), returned=lambda payload: slowly(payload), partial=functools.partial(slowly),
+            nan=lambda payload: float("nan"), unprintable=lambda payload: {(1, 2): 3},
+        )[sys.argv[2]],
+        name=None if sys.argv[2] in ("called", "partial") else "script",
+    )
 """
 
 Start = Callable[..., subprocess.CompletedProcess[str]]
@@ -142,8 +158,31 @@ def test_an_exit_keeps_its_code(start: Start, read: Any, code: int) -> None:
     assert read()[0][0].state == ("succeeded" if code == 0 else "failed")
 
 
-def test_a_coroutine_is_awaited(start: Start) -> None:
-    assert start("slowly").stdout == '"awaited"\n'
+@pytest.mark.parametrize("which", ["slowly", "called", "returned", "partial"])
+def test_a_coroutine_is_awaited(start: Start, which: str) -> None:
+    assert start(which).stdout == '"awaited"\n'
+
+
+def test_it_may_be_a_decorator(start: Start, read: Any) -> None:
+    assert start("decorated").stdout == '"not there yet"\n'
+    assert read()[0][0].name == "__main__.decorated"
+
+
+@pytest.mark.parametrize("which", ["nan", "unprintable"])
+def test_a_result_that_json_does_not_have_is_a_failure_on_record(start: Start, read: Any, which: str) -> None:
+    done = start(which)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "Traceback" in done.stderr
+    assert read()[0][0].state == "failed"
+
+
+def test_a_payload_that_is_not_signed_leaves_the_run_its_execution(start: Start, read: Any) -> None:
+    signing = {"OTELEXEC_SIGNING_KEY": "0123456789abcdef0123456789abcdef"}
+    start("fail", {"_otelexec": ENVELOPE}, **signing)
+    assert start("slowly", {"_otelexec": ENVELOPE}, attempt=2, **signing).returncode == 0
+    ((record,), _) = read()
+    assert record.execution_id == "run_abc"
+    assert [attempt.state for attempt in record.attempts] == ["failed", "succeeded"]
 
 
 def test_a_core_takes_the_scripts_attempt_over(start: Start, read: Any) -> None:
