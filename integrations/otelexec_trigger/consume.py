@@ -31,6 +31,7 @@ from otelexec.propagation import incoming
 from otelexec.store.runs import DueRun, RunRecord, SetRunOutput
 from otelexec.store.writes import CANCELLED, FAILED
 from otelexec_trigger import engine, wire
+from otelexec_trigger.executors import awaited, is_coroutine_function, run_to_end
 from otelexec_trigger.settings import MAX_OUTPUT_BYTES, SYSTEM
 
 logger = logging.getLogger("otelexec.trigger")
@@ -109,19 +110,22 @@ def _execute(
             metrics.waited(attributes[semconv.QUEUE_LATENCY], run.task, attributes)
         return function(_payload(run))
 
-    async def call_and_wait() -> Any:
+    def call_sync_() -> Any:
         value = call()
-        return _keep(run, await value if inspect.isawaitable(value) else value)
+        return _keep(run, run_to_end(awaited(value)) if inspect.isawaitable(value) else value)
+
+    async def call_and_wait() -> Any:
+        return _keep(run, await awaited(call()))
 
     steps = lifecycle(runtime, options)
     before = otel_context.get_current()
     otel_context.attach(_context(run))
     started = time.perf_counter_ns()
     try:
-        if inspect.iscoroutinefunction(inspect.unwrap(function)):
+        if is_coroutine_function(function):
             asyncio.run(call_async(runtime, steps, call_and_wait, run.max_seconds))
         else:
-            call_sync(runtime, steps, lambda: _keep(run, call()))
+            call_sync(runtime, steps, call_sync_)
     except BaseException as error:
         if not begun and isinstance(error, ExecutionCancelled):
             return

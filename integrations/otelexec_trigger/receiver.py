@@ -42,7 +42,7 @@ from otelexec.lifecycle import Steps, lifecycle
 from otelexec.propagation import incoming
 from otelexec.store.runs import HoldKey
 from otelexec.store.writes import CANCELLED, SUCCEEDED
-from otelexec_trigger.scripts import awaited, is_coroutine_function, name_of, run_to_end
+from otelexec_trigger.executors import awaited, is_coroutine_function, name_of, run_to_end
 from otelexec_trigger.verifiers import VerificationError, Verified, Verifier, identity_of, lowercase, raw
 
 logger = logging.getLogger("otelexec.trigger")

@@ -7,16 +7,12 @@ asked for it stands in the payload, in the first argument.
 
 from __future__ import annotations
 
-import asyncio
-import contextvars
-import functools
 import inspect
 import json
 import os
 import re
 import sys
-from collections.abc import Callable, Coroutine, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from opentelemetry import context as otel_context
@@ -35,6 +31,7 @@ from otelexec.lifecycle import lifecycle
 from otelexec.propagation import incoming
 from otelexec.w3c import decode_trace
 from otelexec_trigger.engine import RUN_ID
+from otelexec_trigger.executors import awaited, is_coroutine_function, name_of, run_to_end
 from otelexec_trigger.trigger_dev import SYSTEM
 
 # The platform does not percent-encode the values, so a value ends where the next known name begins.
@@ -100,37 +97,6 @@ def run(executor: Callable[[Any], Any], *, name: str | None = None) -> Any:
     sys.stdout.write(line)
     sys.stdout.flush()
     return value
-
-
-def name_of(executor: Callable[..., Any]) -> str:
-    """Give the qualified name of any callable, such as a partial or an object that can be called."""
-    target = executor
-    while isinstance(target, functools.partial):
-        target = target.func
-    target = inspect.unwrap(target)
-    named = target if hasattr(target, "__qualname__") else type(target)
-    return f"{named.__module__}.{named.__qualname__}"
-
-
-def is_coroutine_function(executor: Callable[..., Any]) -> bool:
-    """Tell whether a callable is a coroutine function, or an object that is called like one."""
-    target = inspect.unwrap(executor)
-    return inspect.iscoroutinefunction(target) or inspect.iscoroutinefunction(target.__call__)
-
-
-async def awaited(value: Any) -> Any:
-    """Give a value, or what it becomes if it can be awaited."""
-    return await value if inspect.isawaitable(value) else value
-
-
-def run_to_end(coroutine: Coroutine[Any, Any, Any]) -> Any:
-    """Run a coroutine to its end, also where this thread's event loop is running already."""
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return asyncio.run(coroutine)
-    with ThreadPoolExecutor(1, thread_name_prefix="otelexec-trigger") as pool:
-        return pool.submit(contextvars.copy_context().run, asyncio.run, coroutine).result()
 
 
 def _line(value: Any) -> str:

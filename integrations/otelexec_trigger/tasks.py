@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, Final, TypeVar
 
 from otelexec.errors import SettingsError
+from otelexec_trigger.executors import name_of
 
 Function = TypeVar("Function", bound=Callable[[Any], Any])
 
@@ -32,8 +33,8 @@ def task(task_id: str) -> Callable[[Function], Function]:
 
     def register(function: Function) -> Function:
         known = TASKS.get(task_id)
-        if known is not None and (known.__module__, known.__qualname__) != (function.__module__, function.__qualname__):
-            raise SettingsError(f"the task {task_id!r} is {known.__module__}.{known.__qualname__} already")
+        if known is not None and name_of(known) != name_of(function):
+            raise SettingsError(f"the task {task_id!r} is {name_of(known)} already")
         TASKS[task_id] = function
         return function
 

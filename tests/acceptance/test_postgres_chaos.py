@@ -129,7 +129,7 @@ def server_kills(folder: Path, postgres_folder: Path, jobs: int, *, pause: float
 
 @pytest.mark.timeout(200)
 def test_the_server_is_killed_in_the_middle_of_300_jobs(tmp_path: Path, postgres_folder: Path) -> None:
-    server_kills(tmp_path, postgres_folder, 300, pause=0.8, kills=2, seconds=180)
+    server_kills(tmp_path, postgres_folder, 300, pause=0.8, kills=1, seconds=180)
 
 
 @pytest.mark.long

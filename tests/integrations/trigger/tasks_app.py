@@ -81,6 +81,23 @@ def die(mark: str) -> str:
     return "alive"
 
 
+class Later:
+    """A callable object whose call is a coroutine."""
+
+    async def __call__(self, payload: Any) -> Any:
+        await asyncio.sleep(0)
+        return payload
+
+
+task("later")(Later())
+
+
+@task("passed on")
+def passed_on(payload: Any) -> Any:
+    """Give a coroutine, as a wrapper around a coroutine function does."""
+    return Later()(payload)
+
+
 @task("pid")
 def pid(_: object) -> int:
     return os.getpid()

@@ -83,6 +83,11 @@ def test_a_triggered_task_runs_with_its_payload(common: Stage, backend: Any) -> 
     assert run.finished_at is not None
 
 
+def test_what_can_be_awaited_is(backend: Any) -> None:
+    for name in ("later", "passed on"):
+        assert ended(backend, backend.trigger(name, 7)).output == 7
+
+
 def test_every_run_is_an_execution_from_the_call_to_the_task(common: Stage, backend: Any) -> None:
     with otelexec.correlate(source="webhook", webhook_id="w-1", attributes={"shop": "one"}) as correlation:
         run_id = backend.trigger("who", {})
@@ -121,6 +126,8 @@ def test_a_failure_is_retried(common: Stage, backend: Any) -> None:
 def test_a_core_takes_the_runs_attempt_over(common: Stage, backend: Any) -> None:
     run_id = backend.trigger("cored", 21)
     assert ended(backend, run_id).output == {"twice": 42}
+    # The outer's end is committed after the core's, which ended the run.
+    until(lambda: (seen := common.look(run_id)) is not None and seen.attempts[0].outer_outcome is not None, 10)
     seen = common.ended(run_id)
     assert seen.record.name == "the.core"
     assert (seen.record.state, seen.attempt.outer_outcome) == ("succeeded", "succeeded")

@@ -62,7 +62,7 @@ def test_a_task_that_kills_its_process_is_attempted_again_and_the_signal_is_name
     seen = stage.ended(run_id, "lost", "succeeded")
     assert "SIGKILL" in (seen.attempts[0].error_message or "")
     second = seen.attempts[1]
-    assert second.started_unix_ns - (seen.attempts[0].ended_unix_ns or 0) < 3e9
+    assert second.started_unix_ns - (seen.attempts[0].ended_unix_ns or 0) < 6e9
     assert worker.stop() == 0
 
 

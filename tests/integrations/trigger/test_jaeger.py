@@ -43,6 +43,7 @@ def test_the_trace_of_a_run_is_whole(fresh: Fresh, jaeger: Jaeger) -> None:
         cored = backend.trigger("cored", 21)
         until(lambda: backend.get(died).has_ended and backend.get(cored).has_ended, 40)
     record = stage.ended(died, "lost", "succeeded").record
+    until(lambda: (seen := stage.look(cored)) is not None and seen.attempts[0].outer_outcome is not None, 10)
     core = stage.ended(cored).record
     otelexec.shutdown()
     drain(stage, jaeger)

@@ -326,13 +326,14 @@ def test_bodies_that_are_no_object_get_there(path: Path, hook: Hook, body: bytes
 
 
 NAMES = st.sampled_from(["webhook-id", "Webhook-Timestamp", "webhook-signature", "content-length", "traceparent", "baggage"])
-ANY = st.text(st.characters(), max_size=30) | st.binary(max_size=30)
+ODD = st.sampled_from("aZ019 .,=&-_+/%{}[]\0\n\x7f\xa0\xe9\u2028\ud800\udc80\U0001f600")
+ANY = st.text(ODD, max_size=30) | st.binary(max_size=30)
 
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(
     headers=st.lists(st.tuples(NAMES | ANY, ANY), max_size=6) | st.none() | st.integers(),
-    body=st.binary(max_size=50) | st.text(st.characters()) | st.none() | st.lists(st.integers()),
+    body=st.binary(max_size=50) | st.text(ODD) | st.none() | st.lists(st.integers()),
 )
 def test_nothing_unsigned_gets_anywhere(path: Path, hook: Hook, headers: Any, body: Any) -> None:
     reply = receiver(hook).deliver(headers, body)

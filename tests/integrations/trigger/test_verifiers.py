@@ -141,10 +141,11 @@ def test_a_verifier_without_a_key_is_none(make: Any) -> None:
 
 
 UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+ODD = st.sampled_from("aZ019 .,=&-_+/%{}[]\0\n\x7f\xa0\xe9\u2028\ud800\udc80\U0001f600")
 TEXT = (
-    st.text(st.characters(), max_size=60)
+    st.text(ODD, max_size=60)
     | st.from_regex(r"t=[0-9]{1,12}&s=[0-9a-f]{64}", fullmatch=True)
-    | st.from_regex(r"[\w-]+\.[\w-]+\.[\w-]+")
+    | st.from_regex(r"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+", fullmatch=True)
 )
 NAMED = st.dictionaries(
     st.sampled_from(
@@ -163,11 +164,11 @@ NAMED = st.dictionaries(
 )
 
 
-BODIES = st.binary(max_size=100) | st.text(st.characters(), max_size=20) | st.none() | st.integers() | st.lists(st.integers(), max_size=2)
+BODIES = st.binary(max_size=100) | st.text(ODD, max_size=20) | st.none() | st.integers() | st.lists(st.integers(), max_size=2)
 
 
 @UNHURRIED
-@given(headers=NAMED | st.none() | st.lists(st.text(max_size=2) | st.tuples(st.text(), st.binary())), body=BODIES)
+@given(headers=NAMED | st.none() | st.lists(st.text(ODD, max_size=2) | st.tuples(TEXT, st.binary()), max_size=4), body=BODIES)
 def test_nothing_else_is_ever_raised(headers: Any, body: Any) -> None:
     for verifier, _ in ALL:
         with pytest.raises(VerificationError):
