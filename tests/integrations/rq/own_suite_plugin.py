@@ -1,4 +1,4 @@
-"""A pytest plugin for RQ's own tests: `-p tests.integrations.rq.own_suite_plugin` runs them with otelexec's adapter active."""
+"""A pytest plugin for RQ's own tests: `-p own_suite_plugin`, with this folder on the path, runs them with otelexec's adapter active."""
 
 from __future__ import annotations
 
