@@ -40,12 +40,15 @@ def test_none_that_passes_bare_fails_with_the_adapter(tmp_path: Path) -> None:
     source = sources(tmp_path, "rq", version, python)
     own = {name: value for name, value in os.environ.items() if not name.startswith(("OTEL_", "OTELEXEC_", "PYTEST_"))}
     own["PATH"] = f"{python.parent}{os.pathsep}{own['PATH']}"
+    # Their package of tests is called as ours is, and their workers look for it.
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    (alone / "otelexec").symlink_to(ROOT / "otelexec")
     instrumented = own | {
         "OTELEXEC_STORE": f"sqlite:///{tmp_path / 'own.db'}",
         "OTELEXEC_RELAY": "false",
         "OTELEXEC_RECONCILE": "false",
-        # Their package of tests is called as ours is: the plugin is found by its folder.
-        "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "integrations"), str(Path(__file__).parent))),
+        "PYTHONPATH": os.pathsep.join((str(alone), str(ROOT / "integrations"), str(Path(__file__).parent))),
     }
     with running_valkey(tmp_path, PORT):
         run(python, source, own, tmp_path / "bare")
