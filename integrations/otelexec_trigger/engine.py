@@ -311,7 +311,7 @@ def list_runs(
     """
     found: list[RunRecord] = []
     while len(found) < limit:
-        page = read(lambda tx: statements.list_runs(tx, limit=200, before=before, after=after, tasks=tasks, batch_id=batch_id))  # noqa: B023
+        page = read(lambda tx: statements.list_runs(tx, limit=200, before=before, after=after, tasks=tasks, batch_id=batch_id))  # noqa: B023 (called at once)
         found += [run for run in page if wanted(run)]
         if len(page) < 200 or after is not None:  # noqa: PLR2004 (the page above)
             break

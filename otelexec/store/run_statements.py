@@ -140,10 +140,11 @@ def due_runs(tx: Transaction, tasks: Sequence[str], *, limit: int, lapsed_too: b
     among, values = tx.among(tasks)
     rows = tx.execute(
         f"""{_RUN} WHERE r.pending = 1 AND r.due_unix_ns <= ? AND {waits} AND r.task {among}
+            AND (e.attempts > 0 OR r.expires_unix_ns IS NULL OR r.expires_unix_ns >= ?)
             AND (r.lane IS NULL OR (SELECT COUNT(*) FROM run o JOIN execution x ON x.execution_id = o.execution_id
                                     WHERE o.lane = r.lane AND o.pending = 1 AND x.state = '{RUNNING}') < r.lane_limit)
             ORDER BY r.due_unix_ns, r.seq LIMIT ?""",
-        (now, now, *values, limit),
+        (now, now, *values, now, limit),
     ).fetchall()
     found = [DueRun(RunRecord(*row), lapsed=False) for row in rows]
     if lapsed_too and len(found) < limit:

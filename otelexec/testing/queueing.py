@@ -266,6 +266,7 @@ class QueueContract:
 
     def test_runs_that_will_not_be_run_are_found(self, store: Store) -> None:
         enqueue(store, replace(run_row("expired", lane="lane"), expires_unix_ns=1))
+        assert not due(store), "its time to live is over"
         enqueue(store, run_row("cancelled", lane="lane", due=FAR))
         enqueue(store, run_row("running", lane="lane"))
         write(store, RequestCancel("e-cancelled", Cancellation(1, terminate=True)))
