@@ -77,6 +77,8 @@ class Options:
         exclusive: Whether the code is called only if no other attempt of the execution runs, which the store decides: an
             attempt that it can't open there is none.
         takes_lapsed: Whether, with `exclusive`, a running attempt of a process whose lease has lapsed does not count.
+        expected_attempts: With `exclusive`, how many attempts the execution had when the caller looked; the code is not called
+            when there were more since. None: any number.
         max_output_bytes: Largest output in bytes of JSON; None means as in the settings.
         number: The attempt's number where the backend counts the attempts itself; the store's own count is never gone below.
             None: the store counts.
@@ -99,6 +101,7 @@ class Options:
     accepted: bool = False
     exclusive: bool = False
     takes_lapsed: bool = False
+    expected_attempts: int | None = None
     max_output_bytes: int | None = None
     number: int | None = None
 

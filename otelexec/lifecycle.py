@@ -184,6 +184,7 @@ def _describe(execution: Execution, runtime: Runtime, base: Context, *, takes_ov
         opened=runtime.collector.open_ancestors(base),
         exclusive=execution.options.exclusive,
         takes_lapsed=execution.options.takes_lapsed,
+        expected_attempts=execution.options.expected_attempts,
         number=execution.options.number,
     )
 

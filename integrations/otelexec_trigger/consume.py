@@ -99,6 +99,8 @@ def _execute(
         cancel_wins=cancel_wins,
         exclusive=True,
         takes_lapsed=takes_lapsed,
+        # Another worker may have made an attempt since the run was read: whether to retry, and when, was decided without it.
+        expected_attempts=run.attempts,
         max_output_bytes=MAX_OUTPUT_BYTES,
     )
     begun: list[Execution] = []

@@ -418,6 +418,8 @@ def hindrance(tx: Transaction, write: OpenAttempt) -> str | None:
     run = tx.execute("SELECT lane, lane_limit, max_attempts FROM run WHERE execution_id = ?", (execution.execution_id,)).fetchone()
     if run is not None and state not in (QUEUED, RETRYING, RUNNING, PAUSED):
         return f"it is {state}"
+    if write.expected_attempts is not None and attempts != write.expected_attempts:
+        return f"it has had {attempts} attempts, not {write.expected_attempts}"
     lapsed = f"AND NOT ({_LAPSED})" if write.takes_lapsed else ""
     running = tx.execute(
         f"""SELECT a.attempt FROM attempt a LEFT JOIN process p ON p.process_id = a.process_id

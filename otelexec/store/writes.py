@@ -120,6 +120,8 @@ class OpenAttempt:
         exclusive: Whether it is opened only if no other attempt of the execution runs, and the execution's run, where it has
             one, waits for an attempt; else the answer is `Busy`.
         takes_lapsed: Whether a running attempt of a process whose lease has lapsed is no hindrance.
+        expected_attempts: With `exclusive`, how many attempts the execution has had when somebody chose to attempt it; when there
+            were more since, the answer is `Busy`. None: any number.
         number: The attempt's least number; None: the next one.
     """
 
@@ -137,6 +139,7 @@ class OpenAttempt:
     opened: tuple[SpanRow, ...] = ()
     exclusive: bool = False
     takes_lapsed: bool = False
+    expected_attempts: int | None = None
     number: int | None = None
 
 

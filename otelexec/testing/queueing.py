@@ -137,6 +137,16 @@ class QueueContract:
             assert found(store).state == "retrying"
             assert len(due(store)) == (0 if number == 1 else 1)
 
+    def test_what_was_attempted_meanwhile_is_looked_at_anew(self, store: Store) -> None:
+        enqueue(store, run_row())
+        first = replace(exclusive("t1", "e-r"), expected_attempts=0)
+        opened(store, first)
+        assert opened(store, replace(first, repeated=True)).number == 1, "its own repetition"
+        write(store, closing(first, FAILED, retrying=True))
+        (busy,) = write(store, replace(exclusive("t2", "e-r"), expected_attempts=0))
+        assert isinstance(busy, Busy)
+        assert opened(store, replace(exclusive("t2", "e-r"), expected_attempts=1)).number == 2
+
     def test_a_lost_attempt_is_retried_while_there_are_any(self, store: Store) -> None:
         enqueue(store, run_row(attempts=2))
         for token, state in (("t1", "retrying"), ("t2", LOST)):
