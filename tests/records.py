@@ -13,6 +13,7 @@ from otelexec.decoded import DecodedSpan, decode
 from otelexec.errors import StoreNotFound
 from otelexec.store.records import AttemptRecord, ExecutionRecord
 from tests import stores
+from tests.patience import PATIENCE
 
 T = TypeVar("T")
 
@@ -25,7 +26,7 @@ ERRORS = {"failed", "timed_out", "lost", "rejected"}
 
 def until(condition: Callable[[], T], seconds: float = 10.0) -> T:
     """Wait until a condition is true and give its value; fails after `seconds`."""
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + PATIENCE * seconds
     while not (value := condition()):
         if time.monotonic() > deadline:
             msg = f"not within {seconds:g} s"

@@ -17,6 +17,8 @@ from typing import Any, NoReturn
 import pytest
 import requests
 
+from tests.patience import PATIENCE
+
 ROOT = Path(__file__).resolve().parent.parent
 JAEGER_SCRIPT = ROOT / "examples" / "jaeger" / "run.py"
 JAEGER_CONFIG = ROOT / "examples" / "jaeger" / "config.yaml"
@@ -124,7 +126,7 @@ def is_ready(process: subprocess.Popen[bytes], health_url: str) -> bool:
     Returns:
         False as soon as its process has ended, or when `START_SECONDS` have passed.
     """
-    deadline = time.monotonic() + START_SECONDS
+    deadline = time.monotonic() + PATIENCE * START_SECONDS
     while process.poll() is None and time.monotonic() < deadline:
         try:
             if requests.get(health_url, timeout=1).ok:
@@ -160,7 +162,7 @@ def read_trace(base_url: str, trace_id: str, *, raw: bool = False, at_least: int
     Returns:
         Its spans by start; whatever is there at the end of the wait, nothing for an unknown trace.
     """
-    deadline = time.monotonic() + within_seconds
+    deadline = time.monotonic() + PATIENCE * within_seconds
     while True:
         spans = spans_of(f"{base_url}/api/v3/traces/{trace_id}", {"raw_traces": "true"} if raw else {})
         if len(spans) >= at_least or time.monotonic() >= deadline:

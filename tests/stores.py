@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 from otelexec import runtime
 from otelexec.settings import Settings
 from otelexec.store.base import Store
+from tests.patience import PATIENCE
 
 if TYPE_CHECKING:
     import psycopg  # at run time where it is used: most tests need no extra
@@ -190,7 +191,7 @@ class Places:
         import psycopg
 
         assert self.server is not None
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + PATIENCE * 20
         while True:
             try:
                 with psycopg.connect(self.server, autocommit=True) as connection:

@@ -39,6 +39,7 @@ from tests.acceptance.collector import Collected, collecting
 from tests.acceptance.hosts import Host, Network, running_hosts
 from tests.acceptance.killing import answer_of
 from tests.acceptance.scenarios import Ledger
+from tests.patience import PATIENCE
 from tests.stores import Place, Places
 
 PREFETCH: Final = 3
@@ -320,7 +321,7 @@ class Queue:
 
 def patient_rows(url: str, statement: str) -> list[tuple[Any, ...]]:
     """Give the rows of a query, also of a server that is just being killed and started again."""
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + PATIENCE * 30
     while True:
         try:
             return stores.rows(url, statement)
@@ -336,7 +337,7 @@ SETTLE_SECONDS: Final = 60.0
 def _reconcile(place: Place, hosts: Sequence[Host]) -> None:
     """Take in every host's spool and close what the dead left, whose leases may have to lapse first."""
     commands = [host.command for host in hosts] or [lambda *arguments: cli.main(list(arguments))]
-    deadline = time.monotonic() + SETTLE_SECONDS
+    deadline = time.monotonic() + PATIENCE * SETTLE_SECONDS
     while True:
         # A server that was killed at the very end may be on its way up.
         done = [command("reconcile", "--once") == 0 for command in commands]

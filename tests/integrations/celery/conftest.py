@@ -11,6 +11,7 @@ import pytest
 
 from tests.integrations.celery.stage import Broker, Stage
 from tests.integrations.stage import each_open
+from tests.patience import PATIENCE
 from tests.queue_servers import running_rabbitmq, running_valkey
 
 HERE = Path(__file__).parent
@@ -19,7 +20,7 @@ HERE = Path(__file__).parent
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if HERE in item.path.parents:
-            item.add_marker(pytest.mark.timeout(180))
+            item.add_marker(pytest.mark.timeout(PATIENCE * 180))
             # Celery's result backends leave their sockets to the garbage collector.
             item.add_marker(pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning"))
             item.add_marker(pytest.mark.filterwarnings("ignore:.*unclosed <socket:pytest.PytestUnraisableExceptionWarning"))

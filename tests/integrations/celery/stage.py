@@ -19,6 +19,7 @@ from valkey import Valkey
 
 from tests.integrations.celery.tasks import INSTRUMENT, SETTINGS, make_app
 from tests.integrations.stage import ROOT, ReadStage, WorkerProcess
+from tests.patience import PATIENCE
 
 START_SECONDS = 40.0
 PING_SECONDS = 0.5
@@ -70,7 +71,7 @@ class Worker(WorkerProcess):
 
     def wait_until_ready(self) -> None:
         """Wait until it answers."""
-        deadline = time.monotonic() + START_SECONDS
+        deadline = time.monotonic() + PATIENCE * START_SECONDS
         while not self._stage.app.control.ping(destination=[self.name], timeout=PING_SECONDS, limit=1):
             assert self.process.poll() is None, f"the worker ended:\n{self.text()[-3000:]}"
             assert time.monotonic() < deadline, f"the worker did not start:\n{self.text()[-3000:]}"

@@ -10,6 +10,7 @@ import pytest
 
 from tests.integrations.rq.stage import Stage
 from tests.integrations.stage import each_open
+from tests.patience import PATIENCE
 from tests.queue_servers import running_valkey
 
 HERE = Path(__file__).parent
@@ -18,7 +19,7 @@ HERE = Path(__file__).parent
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if HERE in item.path.parents and item.get_closest_marker("timeout") is None:
-            item.add_marker(pytest.mark.timeout(180))
+            item.add_marker(pytest.mark.timeout(PATIENCE * 180))
 
 
 @pytest.fixture(scope="session")

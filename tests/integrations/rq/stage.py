@@ -22,6 +22,7 @@ from rq.serializers import JSONSerializer
 from tests.integrations.rq.jobs import LOGGED
 from tests.integrations.rq.worker_app import INSTRUMENT, OPTIONS
 from tests.integrations.stage import ROOT, ReadStage, WorkerProcess
+from tests.patience import PATIENCE
 from tests.records import until
 
 START_SECONDS = 40.0
@@ -63,7 +64,7 @@ class Worker(WorkerProcess):
 
     def wait_until_ready(self, workers: int = 1) -> None:
         """Wait until it has registered with the server."""
-        deadline = time.monotonic() + START_SECONDS
+        deadline = time.monotonic() + PATIENCE * START_SECONDS
         while sum(self._stage.name in worker.queue_names() for worker in RQWorker.all(connection=self._stage.connection)) < workers:
             assert self.process.poll() is None, f"the worker ended:\n{self.text()[-3000:]}"
             assert time.monotonic() < deadline, f"the worker did not start:\n{self.text()[-3000:]}"

@@ -12,6 +12,7 @@ import pytest
 import otelexec
 from tests.integrations.stage import each_open
 from tests.integrations.trigger.stage import KEY, Stage
+from tests.patience import PATIENCE
 
 HERE = Path(__file__).parent
 
@@ -19,7 +20,7 @@ HERE = Path(__file__).parent
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if HERE in item.path.parents and item.get_closest_marker("timeout") is None:
-            item.add_marker(pytest.mark.timeout(180))
+            item.add_marker(pytest.mark.timeout(PATIENCE * 180))
 
 
 @pytest.fixture

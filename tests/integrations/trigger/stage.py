@@ -17,6 +17,7 @@ import httpx
 import psutil
 
 from tests.integrations.stage import ROOT, ReadStage, WorkerProcess
+from tests.patience import PATIENCE
 from tests.records import until
 
 KEY = "tr_dev_for_the_tests"
@@ -56,7 +57,7 @@ class Process(WorkerProcess):
 
     def wait_until_ready(self) -> str:
         """Wait for the line that says so, and give it."""
-        deadline = time.monotonic() + START_SECONDS
+        deadline = time.monotonic() + PATIENCE * START_SECONDS
         while (found := re.search(self._ready, self.text())) is None:
             assert self.process.poll() is None, f"{self.name} ended:\n{self.text()[-3000:]}"
             assert time.monotonic() < deadline, f"{self.name} did not start:\n{self.text()[-3000:]}"

@@ -17,6 +17,7 @@ from otelexec_trigger import LocalBackend
 from otelexec.store.writes import ENDED_STATES
 from tests.integrations.trigger.conftest import Fresh
 from tests.integrations.trigger.stage import KEY, Stage
+from tests.patience import PATIENCE
 from tests.records import until
 
 
@@ -208,7 +209,7 @@ def test_a_server_that_is_killed_between_its_commit_and_its_answer_has_one_run(f
         with closing(sqlite3.connect(stage.path)) as connection:
             thread = threading.Thread(target=call)
             thread.start()
-            deadline = time.monotonic() + 20
+            deadline = time.monotonic() + PATIENCE * 20
             while connection.execute("SELECT COUNT(*) FROM run").fetchone()[0] < number and time.monotonic() < deadline:
                 pass  # any pause would let the answer out
             server.kill()
