@@ -17,6 +17,7 @@ from opentelemetry import baggage, context, trace
 import otelexec
 from otelexec import runtime
 from otelexec.store.records import AttemptRecord
+from tests.memory import run_out_of
 from tests.records import until
 
 QUEUE = "tests"
@@ -206,6 +207,14 @@ def die(mark: str, times: int = 1) -> str:
         run.progress("before the kill", done=1, total=2)
         until(lambda: "before the kill" in (attempt_of(run.id).progress or ""))  # written within a poll, not at once
         os.kill(os.getpid(), signal.SIGKILL)
+    return "alive"
+
+
+@task("hog.again", **LOST_AGAIN)
+def hog_again(mark: str, procs: str) -> str:
+    """Be killed by the kernel in the first run, for want of memory."""
+    if not count(mark):
+        run_out_of(Path(procs))
     return "alive"
 
 

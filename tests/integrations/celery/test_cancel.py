@@ -79,3 +79,19 @@ def test_on_threads_which_nobody_can_stop_a_running_task_sees_it(fresh: Fresh) -
     assert worker.stop() == 0
     worker.check_log()
     stage.check_agreement()
+
+
+@pytest.mark.parametrize("pool", ["gevent", "eventlet"])
+def test_a_greenlet_is_stopped(fresh: Fresh, pool: str) -> None:
+    stage = fresh()
+    worker = stage.worker(pool, pool, 4)
+    mark = stage.mark()
+    with otelexec.correlate(source="test") as correlation:
+        result = stage.task("sleep").delay(60, mark)
+    stage.wait_for_run(mark)
+    otelexec.request_cancel(correlation.execution_id, terminate=True)
+    seen = stage.ended(result.id, "cancelled", seconds=TERMINATED_SECONDS)
+    assert seen.record.state == "cancelled"
+    assert worker.stop() == 0
+    worker.check_log()
+    stage.check_agreement()

@@ -14,6 +14,7 @@ from otelexec.store.records import ExecutionRecord
 from tests.integrations.celery.conftest import Fresh
 from tests.integrations.celery.stage import Stage, keys
 from tests.integrations.stage import each_open
+from tests.memory import memory_limit
 from tests.records import until
 
 RESULT_SECONDS = 30.0
@@ -83,6 +84,19 @@ def test_a_dying_child_is_told_by_a_worker_that_reconciles_as_well(fresh: Fresh)
         seen = stage.ended(result.id, "lost", "lost", "succeeded", seconds=60)
         assert [attempt.classification for attempt in seen.attempts] == ["killed", "killed", None]
         assert all("SIGKILL" in (attempt.error_message or "") for attempt in seen.attempts[:2])
+    assert worker.stop() == 0
+    worker.check_log()
+    stage.check_agreement()
+
+
+def test_a_child_that_the_kernel_kills_for_its_memory_is_lost_and_says_so(fresh: Fresh) -> None:
+    stage = fresh()
+    worker = stage.worker("hungry", "prefork", 1)
+    with memory_limit() as procs:
+        result = stage.task("hog.again").delay(stage.mark(), str(procs))
+        assert result.get(timeout=RESULT_SECONDS) == "alive"
+    seen = stage.ended(result.id, "lost", "succeeded")
+    assert "SIGKILL" in (seen.attempts[0].error_message or "")
     assert worker.stop() == 0
     worker.check_log()
     stage.check_agreement()

@@ -12,7 +12,7 @@ from tests.integrations.celery.conftest import Fresh
 from tests.records import until
 
 RESULT_SECONDS = 30.0
-POOLS = (("solo", 1, 12), ("threads", 8, 60), ("gevent", 50, 120), ("prefork", 2, 30))
+POOLS = (("solo", 1, 12), ("threads", 8, 60), ("gevent", 50, 120), ("eventlet", 50, 120), ("prefork", 2, 30))
 
 
 @pytest.mark.parametrize(("pool", "concurrency", "tasks"), POOLS, ids=[pool for pool, *_ in POOLS])

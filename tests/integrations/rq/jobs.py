@@ -15,6 +15,7 @@ from rq.version import VERSION as RQ_VERSION
 
 import otelexec
 from otelexec import runtime
+from tests.memory import run_out_of
 from tests.records import until
 
 LOGGED = "OTELEXEC_TEST_CALLBACKS"
@@ -110,6 +111,13 @@ def _progress_of(execution_id: str | None) -> str:
     record = None if store is None or execution_id is None else store.execution(execution_id)
     assert record is not None
     return record.attempts[-1].progress or ""
+
+
+def hog(mark: str, procs: str) -> str:
+    """Be killed by the kernel in the first run, for want of memory."""
+    if not count(mark):
+        run_out_of(Path(procs))
+    return "alive"
 
 
 def die_with_meta(mark: str, times: int) -> str:

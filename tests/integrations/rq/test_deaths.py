@@ -7,6 +7,7 @@ import signal
 import time
 
 import pytest
+from rq import Retry
 from rq.job import Job
 from rq.registry import StartedJobRegistry
 
@@ -17,6 +18,7 @@ from tests.integrations.rq import jobs
 from tests.integrations.rq.conftest import Fresh
 from tests.integrations.rq.stage import Stage
 from tests.integrations.stage import each_open
+from tests.memory import memory_limit
 from tests.records import Records, until
 
 LOST_SECONDS = 30.0
@@ -74,6 +76,16 @@ def test_a_horse_killed_before_it_opens_its_attempt_is_lost_all_the_same(fresh: 
     job = stage.queue.enqueue(jobs.give)
     seen = stage.ended(job.id, "lost", seconds=LOST_SECONDS)
     assert "SIGKILL" in (seen.attempt.error_message or "")
+    stage.check_agreement()
+
+
+def test_a_horse_that_the_kernel_kills_for_its_memory_is_lost_and_says_so(fresh: Fresh) -> None:
+    stage = fresh()
+    stage.worker("hungry")
+    with memory_limit() as procs:
+        job = stage.queue.enqueue(jobs.hog, stage.mark(), str(procs), retry=Retry(max=1))
+        seen = stage.ended(job.id, "lost", "succeeded", seconds=LOST_SECONDS)
+    assert "SIGKILL" in (seen.attempts[0].error_message or "")
     stage.check_agreement()
 
 
