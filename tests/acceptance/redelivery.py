@@ -236,16 +236,22 @@ class Queue:
         place: The store of the workers.
         jobs: The payloads.
         kill_seconds: Mean time between two kills; 0 kills nobody.
+        least_kills: On a machine that is done before so many, those that are missing are spread over the jobs.
         machines: Where workers run.
     """
 
-    def __init__(self, place: Place, jobs: list[dict[str, Any]], kill_seconds: float, machines: Sequence[Machine]) -> None:
+    def __init__(
+        self, place: Place, jobs: list[dict[str, Any]], kill_seconds: float, least_kills: int, machines: Sequence[Machine]
+    ) -> None:
         self.place = place
         self.waiting = deque(jobs)
         self.kills = self.redelivered = 0
         self.claimed: Counter[str] = Counter()
         self._machines = machines
         self._kill_seconds = kill_seconds
+        self._jobs_a_kill = len(jobs) / (least_kills + 1)
+        self._least_kills = least_kills
+        self._done = 0
         self._random = random.Random(5)
         self._workers: list[Worker] = []
 
@@ -261,7 +267,8 @@ class Queue:
             for worker in self._workers:
                 if worker.answers in readable:
                     assert self._take_answers(worker), "a worker ended by itself"
-            if time.monotonic() >= next_kill:
+            overdue = self.kills < self._least_kills and self._done >= (self.kills + 1) * self._jobs_a_kill
+            if time.monotonic() >= next_kill or overdue:
                 self._kill(self._random.randrange(workers))
                 next_kill = time.monotonic() + self._pause()
         for worker in self._workers:
@@ -293,6 +300,7 @@ class Queue:
         *numbers, worker.buffer = (worker.buffer + data).split(b"\n")
         for number in numbers:
             del worker.held[int(number)]
+        self._done += len(numbers)
         return bool(data)
 
     def _kill(self, index: int) -> None:
@@ -381,6 +389,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, required=True)
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--kill-seconds", type=float, default=0.2)
+    parser.add_argument("--least-kills", type=int, default=0)
     parser.add_argument("--store", help="a PostgreSQL store's URL, which may lead through a proxy; without it, a SQLite file")
     parser.add_argument("--direct", help="the same store without the proxy, for what only looks")
     parser.add_argument("--hosts", default="", help="host names and how far their clocks are ahead: a=300,b=-300; needs --address")
@@ -409,7 +418,7 @@ def main() -> int:
         jobs = answer_of(lambda: produce(chosen.jobs), chosen.folder / "jobs.json", seconds=300)
         clocks = {name: float(offset) for name, _, offset in (each.partition("=") for each in chosen.hosts.split(",") if each)}
         hosts = stack.enter_context(running_hosts(Network(bridge, address), chosen.folder, clocks, {})) if clocks else []
-        queue = Queue(looked_at, jobs, chosen.kill_seconds, hosts or [Here()])
+        queue = Queue(looked_at, jobs, chosen.kill_seconds, chosen.least_kills, hosts or [Here()])
         if chosen.started:
             chosen.started.touch()
         with crew(chosen.crew, chosen.folder):

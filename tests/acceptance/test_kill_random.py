@@ -10,7 +10,7 @@ from tests.acceptance.sweeping import report, together
 
 
 def check(folder: Path, jobs: int, *, kills: int, seconds: float) -> None:
-    answer = report("redelivery", folder / "run", f"--jobs={jobs}", "--workers=4", seconds=seconds)
+    answer = report("redelivery", folder / "run", f"--jobs={jobs}", f"--least-kills={kills}", "--workers=4", seconds=seconds)
     counts = together([answer], "executions", "attempts", "spans", "repeated", "kills", "redelivered", "claimed")
     assert counts["executions"] >= jobs
     assert counts["kills"] >= kills

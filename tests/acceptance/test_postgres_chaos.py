@@ -66,7 +66,7 @@ SURE = 1_000
 
 
 def random_kills(folder: Path, server: Server, jobs: int, *, kills: int, seconds: float) -> None:
-    answer = run_jobs(folder / "run", jobs, "--workers=4", f"--store={server.new_database()}", seconds=seconds)
+    answer = run_jobs(folder / "run", jobs, f"--least-kills={kills}", "--workers=4", f"--store={server.new_database()}", seconds=seconds)
     assert answer["kills"] >= kills
     assert answer["redelivered"] > 0
     assert answer["states"].get("lost", 0) > 0 or jobs < SURE
@@ -87,7 +87,9 @@ def test_10000_jobs_under_random_kills_are_recorded_and_delivered_once_each(tmp_
 def many_hosts(folder: Path, postgres_folder: Path, jobs: int, *, kills: int, seconds: float) -> None:
     with running_network() as network, running_server(postgres_folder, host=network.address) as server:
         hosts = f"--hosts={CLOCKS}", f"--network={network.bridge}@{network.address}"
-        answer = run_jobs(folder / "run", jobs, "--workers=6", f"--store={server.new_database()}", *hosts, seconds=seconds)
+        answer = run_jobs(
+            folder / "run", jobs, f"--least-kills={kills}", "--workers=6", f"--store={server.new_database()}", *hosts, seconds=seconds
+        )
     assert answer["machines"] == 3
     assert answer["kills"] >= kills
     assert answer["states"].get("lost", 0) > 0 or jobs < SURE
@@ -161,7 +163,7 @@ def test_connections_are_cut_at_random_under_10000_jobs(tmp_path: Path, postgres
 
 
 def crews(folder: Path, server: Server, jobs: int, *, kills: int, seconds: float) -> None:
-    arguments = "--workers=16", "--crew=2", "--kill-seconds=0.5", f"--store={server.new_database()}"
+    arguments = "--workers=16", "--crew=2", "--kill-seconds=0.5", f"--least-kills={kills}", f"--store={server.new_database()}"
     answer = run_jobs(folder / "run", jobs, *arguments, seconds=seconds)
     assert answer["kills"] >= kills
     assert answer["states"].get("lost", 0) > 0 or jobs < SURE

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import logging
 import os
 import random
 import signal
@@ -17,7 +18,7 @@ from contextlib import closing as closing_now
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Self
+from typing import Any, Self
 
 import pytest
 
@@ -79,6 +80,12 @@ class Alarm:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, self._before)
         sys.unraisablehook = self._hook
+        # Python's logging takes its locks a step before it sees to their release. Struck there, this thread keeps them, and every
+        # other one that logs (asyncio's, psycopg's pool's) would wait until the end of the test run.
+        inside: Any = logging
+        for lock in (inside._lock, *(handler.lock for ref in inside._handlerList if (handler := ref()) is not None)):
+            while lock is not None and lock._is_owned():
+                lock.release()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.raised += 1
