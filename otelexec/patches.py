@@ -11,6 +11,8 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+from otelexec.endings import raised_by_signal_handler
+
 _NOTHING: Any = object()
 
 
@@ -84,7 +86,9 @@ class Guard:
                 return None
             try:
                 return function(*args, **kwargs)
-            except Exception:
+            except Exception as error:
+                if raised_by_signal_handler(error):
+                    raise
                 self._logger.exception("%s.failed: %s", self._logger.name, function.__name__)
                 return None
 

@@ -139,7 +139,7 @@ def _patch_worker(patches: Patches) -> None:
         patches.replace(spawning, "fork_work_horse", worker.wrap_spawn)
     _patch_workers(patches, "fork_work_horse", worker.after(worker.on_horse_started))
     _patch_workers(patches, "wait_for_horse", worker.wrap_wait_for_horse)
-    _patch_workers(patches, "kill_horse", worker.before(worker.on_kill_horse))
+    _patch_workers(patches, "kill_horse", worker.wrap_kill_horse)
     _patch_workers(patches, "request_force_stop", worker.before(worker.on_force_stop))
     _patch_workers(patches, "register_birth", worker.after(worker.on_worker_started))
     _patch_workers(patches, "register_death", worker.after(worker.on_worker_ended))

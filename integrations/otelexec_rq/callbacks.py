@@ -71,10 +71,13 @@ def _begin(kind: str, name: str, job: Any) -> tuple[trace.Span, Context]:
 
 
 def _note(span: trace.Span, error: BaseException) -> None:
-    error_type, message = describe(error, _runtime.settings().max_error_chars)
-    span.record_exception(error)
-    span.set_attribute(semconv.ERROR_TYPE, error_type)
-    span.set_status(trace.StatusCode.ERROR, message)
+    try:
+        error_type, message = describe(error, _runtime.settings().max_error_chars)
+        span.set_attribute(semconv.ERROR_TYPE, error_type)
+        span.set_status(trace.StatusCode.ERROR, message)
+        span.record_exception(error)
+    except Exception:  # its own __str__ may raise, and what the callback raised must come out
+        logger.debug("otelexec.rq.failed: exception of a callback", exc_info=True)
 
 
 def _context(job: Any) -> Context:

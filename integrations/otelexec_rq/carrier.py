@@ -26,6 +26,11 @@ DEPENDS: Final = "otelexec-depends"
 """`traceparent` of each job that this one depends on, separated by commas."""
 
 
+def takes_stamp(job: Any) -> bool:
+    """Tell whether a job's meta is a dict or empty; RQ takes any value there, and what users put there stays."""
+    return not job.meta or isinstance(job.meta, Mapping)
+
+
 def stamp(job: Any, carried: Mapping[str, str]) -> None:
     """
     Put what a job carries into its meta; what an earlier stamp left there, or a copied meta brought along, goes.
@@ -34,8 +39,8 @@ def stamp(job: Any, carried: Mapping[str, str]) -> None:
         job: The job. Its meta is replaced, since it may be the caller's own dict.
         carried: Names and values to write.
     """
-    meta = job.meta if isinstance(job.meta, Mapping) else {}
-    job.meta = {**meta, KEY: dict(carried)}
+    if takes_stamp(job):
+        job.meta = {**(job.meta or {}), KEY: dict(carried)}
 
 
 def find(job: Any) -> Mapping[str, Any]:

@@ -62,7 +62,7 @@ class Run:
     """
 
     __slots__ = (
-        *("_attributes", "_error", "_found", "_runtime", "_steps", "_value"),
+        *("_attributes", "_error", "_found", "_may_retry", "_runtime", "_steps", "_value"),
         *("before", "context", "execution", "job", "performed", "stopped"),
     )
 
@@ -77,6 +77,7 @@ class Run:
         self._value: Any = None
         self._error: BaseException | None = None
         self._found = carrier.find(job)
+        self._may_retry = token is not None
         self._runtime = _runtime.get()
         self._steps: Steps | None = None
         options = options_of(job, token, is_stopped=lambda: self.stopped)
@@ -117,7 +118,7 @@ class Run:
             return
         if self.performed:
             error = self._error
-            self.execution.ending = endings.returned(self.job, self._value) if error is None else None
+            self.execution.ending = endings.returned(self.job, self._value, may_retry=self._may_retry) if error is None else None
         if self.execution.ending is None:
             self.execution.ending = self.execution.classify(error)
         self._keep_stamp(retrying=self.execution.ending.retrying)
@@ -160,13 +161,23 @@ def wrap_perform_job(original: Callable[..., Any]) -> Callable[..., Any]:
         if not self.is_horse:
             return _perform(functools.partial(original, self, job, queue, *args, **kwargs), self, job, execution)
         # A horse leaves without Python's exit handlers.
-        _runtime.get().is_supervised()
+        _guarded(lambda: _runtime.get().is_supervised())
         try:
             return _perform(functools.partial(original, self, job, queue, *args, **kwargs), self, job, execution)
         finally:
-            _runtime.shutdown()
+            _guarded(_runtime.shutdown)
 
     return perform_job
+
+
+def _guarded(function: Callable[[], Any]) -> None:
+    """Keep what goes wrong in here, such as settings that can't be read, away from the job."""
+    try:
+        function()
+    except Exception as error:
+        if raised_by_signal_handler(error):
+            raise
+        logger.exception("otelexec.rq.failed")
 
 
 def _perform(original: Callable[[], Any], worker: Any, job: Any, execution: Any) -> Any:
@@ -256,7 +267,8 @@ def _perform_alone(original: Callable[[Any], Any], job: Any) -> Any:
 def _cancel(worker: Any, job: Any, execution: Any) -> bool:
     """Tell RQ of a job that was cancelled before it started, and is not run; its record is closed."""
     logger.info("otelexec.rq.cancelled: job %s was cancelled before it started", job.id)
-    worker.prepare_job_execution(job, len(worker.queues) == 1)
+    with suppress(Exception):  # it asks for the function's name at last, and the job's data may not be readable
+        worker.prepare_job_execution(job, len(worker.queues) == 1)
     with worker.connection.pipeline() as pipeline:
         if execution is None:
             worker.cleanup_execution(job, pipeline=pipeline)

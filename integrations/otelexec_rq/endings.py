@@ -22,20 +22,21 @@ _ABANDONED_TYPE: Final = "rq.exceptions.AbandonedJobError"
 _MAX_CHARS: Final = 4096
 
 
-def classifier(job: Any, is_stopped: Callable[[], bool]) -> Classifier:
+def classifier(job: Any, is_stopped: Callable[[], bool], *, may_retry: bool = True) -> Classifier:
     """
     Make the classifier of one attempt.
 
     Args:
         job: The job, which knows how many retries it has left.
         is_stopped: Tells whether `stop-job` was asked for.
+        may_retry: Whether RQ runs it again at all: a synchronous queue never does.
     """
 
     def classify(error: BaseException) -> Ending | None:
         if is_stopped():
             error_type, message = describe(error, _MAX_CHARS)
             return Ending(CANCELLED, None, error_type, message, error)
-        earned = _RetryEarned(job)
+        earned = _RetryEarned(job, may_retry=may_retry)
         if isinstance(error, JobTimeoutException):
             error_type, message = describe(error, _MAX_CHARS)
             return Ending(TIMED_OUT, earned.classification or TIMEOUT, error_type, message, error, retrying=earned.retrying)
@@ -55,27 +56,28 @@ class _RetryEarned:
 
     __slots__ = ("retrying",)
 
-    def __init__(self, job: Any) -> None:
+    def __init__(self, job: Any, *, may_retry: bool) -> None:
         left = getattr(job, "retries_left", None)
-        self.retrying = isinstance(left, int) and left > 0
+        self.retrying = may_retry and isinstance(left, int) and left > 0
 
     @property
     def classification(self) -> str | None:
         return RETRY if self.retrying else None
 
 
-def returned(job: Any, value: Any) -> Ending | None:
+def returned(job: Any, value: Any, *, may_retry: bool = True) -> Ending | None:
     """
     Give the ending of a function that returned a `Retry`; None for any other value.
 
     Args:
         job: The job.
         value: What it returned.
+        may_retry: Whether RQ runs it again at all.
     """
     if not isinstance(value, Retry):
         return None
     done = job.number_of_retries or 0
-    more = not done or done < value.max  # as `handle_job_retry` decides
+    more = may_retry and (not done or done < value.max)  # as `handle_job_retry` decides
     text = (
         f"asked to be run again: retry {done + 1} of {value.max}" if more else f"asked to be run again after {value.max} retries, the last"
     )

@@ -68,23 +68,31 @@ def options_of(
         attributes[semconv.QUEUE_LATENCY] = latency
     timeout = job.timeout
     return Options(
-        name_of(job),
+        name_of(job, unpickle=finalized_by != "parent"),
         kind=trace.SpanKind.CONSUMER,
         attributes=attributes,
         links=links_of(found),
         link_carried=CHOICES.use_span_links,
-        classify=endings.classifier(job, is_stopped),
+        classify=endings.classifier(job, is_stopped, may_retry=token is not None),
         timeout=float(timeout) if isinstance(timeout, int | float) and timeout > 0 else None,
         token=token,
         finalized_by=finalized_by,
     )
 
 
-def name_of(job: Any) -> str:
-    """Give the name of a job's execution: that of its function, or what is known of a job that can't be read."""
+def name_of(job: Any, *, unpickle: bool = True) -> str:
+    """
+    Give the name of a job's execution: that of its function, or what is known of a job that can't be read.
+
+    Args:
+        job: The job.
+        unpickle: Whether its data may be read for it: it imports what is in it, and may do anything, so a worker's parent never does.
+    """
     found = carrier.text_of(carrier.find(job), carrier.NAME)
     if found is not None:
         return found
+    if not unpickle:
+        return str(job.description or "unread job")
     try:
         return str(job.func_name)
     except Exception:  # its data is pickled, and may hold anything

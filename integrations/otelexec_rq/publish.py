@@ -22,6 +22,7 @@ from redis import exceptions as redis_errors
 
 from otelexec.context import EXECUTION_KEY, SCOPE_KEY
 from otelexec.correlation import Correlation, Scope, with_ambient
+from otelexec.endings import raised_by_signal_handler
 from otelexec.propagation import entries, incoming, outgoing
 from otelexec.publishing import Message, publish
 from otelexec.w3c import decode_trace
@@ -144,7 +145,7 @@ def wrap_create(original: Any) -> Any:
     @functools.wraps(original.__func__)
     def create(cls: Any, *args: Any, **kwargs: Any) -> Any:
         job = original.__func__(cls, *args, **kwargs)
-        if CHOICES.active:
+        if CHOICES.active and carrier.takes_stamp(job):
             setattr(job, _NAMELESS, job._id is None)  # noqa: SLF001 (`job.id` would make one)
             sending = SENDING.get()
             if sending is None:
@@ -194,7 +195,8 @@ def _parents(job: Any) -> list[str]:
     if found is None:
         asked: list[str] | None = _guarded(_ask_for_parents, job)
         found = asked or []
-        setattr(job, _PARENTS, found)
+        if found:  # else they may not be saved yet: asked again when the job is enqueued
+            setattr(job, _PARENTS, found)
     return found
 
 
@@ -212,7 +214,10 @@ def wrap_repeat(original: Any) -> Any:
         if not CHOICES.active or vars(job).get(_REPEATED) == job.repeats_left:
             return original.__func__(cls, job, *args, **kwargs)
         setattr(job, _REPEATED, job.repeats_left)
-        context, first = _next_run(job)
+        next_run = _guarded(_next_run, job)
+        if next_run is None:
+            return original.__func__(cls, job, *args, **kwargs)
+        context, first = next_run
         token = otel_context.attach(context)
         try:
             with _sending() as sending:
@@ -239,6 +244,8 @@ def _guarded(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Keep what goes wrong in here away from the job."""
     try:
         return function(*args, **kwargs)
-    except Exception:
+    except Exception as error:
+        if raised_by_signal_handler(error):  # the job's timeout, inside a job that enqueues another
+            raise
         logger.exception("otelexec.rq.failed: %s", function.__name__)
         return None

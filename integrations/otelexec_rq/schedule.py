@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable
+from contextlib import ExitStack
 from datetime import MAXYEAR, UTC, datetime
 from typing import Any
 
@@ -11,7 +13,10 @@ from opentelemetry import context as otel_context
 from opentelemetry.context import Context
 
 from otelexec.correlation import correlate
+from otelexec.w3c import clean
 from otelexec_rq.settings import CHOICES
+
+logger = logging.getLogger("otelexec.rq")
 
 
 def wrap_cron_enqueue(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -23,8 +28,12 @@ def wrap_cron_enqueue(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(self, *args, **kwargs)
         token = otel_context.attach(Context())
         try:
-            name = getattr(self, "name", None) or self.func_name
-            with correlate(source="schedule", schedule_id=str(name), scheduled_for=_due(self)):
+            with ExitStack() as stack:
+                try:
+                    name = getattr(self, "name", None) or self.func_name
+                    stack.enter_context(correlate(source="schedule", schedule_id=clean(str(name)), scheduled_for=_due(self)))
+                except Exception:  # settings that can't be read: the entry is sent all the same
+                    logger.exception("otelexec.rq.failed: schedule of %s", self.func_name)
                 return original(self, *args, **kwargs)
         finally:
             otel_context.detach(token)

@@ -13,9 +13,11 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, Final
 
 from rq.job import JobStatus
+from rq.timeouts import HorseMonitorTimeoutException
 
 from otelexec import runtime as _runtime
 from otelexec.endings import Ending
@@ -31,6 +33,9 @@ logger = logging.getLogger("otelexec.rq")
 
 STOP_SECONDS: Final = 5.0
 """How long the parent waits at its end for what it has to report."""
+
+GRACE_SECONDS: Final = 1.0
+"""How old a horse must be to be stopped: one whose job was cancelled in the queue refuses it, and tells RQ so."""
 
 OVERDUE_SECONDS: Final = 60
 """How long after its timeout the parent kills a horse: RQ's own, in `monitor_work_horse`."""
@@ -63,15 +68,19 @@ class Horse:
 
     def stop(self) -> None:
         """Stop it as `stop-job` does."""
-        if MAIN.horse is not self:
+        pid = self.delivery.pid
+        if MAIN.horse is not self or pid is None:
             return
-        logger.info("otelexec.rq.stop: job %s", self.job.id)
-        request = getattr(self.worker, "request_stop_execution", None)
-        if request is not None:
-            request(self.execution_id)
-            return
-        self.worker._stopped_job_id = self.job.id  # noqa: SLF001 (as RQ 2's own command does)
-        self.worker.kill_horse()
+        with suppress(ProcessLookupError):  # it has ended
+            # Not by the worker's `kill_horse`: it asks for the group of whatever `horse_pid` is by then, and that is this
+            # process's own before the horse has left it, and once the horse is done.
+            if os.getpgid(pid) != pid or time.monotonic() - self.started < GRACE_SECONDS:
+                self.delivery.stopped = False  # asked again at the next poll; a wish from before its start it sees itself
+                return
+            logger.info("otelexec.rq.stop: job %s", self.job.id)
+            self.worker._stopped_job_id = self.job.id  # noqa: SLF001 (as RQ's own command does)
+            _stopped(self)
+            os.killpg(pid, signal.SIGKILL)
 
 
 class Main:
@@ -139,7 +148,8 @@ def wrap_wait_for_horse(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def wait_for_horse(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = original(self, *args, **kwargs)
-        guarded(_on_horse_ended)(self, result)
+        with suppress(HorseMonitorTimeoutException):  # the horse has ended; waiting for it again would find none
+            guarded(_on_horse_ended)(self, result)
         return result
 
     return wait_for_horse
@@ -166,7 +176,7 @@ def on_kill_horse(worker: Any, sig: int = signal.SIGKILL, *_: Any) -> None:
     run = consume.RUNNING.get(stopped) if stopped else None
     if run is not None:
         run.stopped = True
-        _record_wish(run.execution.id, terminate=False)
+        run.execution.cancelled_by(Cancellation(time.time_ns(), terminate=False))
         return
     horse = MAIN.horse
     if horse is None or horse.worker is not worker or sig != signal.SIGKILL or horse.delivery.ending is not None:
@@ -177,6 +187,18 @@ def on_kill_horse(worker: Any, sig: int = signal.SIGKILL, *_: Any) -> None:
         horse.delivery.ending = Ending(CANCELLED, INTERRUPTED, INTERRUPTED, "killed by a cold shutdown of the worker")
     elif _is_overdue(horse):
         horse.delivery.ending = endings.overdue(horse.job.timeout)
+
+
+def wrap_kill_horse(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `kill_horse`: what we note of it must not make it hit the worker's own group, when the horse ends meanwhile."""
+
+    @functools.wraps(original)
+    def kill_horse(self: Any, *args: Any, **kwargs: Any) -> Any:
+        pid = self.horse_pid
+        guarded(on_kill_horse)(self, *args, **kwargs)
+        return None if pid and self.horse_pid != pid else original(self, *args, **kwargs)
+
+    return kill_horse
 
 
 def _is_overdue(horse: Horse) -> bool:
@@ -190,7 +212,8 @@ def _stopped(horse: Horse) -> None:
     if delivery.ending is None:
         delivery.ending = Ending(CANCELLED)
         delivery.stopped = True
-        _record_wish(delivery.execution(_runtime.get()).id, terminate=True)
+        # Of this attempt alone: a wish in the store would keep RQ from running a stopped job that somebody requeues.
+        delivery.execution(_runtime.get()).cancelled_by(Cancellation(time.time_ns(), terminate=True))
 
 
 def _record_wish(execution_id: str, *, terminate: bool) -> None:
@@ -273,7 +296,7 @@ def wrap_spawn(original: Callable[..., Any]) -> Callable[..., Any]:
         if not CHOICES.active or module is None:
             return original(self, *args, **kwargs)
         inner = module.os
-        module.os = _Spawning(inner, _runtime.settings().environment())
+        module.os = _Spawning(inner, guarded(lambda: _runtime.settings().environment())() or {})
         try:
             return original(self, *args, **kwargs)
         finally:

@@ -89,6 +89,20 @@ def sleep(seconds: float, mark: str = "") -> str:
     return "slept"
 
 
+def sleep_at_first(seconds: float, mark: str) -> str:
+    """Take that long the first time it runs."""
+    if not count(mark):
+        time.sleep(seconds)
+    return "slept"
+
+
+class Poison:
+    """What ends the process that reads it."""
+
+    def __reduce__(self) -> tuple[Any, tuple[int]]:
+        return sys.exit, (9,)
+
+
 def heed(mark: str) -> str:
     """Run until it is told of a cancellation."""
     count(mark)

@@ -10,6 +10,7 @@ from rq import Callback, Retry
 from rq.command import send_stop_job_command
 from rq.job import Job
 
+import otelexec
 from otelexec import semconv
 from otelexec.decoded import DecodedSpan
 from tests.integrations.rq import jobs
@@ -189,6 +190,37 @@ def test_stop_job_is_a_final_cancellation(common: Stage) -> None:
     seen = common.ended(job.id, "cancelled", seconds=LOST_SECONDS)
     assert (seen.record.state, seen.attempt.classification, seen.attempt.finalized_by) == ("cancelled", None, "parent")
     until(lambda: job.get_status() == "stopped")
+
+
+def test_a_stopped_job_that_is_requeued_runs_again(common: Stage) -> None:
+    mark = common.mark()
+    job = common.queue.enqueue(jobs.sleep_at_first, 60, mark)
+    common.wait_for_run(mark)
+    send_stop_job_command(common.connection, job.id)
+    common.ended(job.id, "cancelled", seconds=LOST_SECONDS)
+    until(lambda: job.get_status() == "stopped")
+    job.requeue()
+    assert common.ended(job.id, "cancelled", "succeeded").record.state == "succeeded"
+
+
+def test_of_many_cancelled_jobs_none_takes_the_worker_along(fresh: Fresh) -> None:
+    """A horse that only refuses its job leads no process group of its own yet, or has left it: nothing of the worker's is hit."""
+    stage = fresh()
+    sent = [stage.queue.enqueue(jobs.give) for _ in range(40)]
+    for job in sent:
+        otelexec.request_cancel(str(execution_of(stage, job)))
+    worker = stage.worker("cancelling")
+    for job in sent:
+        stage.ended(job.id, "cancelled", seconds=LOST_SECONDS)
+        until(lambda job=job: job.get_status() == "canceled")  # type: ignore[misc]
+    assert worker.process.poll() is None
+    stage.check_agreement()
+
+
+def execution_of(stage: Stage, job: Job) -> str:
+    seen = stage.look(job.id)
+    assert seen is not None
+    return seen.record.execution_id
 
 
 def test_a_job_cancelled_before_it_started_is_closed_at_once(common: Stage) -> None:

@@ -12,7 +12,7 @@ import pytest
 from opentelemetry import baggage, context, trace
 from redis import Redis
 from redis import exceptions as redis_errors
-from rq import Queue, Repeat
+from rq import Queue, Repeat, Retry
 from rq.group import Group
 from rq.job import Job
 
@@ -251,3 +251,31 @@ def test_a_job_of_somebody_who_is_not_instrumented_has_its_own_id_as_the_executi
     job_id = done.stdout.strip()
     seen = common.ended(job_id, "succeeded")
     assert seen.record.execution_id == seen.record.request_id == job_id
+
+
+def test_data_that_ends_whoever_reads_it_takes_no_worker_along(common: Stage) -> None:
+    """The parent reads nothing of a job that nobody stamped."""
+    script = (
+        "import sys; from redis import Redis; from rq import Queue; from tests.integrations.rq import jobs; "
+        "queue = Queue(sys.argv[2], connection=Redis.from_url(sys.argv[1])); "
+        "print(queue.enqueue(jobs.give, jobs.Poison()).id, queue.enqueue(jobs.give, 1).id)"
+    )
+    done = subprocess.run([sys.executable, "-c", script, common.url, common.name], capture_output=True, text=True, timeout=60, check=True)
+    poisoned, well = done.stdout.split()
+    common.ended(poisoned, "lost")
+    common.ended(well, "succeeded")
+
+
+def test_meta_that_is_no_dict_stays_as_it_is(common: Stage) -> None:
+    meta: Any = ["of", "the", "user"]
+    job = common.queue.enqueue(jobs.give, 1, meta=meta)
+    seen = common.ended(job.id, "succeeded")
+    assert seen.record.execution_id == job.id
+    assert Job.fetch(job.id, connection=common.connection).meta == meta
+
+
+def test_a_synchronous_queue_never_runs_a_job_again(fresh: Fresh) -> None:
+    stage = fresh()
+    queue = Queue(stage.name, connection=stage.connection, is_async=False)
+    job = queue.enqueue(jobs.fail, retry=Retry(max=2))
+    assert stage.ended(job.id, "failed").record.state == "failed"
