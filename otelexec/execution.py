@@ -431,7 +431,8 @@ class Execution:
         return RETURNED
 
     def _raised(self, exception: BaseException) -> Ending:
-        known = self._known(exception)
+        # What our own limit stopped is nobody else's to judge: a TimeoutError of the code's own looks the same.
+        known = None if self.timed_out else self._known(exception)
         if known is not None:
             return known
         error_type, message = describe(exception, self._runtime.settings.max_error_chars)

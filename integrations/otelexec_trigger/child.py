@@ -12,12 +12,13 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from typing import Any, Final
 
 from otelexec import runtime as _runtime
 from otelexec.cli import console
-from otelexec.errors import OtelexecError, StoreError
+from otelexec.errors import OtelexecError, StoreError, StoreUnavailable
 from otelexec.store import run_statements as statements
 from otelexec.store.runs import DueRun
 from otelexec_trigger import engine
@@ -32,39 +33,70 @@ LOST_STORE: Final = 75
 """Exit code of a child that does not know whether its attempt was opened (EX_TEMPFAIL): the parent closes what was."""
 
 _CANDIDATES: Final = 16
+_SKIPPED_SECONDS: Final = 60.0
 
 
 class Child:
     """The loop of a child."""
 
     def __init__(self) -> None:
-        self._stopping = threading.Event()
+        # No Event: its lock may be held by the very wait that a signal handler interrupts.
+        self._stopping = False
+        self._pid = os.getpid()
+        self._looked_ns = self._awake_since_ns = 0
+        self._skipped: dict[str, float] = {}
 
     def stop(self, *_: Any) -> None:
         """End after the run that is being attempted."""
-        self._stopping.set()
+        self._stopping = True
+
+    def heed_signals(self) -> None:
+        """Take the signals of the parent; a task may have put handlers of its own in place."""
+        signal.signal(signal.SIGTERM, self.stop)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's affair
 
     def run(self) -> int:
         """Attempt runs until it is stopped; gives the exit code."""
-        while not self._stopping.is_set():
+        while not self._stopping:
+            self.heed_signals()
             try:
                 found = self._due()
             except StoreError as error:
                 logger.debug("otelexec.trigger.store: %s", error)
                 found = []
             try:
-                if not any(attempt(due, TASKS[due.run.task]) for due in found):
-                    self._stopping.wait(POLL_SECONDS)
+                if not any(self._attempt(due) for due in found):
+                    time.sleep(POLL_SECONDS)
             except StoreError as error:
                 logger.warning("otelexec.trigger.store: %s", error)
                 return LOST_STORE
         return 0
 
-    @staticmethod
-    def _due() -> list[DueRun]:
+    def _attempt(self, due: DueRun) -> bool:
+        if self._skipped.get(due.run.run_id, 0.0) > time.monotonic():
+            return False
+        try:
+            return attempt(due, TASKS[due.run.task])
+        except StoreUnavailable:
+            raise
+        except Exception:
+            # A run that can't be opened must not keep the others from being attempted.
+            logger.exception("otelexec.trigger.attempt: %s", due.run.run_id)
+            self._skipped[due.run.run_id] = time.monotonic() + _SKIPPED_SECONDS
+            return False
+        finally:
+            if os.getpid() != self._pid:
+                os._exit(0)  # the task forked, and came back in the copy as well
+
+    def _due(self) -> list[DueRun]:
         store, tasks = engine.store(), sorted(TASKS)
-        lease_seconds = _runtime.settings().lease_seconds
-        lapsed_too = store.now_unix_ns() - store.up_since_unix_ns() > lease_seconds * 1e9
+        lease_ns = _runtime.settings().lease_seconds * 1e9
+        now = store.now_unix_ns()
+        if now - self._looked_ns > lease_ns / 6 + 1e9:
+            # The first look, or one after the machine slept or the store was locked: others may have had no chance to beat, either.
+            self._awake_since_ns = now
+        self._looked_ns = now
+        lapsed_too = now - self._awake_since_ns > lease_ns / 3 and now - store.up_since_unix_ns() > lease_ns
         return store.read(lambda tx: statements.due_runs(tx, tasks, limit=_CANDIDATES, lapsed_too=lapsed_too))
 
 
@@ -82,10 +114,10 @@ def load(app: str) -> None:
         raise OtelexecError(f"{app} registers no task: decorate a function with @otelexec_trigger.task('id').")
 
 
-def _die_with_parent() -> None:
+def _die_with_parent(pipe: int) -> None:
     """Wait for the parent's death, and follow it."""
     try:
-        while os.read(sys.stdin.fileno(), 1):
+        while os.read(pipe, 1):
             pass
     except OSError:
         pass
@@ -103,9 +135,12 @@ def main(arguments: list[str]) -> int:
         The exit code.
     """
     child = Child()
-    signal.signal(signal.SIGTERM, child.stop)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's affair
-    threading.Thread(target=_die_with_parent, name="otelexec-parent", daemon=True).start()
+    child.heed_signals()
+    # A task, or a process that it starts, that reads its standard input finds nothing there, and does not wait for the parent.
+    pipe, nothing = os.dup(0), os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
+    threading.Thread(target=_die_with_parent, args=(pipe,), name="otelexec-parent", daemon=True).start()
     console.log_to_stderr()
     _runtime.get().is_supervised()
     try:

@@ -189,7 +189,7 @@ def _classifier(run: RunRecord) -> Classifier:
         if isinstance(error, SystemExit | KeyboardInterrupt) and raised_by_signal_handler(error):
             error_type, message = describe(error, _MAX_ERROR_CHARS)
             return Ending(CANCELLED, INTERRUPTED, error_type, message, error, retrying=more, depends_on_cancellation=True)
-        if not more or not isinstance(error, Exception) or isinstance(error, TimeoutError | ExecutionCancelled):
+        if not more or not isinstance(error, Exception) or isinstance(error, ExecutionCancelled):
             return None
         error_type, message = describe(error, _MAX_ERROR_CHARS)
         return Ending(FAILED, RETRY, error_type, message, error, retrying=True)

@@ -57,6 +57,10 @@ RUN_ID: Final = "run_id"
 """The correlation field that names the run on its record, its spans and in its baggage."""
 
 _PATIENCE_SECONDS: Final = 5.0
+_MOST_SECONDS: Final = 10 * 365 * 86_400
+"""Ten years: what is longer is a mistake, and a time in nanoseconds must fit into 63 bits."""
+_MOST_ATTEMPTS: Final = 2**31 - 1
+"""The columns are 32 bits wide in PostgreSQL."""
 _ID_CHARS: Final = string.ascii_lowercase + string.digits
 _ID_LENGTH: Final = 25
 _CHANGES: Final = 20
@@ -166,7 +170,7 @@ def _row(request: Request, run_id: str) -> RunRow:
     queue = _option(options, "queue", Mapping) or {}
     key = _option(options, "concurrencyKey", str, int, float)
     limit = queue.get("concurrencyLimit")
-    if limit is not None and (not isinstance(limit, int) or limit < 1):
+    if limit is not None and (not isinstance(limit, int) or not 1 <= limit <= _MOST_ATTEMPTS):
         raise InvalidRequest(f"queue.concurrencyLimit is a whole number above 0, not {limit!r}", status=400)
     name = str(queue.get("name") or f"task/{request.task}")
     lane = None
@@ -175,11 +179,14 @@ def _row(request: Request, run_id: str) -> RunRow:
     elif limit is not None:
         lane = name
     attempts = _option(options, "maxAttempts", int)
-    if attempts is not None and attempts < 1:
-        raise InvalidRequest(f"maxAttempts is 1 or more, not {attempts}", status=400)
+    if attempts is not None and not 1 <= attempts <= _MOST_ATTEMPTS:
+        raise InvalidRequest(f"maxAttempts is 1 to {_MOST_ATTEMPTS}, not {attempts}", status=400)
     duration = _option(options, "maxDuration", int, float)
-    if duration is not None and duration <= 0:
-        raise InvalidRequest(f"maxDuration is a number of seconds above 0, not {duration}", status=400)
+    if duration is not None and not 0 < duration <= _MOST_SECONDS:
+        raise InvalidRequest(f"maxDuration is a number of seconds above 0, up to {_MOST_SECONDS}, not {duration}", status=400)
+    waits = None if not ttl else float(ttl if isinstance(ttl, int) else wire.seconds_of(ttl))
+    if due > now + _MOST_SECONDS * 1e9 or (waits is not None and not waits <= _MOST_SECONDS):
+        raise InvalidRequest(f"delay and ttl are {_MOST_SECONDS} seconds at most", status=400)
     return RunRow(
         run_id=run_id,
         task=request.task,
@@ -194,7 +201,7 @@ def _row(request: Request, run_id: str) -> RunRow:
         max_seconds=None if duration is None else float(duration),
         created_unix_ns=now,
         due_unix_ns=due,
-        expires_unix_ns=None if not ttl else due + int((ttl if isinstance(ttl, int) else wire.seconds_of(ttl)) * 1e9),
+        expires_unix_ns=None if waits is None else due + int(waits * 1e9),
         batch_id=request.batch_id,
         batch_index=request.batch_index,
     )
@@ -418,7 +425,10 @@ def reschedule(run_id: str, delay: str) -> RunRecord:
         InvalidRequest: It does not wait for its time any more, or that is no delay.
     """
     now = time.time_ns()
-    answer = commit(RescheduleRun(run_id, max(now, wire.due_unix_ns(delay, now)), now))
+    due = max(now, wire.due_unix_ns(delay, now))
+    if due > now + _MOST_SECONDS * 1e9:
+        raise InvalidRequest(f"a delay is {_MOST_SECONDS} seconds at most", status=400)
+    answer = commit(RescheduleRun(run_id, due, now))
     if answer is False:
         raise InvalidRequest(f"{run_id} is {status_of(_found(find(run_id), run_id))}: only a DELAYED run can be rescheduled", status=400)
     return _found(find(run_id) if answer else None, run_id)

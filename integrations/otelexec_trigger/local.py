@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from opentelemetry import context as otel_context
 
-from otelexec.errors import StoreError
+from otelexec.errors import StoreError, StoreRejected
 from otelexec.publishing import Message, publish
 from otelexec_trigger import engine, wire
 from otelexec_trigger.backend import AsyncTriggerBackend, Delay, Operations, Trigger, TriggerBackend
@@ -41,7 +41,8 @@ class LocalOperations(Operations):
 
         def send(message: Message) -> Steps[str]:
             context = otel_context.get_current()
-            request = engine.Request(wanted.task, payload, payload_type, options)
+            # Who calls again after an unknown answer does so with the same execution, and gets the same run.
+            request = engine.Request(wanted.task, payload, payload_type, options, request_key=message.correlation.execution_id)
             enqueued = yield Do(lambda: _enqueue(request, message, context, new_id))
             found: str = enqueued.run_id
             message.set_message_id(found)
@@ -118,6 +119,8 @@ def _block(wanted: Trigger) -> publish:
 def _enqueue(request: engine.Request, message: Message, context: Any, run_id: str) -> Any:
     try:
         return engine.enqueue(request, message.correlation, context, run_id=run_id)
+    except StoreRejected as error:
+        raise EnqueueError(f"The store refused it: {error}", acceptance="rejected") from error
     except StoreError as error:
         # The commit may have got through: only a call with the same key is safe.
         message.acceptance_unknown()

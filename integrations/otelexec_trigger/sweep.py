@@ -7,7 +7,7 @@ import threading
 from typing import Final
 
 from otelexec import runtime as _runtime
-from otelexec.errors import StoreError
+from otelexec.errors import StoreError, StoreUnavailable
 from otelexec.reconcile import Reconciler
 from otelexec.store import run_statements as statements
 from otelexec.store.runs import ForgetRuns
@@ -57,7 +57,12 @@ class Sweeper:
         """
         self._reconciler.run_once()
         for run in engine.read(lambda tx: statements.hopeless_runs(tx, limit=_BATCH)):
-            dismiss(run)
+            try:
+                dismiss(run)
+            except StoreUnavailable:
+                raise
+            except Exception:  # those behind it are closed all the same
+                logger.exception("otelexec.trigger.sweep: %s", run.run_id)
         ended = engine.read(lambda tx: statements.ended_runs(tx, limit=_BATCH))
         if ended:
             engine.commit(ForgetRuns(tuple(ended)))

@@ -13,7 +13,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Collection, Sequence
 from typing import Final
@@ -56,10 +55,14 @@ class _Slot:
         if time.monotonic() < self._not_before:
             return
         self._started = time.monotonic()
-        # Its standard input stays open as long as this process lives: that is how it learns of our death.
-        self.process = subprocess.Popen(  # noqa: S603 (this very Python, with a module of ours)
-            self._command, stdin=subprocess.PIPE, env={**os.environ, **_runtime.settings().environment()}, start_new_session=True
-        )
+        try:
+            # Its standard input stays open as long as this process lives: that is how it learns of our death.
+            self.process = subprocess.Popen(  # noqa: S603 (this very Python, with a module of ours)
+                self._command, stdin=subprocess.PIPE, env={**os.environ, **_runtime.settings().environment()}, start_new_session=True
+            )
+        except OSError as error:  # no memory, or no process left
+            logger.warning("otelexec.trigger.child: can't be started: %s", error)
+            self._wait_before_the_next()
 
     def reap(self) -> tuple[int, int] | None:
         """Give pid and exit code of the child if it has ended."""
@@ -70,12 +73,14 @@ class _Slot:
         if process.stdin is not None:
             process.stdin.close()
         self.process = None
-        lived = time.monotonic() - self._started
-        if lived > _SETTLED_SECONDS:
+        self._wait_before_the_next()
+        return process.pid, code
+
+    def _wait_before_the_next(self) -> None:
+        if time.monotonic() - self._started > _SETTLED_SECONDS:
             self._backoff = _FIRST_RESTART_SECONDS
         self._not_before = time.monotonic() + self._backoff
         self._backoff = min(2 * self._backoff, _LAST_RESTART_SECONDS)
-        return process.pid, code
 
     def signal(self, number: int) -> None:
         """Send the child a signal; one that has ended meanwhile gets none."""
@@ -100,7 +105,8 @@ class Worker:
         self._supervisor = Supervisor()
         self._sweeper = Sweeper()
         self._endings: dict[int, dict[str, Ending]] = {}
-        self._stopping = threading.Event()
+        # No Event: its lock may be held by the very wait that a signal handler interrupts.
+        self._stopping = False
         self._next_limits = 0.0
         self._unusable = False
 
@@ -116,8 +122,9 @@ class Worker:
         self._sweeper.start()
         logger.info("otelexec.trigger.worker: %d processes attempt the runs of %s", len(self._slots), self._app)
         try:
-            while not self._stopping.wait(_LOOK_SECONDS):
-                self._look(restart=True)
+            while not self._stopping:
+                time.sleep(_LOOK_SECONDS)
+                self._look(restart=not self._stopping)
         finally:
             self._end()
         if self._unusable:
@@ -125,9 +132,9 @@ class Worker:
 
     def stop(self) -> None:
         """Have the worker end once its tasks have; may be called from a signal handler. A second call kills them."""
-        if self._stopping.is_set():
+        if self._stopping:
             self._stop_seconds = 0.0
-        self._stopping.set()
+        self._stopping = True
 
     def _look(self, *, restart: bool) -> None:
         for slot in self._slots:
@@ -147,7 +154,7 @@ class Worker:
         endings = self._endings.pop(pid, {})
         if code == UNUSABLE and not self._had_begun(pid):
             self._unusable = True
-            self._stopping.set()
+            self._stopping = True
             return
         if code:
             logger.warning("otelexec.trigger.child: process %d ended with %d", pid, code)
@@ -186,9 +193,10 @@ class Worker:
             wish = wishes.get(item.execution_id)
             if item.deadline_unix_ns is not None and now > item.deadline_unix_ns + LIMIT_GRACE_SECONDS * 1e9:
                 seconds = (item.deadline_unix_ns - item.started_unix_ns) / 1e9
-                self._kill(
-                    mine[processes[item.process_id]], item, Ending(TIMED_OUT, None, "TimeoutError", f"killed after its {seconds:g} s")
-                )
+                ending = Ending(TIMED_OUT, None, "TimeoutError", f"killed after its {seconds:g} s")
+                if wish is not None:
+                    ending = Ending(CANCELLED, error_message=f"killed after its {seconds:g} s, as it did not heed its cancellation")
+                self._kill(mine[processes[item.process_id]], item, ending)
             elif wish is not None and now > max(wish.requested_unix_ns, item.started_unix_ns) + CANCEL_GRACE_SECONDS * 1e9:
                 self._kill(
                     mine[processes[item.process_id]], item, Ending(CANCELLED, error_message="killed, as it did not heed its cancellation")

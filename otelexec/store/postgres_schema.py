@@ -96,7 +96,10 @@ _CLOSE: Final = f"""
             UPDATE execution SET state = w_xs, ended_unix_ns = w_xe, snapshot = NULL
             WHERE execution_id = w_e AND state || '' <> 'succeeded';
         ELSIF r_duplicate = 0 THEN
-            IF w_st = 'lost' AND EXISTS (SELECT 1 FROM run WHERE execution_id = w_e AND max_attempts > r_number) THEN
+            IF w_st = 'lost' AND EXISTS (SELECT 1 FROM run r JOIN cancellation c USING (execution_id) WHERE r.execution_id = w_e) THEN
+                w_xs := 'cancelled';
+                w_sk := 1;
+            ELSIF w_st = 'lost' AND EXISTS (SELECT 1 FROM run WHERE execution_id = w_e AND max_attempts > r_number) THEN
                 w_xs := 'retrying';
                 w_xe := NULL;
             END IF;

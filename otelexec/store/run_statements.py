@@ -49,6 +49,11 @@ _RETRY_NS = f"""CASE WHEN a.state = '{LOST}' AND e.attempts = 1 THEN 0
     WHEN e.attempts > 6 THEN CAST({LAST_RETRY_SECONDS * _NANOSECONDS} AS BIGINT)
     ELSE CAST({FIRST_RETRY_SECONDS * _NANOSECONDS} AS BIGINT) << (e.attempts - 1) END"""
 
+# A core may end before the code around it: until that has ended as well, the attempt goes on, and keeps its place.
+_GOES_ON = f"(a.state = '{RUNNING}' OR (a.outer_token IS NOT NULL AND a.outer_outcome IS NULL))"
+_AT_WORK = f"""(x.state = '{RUNNING}' OR EXISTS (SELECT 1 FROM attempt b WHERE b.execution_id = x.execution_id
+    AND b.outer_token IS NOT NULL AND b.outer_outcome IS NULL))"""
+
 _LAPSED = "p.heartbeat_unix_ns + CAST(p.lease_seconds * 1000000000 AS BIGINT) < ?"
 
 
@@ -127,12 +132,12 @@ def find_packet(tx: Transaction, name: str) -> tuple[str, str] | None:
 
 def due_runs(tx: Transaction, tasks: Sequence[str], *, limit: int, lapsed_too: bool) -> list[DueRun]:
     """
-    Give runs that may be attempted now, those due first ahead.
+    Give runs that may be attempted now: those whose worker's lease has lapsed, then those due first.
 
     Args:
         tx: The transaction.
         tasks: Of which tasks.
-        limit: At most so many.
+        limit: At most so many of each kind.
         lapsed_too: Whether leases count at this time.
     """
     now = tx.now_unix_ns()
@@ -142,26 +147,27 @@ def due_runs(tx: Transaction, tasks: Sequence[str], *, limit: int, lapsed_too: b
         f"""{_RUN} WHERE r.pending = 1 AND r.due_unix_ns <= ? AND {waits} AND r.task {among}
             AND (e.attempts > 0 OR r.expires_unix_ns IS NULL OR r.expires_unix_ns >= ?)
             AND (r.lane IS NULL OR (SELECT COUNT(*) FROM run o JOIN execution x ON x.execution_id = o.execution_id
-                                    WHERE o.lane = r.lane AND o.pending = 1 AND x.state = '{RUNNING}') < r.lane_limit)
+                                    WHERE o.lane = r.lane AND o.pending = 1 AND o.run_id <> r.run_id AND {_AT_WORK}) < r.lane_limit)
             ORDER BY r.due_unix_ns, r.seq LIMIT ?""",
         (now, now, *values, now, limit),
     ).fetchall()
-    found = [DueRun(RunRecord(*row), lapsed=False) for row in rows]
-    if lapsed_too and len(found) < limit:
+    found = [DueRun(RunRecord(*row), lapsed=lapsed_too) for row in rows]
+    if lapsed_too:
+        # Ahead of those that wait, of which there may be any number.
         rows = tx.execute(
             f"""{_RUN} JOIN process p ON p.process_id = a.process_id
                 WHERE r.pending = 1 AND e.state = '{RUNNING}' AND a.state = '{RUNNING}' AND e.attempts < r.max_attempts
                 AND {_LAPSED} AND r.task {among} ORDER BY r.due_unix_ns, r.seq LIMIT ?""",
-            (now, *values, limit - len(found)),
+            (now, *values, limit),
         ).fetchall()
-        found += [DueRun(RunRecord(*row), lapsed=True) for row in rows]
+        found = [DueRun(RunRecord(*row), lapsed=True) for row in rows] + found
     return found
 
 
 def hopeless_runs(tx: Transaction, *, limit: int) -> list[RunRecord]:
     """Give runs of any task that wait and won't be run: they have expired, or somebody asked for them to be cancelled."""
     rows = tx.execute(
-        f"""{_RUN} WHERE r.pending = 1 AND e.state IN ('{QUEUED}', '{RETRYING}')
+        f"""{_RUN} WHERE r.pending = 1 AND e.state IN ('{QUEUED}', '{RETRYING}', '{PAUSED}')
             AND ((e.attempts = 0 AND r.expires_unix_ns < ?)
                  OR EXISTS (SELECT 1 FROM cancellation c WHERE c.execution_id = r.execution_id)) LIMIT ?""",
         (tx.now_unix_ns(), limit),
@@ -173,7 +179,9 @@ def ended_runs(tx: Transaction, *, limit: int) -> list[str]:
     """Give the execution ids of runs that have ended and still stand in the queue."""
     rows = tx.execute(
         f"""SELECT r.execution_id FROM run r JOIN execution e ON e.execution_id = r.execution_id
-            WHERE r.pending = 1 AND e.state NOT IN ('{QUEUED}', '{RETRYING}', '{RUNNING}', '{PAUSED}') LIMIT ?""",
+            WHERE r.pending = 1 AND e.state NOT IN ('{QUEUED}', '{RETRYING}', '{RUNNING}', '{PAUSED}')
+            AND NOT EXISTS (SELECT 1 FROM attempt a WHERE a.execution_id = r.execution_id
+                            AND a.outer_token IS NOT NULL AND a.outer_outcome IS NULL) LIMIT ?""",
         (limit,),
     ).fetchall()
     return [row[0] for row in rows]
@@ -195,6 +203,8 @@ def enqueue_run(tx: Transaction, write: EnqueueRun) -> Enqueued:
                     (f"{_item(run.batch_id)}{run.batch_index}", found.run_id, max(key.expires_unix_ns for key in write.keys)),
                 )
             return Enqueued(found.run_id, found.execution_id, cached=not held[1], created=False)
+        for key in write.keys:  # its run has been pruned
+            tx.execute("UPDATE run_key SET owner = ?, expires_unix_ns = ? WHERE name = ?", (run.run_id, key.expires_unix_ns, key.name))
     if run.batch_id is not None:
         row = tx.execute(
             "SELECT run_id, execution_id FROM run WHERE batch_id = ? AND batch_index = ?", (run.batch_id, run.batch_index)
@@ -336,7 +346,12 @@ def set_run_output(tx: Transaction, write: SetRunOutput) -> None:
 def forget_runs(tx: Transaction, write: ForgetRuns) -> None:
     """Take ended runs out of the queue."""
     for execution_id in write.execution_ids:
-        tx.execute("UPDATE run SET pending = 0 WHERE execution_id = ? AND pending = 1", (execution_id,))
+        tx.execute(
+            f"""UPDATE run SET pending = 0 WHERE execution_id = ? AND pending = 1 AND EXISTS (
+                SELECT 1 FROM execution e WHERE e.execution_id = run.execution_id
+                AND e.state NOT IN ('{QUEUED}', '{RETRYING}', '{RUNNING}', '{PAUSED}'))""",
+            (execution_id,),
+        )
 
 
 def reset_key(tx: Transaction, write: ResetKey) -> bool:
@@ -423,14 +438,19 @@ def hindrance(tx: Transaction, write: OpenAttempt) -> str | None:
     lapsed = f"AND NOT ({_LAPSED})" if write.takes_lapsed else ""
     running = tx.execute(
         f"""SELECT a.attempt FROM attempt a LEFT JOIN process p ON p.process_id = a.process_id
-            WHERE a.execution_id = ? AND a.state = '{RUNNING}' {lapsed}""",
+            WHERE a.execution_id = ? AND {_GOES_ON} {lapsed}""",
         (execution.execution_id, *((tx.now_unix_ns(),) if write.takes_lapsed else ())),
     ).fetchone()
     if running is not None:
         return f"attempt {running[0]} runs"
     if run is not None and state == RUNNING and attempts >= run[2]:
         return "it has no attempt left"
-    if run is not None and run[0] is not None and not _is_hopeless(tx, execution.execution_id) and _is_full(tx, run[0], run[1]):
+    if (
+        run is not None
+        and run[0] is not None
+        and not _is_hopeless(tx, execution.execution_id)
+        and _is_full(tx, run[0], run[1], execution.execution_id)
+    ):
         return f"{run[0]} has {run[1]} running already"
     return None
 
@@ -446,15 +466,15 @@ def _is_hopeless(tx: Transaction, execution_id: str) -> bool:
     return row is not None
 
 
-def _is_full(tx: Transaction, lane: str, limit: int) -> bool:
+def _is_full(tx: Transaction, lane: str, limit: int, but: str) -> bool:
     if tx.lock:
         # Held until the commit, so that two that open runs of one lane count one after the other.
         tx.execute("INSERT INTO run_lane (lane) VALUES (?) ON CONFLICT (lane) DO NOTHING", (lane,))
         tx.execute(f"SELECT 1 FROM run_lane WHERE lane = ? {tx.lock}", (lane,))
     row = tx.execute(
         f"""SELECT COUNT(*) FROM run o JOIN execution x ON x.execution_id = o.execution_id
-            WHERE o.lane = ? AND o.pending = 1 AND x.state = '{RUNNING}'""",
-        (lane,),
+            WHERE o.lane = ? AND o.pending = 1 AND o.execution_id <> ? AND {_AT_WORK}""",
+        (lane, but),
     ).fetchone()
     return int(row[0]) >= limit
 
@@ -463,3 +483,11 @@ def is_retried(tx: Transaction, execution_id: str, attempt: int) -> bool:
     """Tell whether the execution of a lost attempt is a run that may be attempted again."""
     row = tx.execute("SELECT max_attempts FROM run WHERE execution_id = ?", (execution_id,)).fetchone()
     return row is not None and attempt < row[0]
+
+
+def is_cancelled(tx: Transaction, execution_id: str) -> bool:
+    """Tell whether the execution is a run that somebody asked to be cancelled."""
+    row = tx.execute(
+        "SELECT 1 FROM run r JOIN cancellation c ON c.execution_id = r.execution_id WHERE r.execution_id = ?", (execution_id,)
+    ).fetchone()
+    return row is not None

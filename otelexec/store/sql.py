@@ -15,6 +15,7 @@ from typing import Any
 from otelexec.store import run_statements
 from otelexec.store.schema import Transaction
 from otelexec.store.writes import (
+    CANCELLED,
     ENDED_STATES,
     LOST,
     NO_SPANS,
@@ -227,7 +228,7 @@ def close_attempt(tx: Transaction, write: CloseAttempt) -> Closed:
         if found is not None:
             return _lost_race(tx, write, found)
         # The store lost the open (an unsynced commit, a replaced file): the row comes back whole, closed.
-        open_attempt(tx, write.attempt)
+        open_attempt(tx, replace(write.attempt, exclusive=False))
         row = tx.execute(_CLOSE_ATTEMPT, parameters).fetchone()
     number, duplicate, span_id = row
     _end_execution(tx, execution_id, number, outcome, duplicate=bool(duplicate))
@@ -307,7 +308,9 @@ def close_lost(tx: Transaction, write: CloseLost) -> bool:
     row = tx.execute(_CLOSE_ATTEMPT, (*_closing_values(outcome), None, write.execution_id, write.token)).fetchone()
     if row is None:
         return False
-    if outcome.state == LOST and run_statements.is_retried(tx, write.execution_id, row[0]):
+    if outcome.state == LOST and run_statements.is_cancelled(tx, write.execution_id):
+        outcome = replace(outcome, state=CANCELLED, sticky=True)  # the attempt stays lost
+    elif outcome.state == LOST and run_statements.is_retried(tx, write.execution_id, row[0]):
         outcome = replace(outcome, retrying=True)
     _end_execution(tx, write.execution_id, row[0], outcome, duplicate=bool(row[1]))
     if write.frozen.request:

@@ -242,6 +242,9 @@ class ReadStage:
     def _is_complete(self, record: ExecutionRecord, states: Sequence[str]) -> bool:
         if any(attempt.ended_unix_ns is None for attempt in record.attempts):
             return False
+        # What is around a core is closed by a commit of its own.
+        if any(attempt.outer_span_id is not None and attempt.outer_outcome is None for attempt in record.attempts):
+            return False
         if not (len(record.attempts) >= len(states) if states else record.state in ENDED_STATES):
             return False
         # The end of a PRODUCER span goes with a later commit of its process.

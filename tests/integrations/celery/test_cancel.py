@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+from pathlib import Path
 
 import pytest
 from celery.exceptions import TaskRevokedError
@@ -83,6 +85,11 @@ def test_on_threads_which_nobody_can_stop_a_running_task_sees_it(fresh: Fresh) -
 
 @pytest.mark.parametrize("pool", ["gevent", "eventlet"])
 def test_a_greenlet_is_stopped(fresh: Fresh, pool: str) -> None:
+    found = importlib.util.find_spec(f"celery.concurrency.{pool}")
+    assert found is not None
+    assert found.origin is not None
+    if "def terminate_job" not in Path(found.origin).read_text(encoding="utf-8"):  # importing it would patch this process
+        pytest.skip(f"this Celery's {pool} pool can't stop a task")
     stage = fresh()
     worker = stage.worker(pool, pool, 4)
     mark = stage.mark()
