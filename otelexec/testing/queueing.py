@@ -32,6 +32,8 @@ from otelexec.store.writes import (
     SUCCEEDED,
     Busy,
     Cancellation,
+    Closed,
+    Heartbeat,
     OpenAttempt,
     Opened,
     Outcome,
@@ -39,7 +41,7 @@ from otelexec.store.writes import (
     RefuseQueued,
     RequestCancel,
 )
-from otelexec.testing.rows import OpenStore, beat, closing, execution, losing, opened, opening, record, states, write
+from otelexec.testing.rows import OpenStore, beat, closing, execution, losing, opened, opening, process, record, states, write
 from otelexec.testing.sharing import at_once
 
 FAR = 2**62
@@ -75,6 +77,16 @@ def found(store: Store, run_id: str = "r") -> RunRecord:
 def due(store: Store, *tasks: str, lapsed: bool = False) -> list[DueRun]:
     """Give what may be attempted."""
     return store.read(lambda tx: statements.due_runs(tx, tasks or ("task",), limit=100, lapsed_too=lapsed))
+
+
+def until_lapsed(store: Store) -> DueRun:
+    """Give the first of what may be attempted, once that is one whose lease has lapsed."""
+    for _ in range(1000):
+        found = due(store, lapsed=True)
+        if found and found[0].lapsed:
+            return found[0]
+        time.sleep(0.002)
+    raise AssertionError("its lease did not lapse")
 
 
 class QueueContract:
@@ -170,6 +182,48 @@ class QueueContract:
         assert not due(store, lapsed=True), "its lease holds"
         (busy,) = write(store, replace(exclusive("t3", "e-r"), takes_lapsed=True))
         assert isinstance(busy, Busy)
+
+    def test_a_run_whose_worker_hangs_is_taken_over_in_its_own_lane(self, store: Store) -> None:
+        enqueue(store, run_row(lane="lane"))
+        for number in range(20):
+            enqueue(store, run_row(f"waits {number}"))
+        write(store, Heartbeat(replace(process("hung"), lease_seconds=0.001)))
+        opened(store, exclusive("t1", "e-r", process_id="hung"))
+        first = until_lapsed(store)
+        assert (first.run.run_id, first.lapsed) == ("r", True), "ahead of any number that wait"
+        second = replace(exclusive("t2", "e-r"), takes_lapsed=True, expected_attempts=1)
+        assert opened(store, second).number == 2
+        write(store, closing(second, FAILED, retrying=True, ended=store.now_unix_ns() - HOUR))
+        (again,) = (each for each in due(store, lapsed=True) if each.run.run_id == "r")
+        assert again.lapsed, "the first attempt hangs still"
+        assert opened(store, replace(exclusive("t3", "e-r"), takes_lapsed=True, expected_attempts=2)).number == 3
+
+    def test_while_the_code_around_a_failed_core_goes_on_nobody_attempts_the_run(self, store: Store) -> None:
+        enqueue(store, run_row("r", lane="lane"))
+        enqueue(store, run_row("r2", lane="lane"))
+        outer = exclusive("t1", "e-r")
+        opened(store, outer)
+        core = replace(outer, takes_over=True, outer_token="outer", outer_started_unix_ns=1)
+        opened(store, core)
+        write(store, closing(core, FAILED, retrying=True, ended=store.now_unix_ns() - HOUR))
+        for token, execution_id in (("t2", "e-r"), ("t3", "e-r2")):
+            (busy,) = write(store, exclusive(token, execution_id))
+            assert isinstance(busy, Busy)
+
+    def test_a_run_that_was_to_be_cancelled_is_so_although_its_worker_died(self, store: Store) -> None:
+        enqueue(store, run_row())
+        attempt = exclusive("t", "e-r")
+        opened(store, attempt)
+        write(store, RequestCancel("e-r", Cancellation(1, terminate=True)))
+        write(store, losing(attempt))
+        assert states(store, "e-r") == (CANCELLED, [LOST])
+
+    def test_the_close_of_an_exclusive_attempt_needs_no_open(self, store: Store) -> None:
+        enqueue(store, run_row())
+        opened(store, exclusive("t2", "e-r"))
+        (answer,) = write(store, closing(exclusive("t1", "e-r")))
+        assert isinstance(answer, Closed)
+        assert answer.won
 
     def test_runs_of_a_lane_wait_for_each_other(self, store: Store) -> None:
         for number in range(3):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,18 @@ def flaky(mark: str) -> str:
     if count(mark) == 1:
         raise ValueError("the first time")
     return "the second time"
+
+
+@task("slow server")
+def slow_server(mark: str) -> str:
+    if count(mark) == 1:
+        raise TimeoutError("of somebody else's server")
+    return "the second time"
+
+
+@task("reads")
+def reads(_: Any) -> str:
+    return subprocess.run(["cat"], capture_output=True, text=True, timeout=20, check=True).stdout
 
 
 @task("sleep")

@@ -123,6 +123,15 @@ def test_a_failure_is_retried(common: Stage, backend: Any) -> None:
     assert second.started_unix_ns - (first.ended_unix_ns or 0) < 3e9
 
 
+def test_a_timeout_of_somebody_elses_is_a_failure_that_is_retried(common: Stage, backend: Any) -> None:
+    run = ended(backend, backend.trigger("slow server", common.mark()))
+    assert (run.state, run.output, run.attempts) == ("succeeded", "the second time", 2)
+
+
+def test_a_process_that_a_task_starts_finds_nothing_to_read(backend: Any) -> None:
+    assert ended(backend, backend.trigger("reads")).output == ""
+
+
 def test_a_core_takes_the_runs_attempt_over(common: Stage, backend: Any) -> None:
     run_id = backend.trigger("cored", 21)
     assert ended(backend, run_id).output == {"twice": 42}
