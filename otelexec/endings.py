@@ -71,7 +71,9 @@ def describe(exception: BaseException, max_chars: int) -> tuple[str, str]:
     name = cls.__qualname__ if cls.__module__ == "builtins" else f"{cls.__module__}.{cls.__qualname__}"
     try:
         text = str(exception)
-    except Exception as error:  # the user's __str__ may raise anything
+    except BaseException as error:  # the user's __str__ may raise anything
+        if raised_by_signal_handler(error):
+            raise
         text = f"<its text could not be made: {type(error).__name__}>"
     if len(text) > max_chars:
         text = text[: max_chars - 1] + "\u2026"

@@ -23,6 +23,7 @@ from otelexec import runtime, semconv
 from otelexec.carrier import ENVIRONMENT, HEADERS, NOTHING, Carrier, read_env, read_headers, strip
 from otelexec.context import SCOPE_KEY, current_scope
 from otelexec.correlation import Correlation, Scope, ambient, as_text, enclosing, foreign, running
+from otelexec.endings import raised_by_signal_handler
 from otelexec.ids import MAX_ORIGINAL_CHARS
 from otelexec.w3c import decode_baggage, decode_trace, encode_baggage, encode_traceparent
 
@@ -159,7 +160,9 @@ def announce(context: Context) -> None:
     """Have the spans written whose ids are about to leave the process. A failure is logged; the message goes out."""
     try:
         runtime.before_send(context)
-    except Exception:
+    except Exception as error:
+        if raised_by_signal_handler(error):  # a time limit of the job's around it, which strikes once
+            raise
         _logger.exception("otelexec.before_send: open spans could not be written")
 
 

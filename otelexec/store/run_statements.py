@@ -24,7 +24,19 @@ from otelexec.store.runs import (
     SetRunOutput,
 )
 from otelexec.store.schema import Transaction
-from otelexec.store.writes import CANCELLED, FAILED, LOST, PAUSED, QUEUED, RETRYING, RUNNING, TIMED_OUT, ExecutionRow, OpenAttempt
+from otelexec.store.writes import (
+    CANCELLED,
+    FAILED,
+    LOST,
+    PAUSED,
+    QUEUED,
+    RETRYING,
+    RUNNING,
+    SUCCEEDED,
+    TIMED_OUT,
+    ExecutionRow,
+    OpenAttempt,
+)
 
 FIRST_RETRY_SECONDS: Final = 1
 """How long after the end of the first attempt the second may begin; each further one waits twice as long."""
@@ -34,7 +46,10 @@ LAST_RETRY_SECONDS: Final = 60
 _FREES_ITS_KEY: Final = frozenset({FAILED, LOST, TIMED_OUT})
 _NANOSECONDS: Final = 1_000_000_000
 
-_LAST = "a.attempt = CASE WHEN e.latest > 0 THEN e.latest ELSE e.attempts END"
+# What is told of a run is that of its latest attempt, or of the one that succeeded: it may not be the latest, when a worker hung.
+_LAST = f"""a.attempt = CASE WHEN e.state = '{SUCCEEDED}' THEN
+        (SELECT MIN(o.attempt) FROM attempt o WHERE o.execution_id = e.execution_id AND o.state = '{SUCCEEDED}')
+        WHEN e.latest > 0 THEN e.latest ELSE e.attempts END"""
 
 _RUN = f"""SELECT r.seq, r.run_id, r.execution_id, r.task, r.payload, r.payload_type, r.carrier, r.options, r.tags, r.metadata, r.lane,
     r.max_attempts, r.max_seconds, r.created_unix_ns, r.updated_unix_ns, r.due_unix_ns, r.expires_unix_ns, r.batch_id, r.batch_index,

@@ -218,6 +218,20 @@ class QueueContract:
         write(store, losing(attempt))
         assert states(store, "e-r") == (CANCELLED, [LOST])
 
+    def test_a_run_has_the_output_of_the_attempt_that_succeeded(self, store: Store) -> None:
+        enqueue(store, run_row())
+        write(store, Heartbeat(replace(process("hung"), lease_seconds=0.001)))
+        first = exclusive("t1", "e-r", process_id="hung")
+        opened(store, first)
+        until_lapsed(store)
+        second = replace(exclusive("t2", "e-r"), takes_lapsed=True)
+        opened(store, second)
+        close = closing(first)
+        close.frozen.outcome.output = '"well"'
+        write(store, close)
+        write(store, closing(second, FAILED))
+        assert (found(store).state, found(store).result) == (SUCCEEDED, '"well"')
+
     def test_the_close_of_an_exclusive_attempt_needs_no_open(self, store: Store) -> None:
         enqueue(store, run_row())
         opened(store, exclusive("t2", "e-r"))

@@ -52,6 +52,7 @@ def test_retries_beside_sentry_keep_their_baggage_and_have_no_stale_parent(fresh
     # No stale parent: each attempt is below the message that brought it.
     assert [seen.consumer(number).parent_span_id for number in range(1, 5)] == [span.span_id for span in seen.producers]
     failing = stage.task("fail").delay()
+    failing.get(timeout=RESULT_SECONDS, propagate=False)  # its child is done, and can be told to end
     stage.ended(failing.id, "failed")
     assert worker.stop() == 0
     worker.check_log()
