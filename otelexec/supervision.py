@@ -42,6 +42,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("otelexec.supervision")
 
+OOM_SECONDS = 2.0
+"""
+How long before a child's death the kernel may have killed it for want of memory: at the least this, at the most twice.
+
+The kernel counts such kills for the whole machine, so older ones were others'; and a large process takes a while to exit.
+"""
+
 RETRY_SECONDS = 1.0
 """How long a report waits for a store that is away before it is tried again."""
 
@@ -227,7 +234,8 @@ class Supervisor:
         self._running: dict[int, Delivery] = {}
         self._thread: threading.Thread | None = None
         self._stopping = False
-        self._oom_kills = _oom_kills()
+        self._oom_kills = (_oom_kills(),) * 2
+        self._oom_looked = time.monotonic()
 
     def started(self, pid: int, delivery: Delivery) -> None:
         """Learn that a child began to work on a delivery; what it had before is done."""
@@ -251,8 +259,10 @@ class Supervisor:
         """
         delivery = self._running.pop(pid, None)
         signal = -exit_code if exit_code is not None and exit_code < 0 else None
-        kills = _oom_kills()
-        oom, self._oom_kills = signal == 9 and kills > self._oom_kills, kills  # noqa: PLR2004 (SIGKILL is what the kernel sends)
+        before, latest = self._oom_kills
+        oom = signal == 9 and _oom_kills() > before  # noqa: PLR2004 (SIGKILL is what the kernel sends)
+        if oom:  # it explains one death
+            self._oom_kills = before + 1, max(latest, before + 1)
         if delivery is None and signal is None and endings is None:
             return
         # Without a delivery, too: it may have been killed before the pool heard that it had begun.
@@ -280,6 +290,7 @@ class Supervisor:
 
     def _ensure(self) -> None:
         if self._thread is None and _runtime.get().records:
+            self._oom_kills = (_oom_kills(),) * 2
             self._thread = threading.Thread(target=self._serve, name="otelexec-supervisor", daemon=True)
             self._thread.start()
 
@@ -288,11 +299,17 @@ class Supervisor:
             try:
                 report = self._reports.get(timeout=_runtime.settings().cancel_poll_seconds)
             except queue.Empty:
+                self._look_for_oom_kills()
                 self._pass_wishes_on()
                 continue
             if report is None:
                 return
             self._report(report)
+
+    def _look_for_oom_kills(self) -> None:
+        now = time.monotonic()
+        if now - self._oom_looked >= OOM_SECONDS:
+            self._oom_kills, self._oom_looked = (self._oom_kills[1], _oom_kills()), now
 
     def _report(self, report: _Report) -> None:
         runtime = _runtime.get()

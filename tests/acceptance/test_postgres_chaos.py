@@ -137,7 +137,7 @@ def test_the_server_is_killed_in_the_middle_of_300_jobs(tmp_path: Path, postgres
 @pytest.mark.long
 @pytest.mark.timeout(1500)
 def test_the_server_is_killed_again_and_again_in_the_middle_of_10000_jobs(tmp_path: Path, postgres_folder: Path) -> None:
-    server_kills(tmp_path, postgres_folder, 10_000, pause=5, kills=10, seconds=1480)
+    server_kills(tmp_path, postgres_folder, 10_000, pause=2.5, kills=10, seconds=1480)
 
 
 def random_cuts(folder: Path, server: Server, jobs: int, *, share: float, cuts: int, seconds: float) -> None:

@@ -14,7 +14,7 @@ from opentelemetry import trace
 from opentelemetry.context import Context
 
 import otelexec
-from otelexec import identity, runtime
+from otelexec import identity, runtime, supervision
 from otelexec.carrier import NOTHING
 from otelexec.endings import Ending
 from otelexec.execution import Options
@@ -181,3 +181,26 @@ def test_a_supervised_process_neither_relays_nor_reconciles(records: Records, mo
     assert (own.settings.relay, own.settings.reconcile) == (False, False)
     assert (own.process.parent_pid, own.process.parent_start) == identity.parent_of_this_process()
     assert identity.has_living_parent(own.process)
+
+
+def test_only_the_kernels_latest_kills_explain_a_death(records: Records, supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch) -> None:
+    kills = 5
+    monkeypatch.setattr(supervision, "_oom_kills", lambda: kills)
+    monkeypatch.setattr(supervision, "OOM_SECONDS", 3600.0)
+
+    def classification(message_id: str) -> str | None:
+        work = delivery(message_id, f"token-{message_id}")
+        run_child(supervisor, work)
+        execution_id = work.execution(runtime.get()).id
+        until(lambda: all(record.ended_unix_ns is not None for record in records.all()), 15)
+        (record,) = (record for record in records.all() if record.execution_id == execution_id)
+        return record.attempts[0].classification
+
+    assert classification("m1") == "killed"
+    kills = 6
+    assert classification("m2") == "oom"
+    assert classification("m3") == "killed"  # one kill explains one death
+    kills = 7  # of somebody else's, and long ago
+    monkeypatch.setattr(supervision, "OOM_SECONDS", 0.0)
+    until(lambda: supervisor._oom_kills == (7, 7))
+    assert classification("m4") == "killed"
