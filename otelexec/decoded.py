@@ -177,6 +177,6 @@ def _read_varint(message: bytes, at: int) -> tuple[int, int]:
         byte = message[at]
         at += 1
         value |= (byte & 0x7F) << shift
-        if byte < 0x80:  # noqa: PLR2004
+        if byte < 0x80:  # noqa: PLR2004 (the last byte of a varint)
             return value, at
         shift += 7

@@ -44,7 +44,7 @@ class _BoundExecutor(wrapt.BoundFunctionWrapper):  # type: ignore[type-arg] # wh
         return (_named, (method.__module__, method.__qualname__)) if owner is None else (getattr, (owner, method.__name__))
 
 
-class _Executor(wrapt.FunctionWrapper):  # type: ignore[type-arg]
+class _Executor(wrapt.FunctionWrapper):  # type: ignore[type-arg] # as above
     """
     A decorated executor. It is copied and pickled as the function in it is, by its name.
 

@@ -398,10 +398,10 @@ def _delimited(tag: bytes, body: bytes) -> bytes:
 def _varint(value: int) -> bytes:
     if value < 0x80:  # noqa: PLR2004 # seven bits a byte
         return bytes((value,))
-    if value < 0x4000:  # noqa: PLR2004
+    if value < 0x4000:  # noqa: PLR2004 (two bytes of a varint)
         return bytes((value & 0x7F | 0x80, value >> 7))
     out = bytearray()
-    while value > 0x7F:  # noqa: PLR2004
+    while value > 0x7F:  # noqa: PLR2004 (as above)
         out.append(value & 0x7F | 0x80)
         value >>= 7
     out.append(value)

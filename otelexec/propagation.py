@@ -255,7 +255,7 @@ def incoming(
 
 def _incoming(  # noqa: PLR0917 # called in one place, right above
     carrier: Carrier,
-    trusted: bool,  # noqa: FBT001
+    trusted: bool,  # noqa: FBT001 # as above
     message_id: str | None,
     enqueued_unix_ns: int | None,
     legacy: Mapping[str, str],

@@ -201,7 +201,7 @@ def _message(answer: Answer) -> bytes:
             response.partial_success.error_message = answer.message
         return bytes(response.SerializeToString())
     from google.rpc.error_details_pb2 import RetryInfo  # type: ignore[import-untyped] # ships no types
-    from google.rpc.status_pb2 import Status  # type: ignore[import-untyped]
+    from google.rpc.status_pb2 import Status  # type: ignore[import-untyped] # it has no stubs
 
     status = Status(message=answer.message)
     if answer.retry_after is not None and answer.retry_after.isdecimal():

@@ -234,8 +234,7 @@ class Supervisor:
         self._running: dict[int, Delivery] = {}
         self._thread: threading.Thread | None = None
         self._stopping = False
-        self._oom_kills = (_oom_kills(),) * 2
-        self._oom_looked = time.monotonic()
+        self._oom_kills = _OomKills()
 
     def started(self, pid: int, delivery: Delivery) -> None:
         """Learn that a child began to work on a delivery; what it had before is done."""
@@ -259,10 +258,7 @@ class Supervisor:
         """
         delivery = self._running.pop(pid, None)
         signal = -exit_code if exit_code is not None and exit_code < 0 else None
-        before, latest = self._oom_kills
-        oom = signal == 9 and _oom_kills() > before  # noqa: PLR2004 (SIGKILL is what the kernel sends)
-        if oom:  # it explains one death
-            self._oom_kills = before + 1, max(latest, before + 1)
+        oom = signal == 9 and self._oom_kills.take()  # noqa: PLR2004 (SIGKILL is what the kernel sends)
         if delivery is None and signal is None and endings is None:
             return
         # Without a delivery, too: it may have been killed before the pool heard that it had begun.
@@ -290,7 +286,7 @@ class Supervisor:
 
     def _ensure(self) -> None:
         if self._thread is None and _runtime.get().records:
-            self._oom_kills = (_oom_kills(),) * 2
+            self._oom_kills = _OomKills()  # nobody has looked until now
             self._thread = threading.Thread(target=self._serve, name="otelexec-supervisor", daemon=True)
             self._thread.start()
 
@@ -299,17 +295,12 @@ class Supervisor:
             try:
                 report = self._reports.get(timeout=_runtime.settings().cancel_poll_seconds)
             except queue.Empty:
-                self._look_for_oom_kills()
+                self._oom_kills.look()
                 self._pass_wishes_on()
                 continue
             if report is None:
                 return
             self._report(report)
-
-    def _look_for_oom_kills(self) -> None:
-        now = time.monotonic()
-        if now - self._oom_looked >= OOM_SECONDS:
-            self._oom_kills, self._oom_looked = (self._oom_kills[1], _oom_kills()), now
 
     def _report(self, report: _Report) -> None:
         runtime = _runtime.get()
@@ -355,7 +346,29 @@ def _lost(report: _Report) -> Ending:
     return Ending(LOST, classification, classification, explain(_runtime.get().process.host, report.pid, report.death))
 
 
-def _oom_kills() -> int:
+class _OomKills:
+    """The kernel's kills for want of memory that can explain a death which is seen now."""
+
+    def __init__(self) -> None:
+        self._before = self._latest = _count_oom_kills()
+        self._looked = time.monotonic()
+
+    def look(self) -> None:
+        """Let what is older than `OOM_SECONDS` explain nothing any more; to be called often."""
+        now = time.monotonic()
+        if now - self._looked >= OOM_SECONDS:
+            self._before, self._latest, self._looked = self._latest, _count_oom_kills(), now
+
+    def take(self) -> bool:
+        """Tell whether there is one; it explains one death."""
+        if _count_oom_kills() <= self._before:
+            return False
+        self._before += 1
+        self._latest = max(self._latest, self._before)
+        return True
+
+
+def _count_oom_kills() -> int:
     """Count what the kernel has killed for want of memory since it started; 0 where it doesn't say."""
     try:
         for line in Path("/proc/vmstat").read_text(encoding="ascii").splitlines():

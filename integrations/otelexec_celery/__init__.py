@@ -152,4 +152,4 @@ def _unwrap_tracers() -> None:
 
 
 def _tasks() -> list[Any]:
-    return [task for app in list(_state._get_active_apps()) for task in list(app._tasks.values())]  # noqa: SLF001
+    return [task for app in list(_state._get_active_apps()) for task in list(app._tasks.values())]  # noqa: SLF001 (as above)

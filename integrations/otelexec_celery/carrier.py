@@ -102,4 +102,4 @@ def text_of(found: Mapping[str, Any], name: str) -> str | None:
 def time_of(found: Mapping[str, Any], name: str) -> int | None:
     """Give one of our own headers that holds a time in nanoseconds since 1970; None when it doesn't."""
     text = text_of(found, name)
-    return int(text) if text is not None and text.isascii() and text.isdecimal() and len(text) < 20 else None  # noqa: PLR2004
+    return int(text) if text is not None and text.isascii() and text.isdecimal() and len(text) < 20 else None  # noqa: PLR2004 (digits of 64 bits)

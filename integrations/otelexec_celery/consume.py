@@ -232,7 +232,7 @@ def wrap_tracer(tracer: Callable[..., Any], task: Any) -> Callable[..., Any]:
         cell.cell_contents = body
         return tracer
 
-    trace_task.otelexec_unwrap = unwrap  # type: ignore[attr-defined]
+    trace_task.otelexec_unwrap = unwrap  # type: ignore[attr-defined] # a function's own
     return trace_task
 
 

@@ -148,7 +148,7 @@ def wrap_on_failure(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @_guarded
-def _failure_context(request: Any, exc_info: Any, return_ok: bool) -> Context | None:  # noqa: FBT001
+def _failure_context(request: Any, exc_info: Any, return_ok: bool) -> Context | None:  # noqa: FBT001 # Celery's own
     if return_ok:
         _ended(request)
         return None

@@ -64,6 +64,7 @@ _MOST_ATTEMPTS: Final = 2**31 - 1
 _ID_CHARS: Final = string.ascii_lowercase + string.digits
 _ID_LENGTH: Final = 25
 _CHANGES: Final = 20
+_PAGE: Final = 200
 
 Found = TypeVar("Found")
 
@@ -318,9 +319,9 @@ def list_runs(
     """
     found: list[RunRecord] = []
     while len(found) < limit:
-        page = read(lambda tx: statements.list_runs(tx, limit=200, before=before, after=after, tasks=tasks, batch_id=batch_id))  # noqa: B023 (called at once)
+        page = read(lambda tx: statements.list_runs(tx, limit=_PAGE, before=before, after=after, tasks=tasks, batch_id=batch_id))  # noqa: B023 (called at once)
         found += [run for run in page if wanted(run)]
-        if len(page) < 200 or after is not None:  # noqa: PLR2004 (the page above)
+        if len(page) < _PAGE or after is not None:
             break
         before = page[-1].seq
     return found[:limit] if after is None else found[-limit:]

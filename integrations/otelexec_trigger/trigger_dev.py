@@ -325,7 +325,7 @@ def _refusal(response: httpx.Response, what: str) -> TriggerError:
         body = None
     said = body.get("error") or body.get("title") or body.get("detail") if isinstance(body, dict) else None
     text = f"{what} was answered {response.status_code}" + (f": {str(said)[:500]}" if said else "")
-    kind = RunNotFound if response.status_code == 404 and "/runs/" in what else BackendError  # noqa: PLR2004
+    kind = RunNotFound if response.status_code == 404 and "/runs/" in what else BackendError  # noqa: PLR2004 (HTTP)
     return kind(text, status=response.status_code, retryable=_is_retried(response))
 
 

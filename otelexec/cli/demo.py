@@ -219,7 +219,7 @@ class Stage:
             if story.provider is not None:
                 path = f"/hooks/{story.provider}/{story.job}"
                 status, _ = self.crew.request("POST", path, story.payload, x_webhook_id=f"wh_{number}")
-                self._say(f"  POST {path:<30} [bold]{status}[/] {'queued' if status == 202 else 'turned away: rate limited'}")  # noqa: PLR2004
+                self._say(f"  POST {path:<30} [bold]{status}[/] {'queued' if status == 202 else 'turned away: rate limited'}")  # noqa: PLR2004 (HTTP)
 
     def _attend(self, progress: Progress, task: TaskID) -> None:
         deadline = time.monotonic() + PATIENCE_SECONDS

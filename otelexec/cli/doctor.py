@@ -23,7 +23,7 @@ from otelexec.runtime import open_store
 from otelexec.store.schema import SCHEMA_VERSION
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from otelexec.settings import Settings
     from otelexec.store.base import Store
@@ -38,6 +38,7 @@ UNSEEN_SECONDS: Final = 10.0
 """A running attempt looks for cancellations far more often."""
 CLOCK_SECONDS: Final = 1.0
 _EARLIEST_UNIX_NS: Final = 1_704_067_200_000_000_000  # 2024; a clock before it was never set
+_SHOWN: Final = 5
 TABLES_SHOWN: Final = 4
 ONE_MACHINE: Final = "SQLite is for the processes of one machine; processes on different machines need PostgreSQL."
 
@@ -244,9 +245,13 @@ def _workers(store: Store) -> Check:
     finding = f"{console.plural(alive, 'process', 'processes')} at work"
     if not dead:
         return Check("workers", finding, data=data)
-    who = ", ".join(f"{each.pid} on {console.clean(each.host)}" for each in dead[:5]) + (", ..." if len(dead) > 5 else "")  # noqa: PLR2004
+    who = _first([f"{each.pid} on {console.clean(each.host)}" for each in dead])
     finding += f"; {console.plural(len(dead), 'dead one')} left work open: {who}"
     return Check("workers", finding, "run `otelexec reconcile --once` to close what they left", data)
+
+
+def _first(texts: Sequence[str]) -> str:
+    return ", ".join(texts[:_SHOWN]) + (", ..." if len(texts) > _SHOWN else "")
 
 
 def _cancellations(store: Store, found: Statistics) -> Check:
@@ -255,7 +260,7 @@ def _cancellations(store: Store, found: Statistics) -> Check:
     unseen = [each for each in found.unseen_cancellations if each in wishes and now - wishes[each].requested_unix_ns > UNSEEN_SECONDS * 1e9]
     if not unseen:
         return Check("unseen_cancellations", "none", data=unseen)
-    shown = ", ".join(console.clean(each) for each in unseen[:5]) + (", ..." if len(unseen) > 5 else "")  # noqa: PLR2004
+    shown = _first([console.clean(each) for each in unseen])
     finding = f"{console.plural(len(unseen), 'execution')} should be terminated and still run: {shown}"
     return Check(
         "unseen_cancellations", finding, "what runs there can only be told, not stopped: it must look at `.cancel_requested`", unseen

@@ -185,7 +185,7 @@ def test_a_supervised_process_neither_relays_nor_reconciles(records: Records, mo
 
 def test_only_the_kernels_latest_kills_explain_a_death(records: Records, supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch) -> None:
     kills = 5
-    monkeypatch.setattr(supervision, "_oom_kills", lambda: kills)
+    monkeypatch.setattr(supervision, "_count_oom_kills", lambda: kills)
     monkeypatch.setattr(supervision, "OOM_SECONDS", 3600.0)
 
     def classification(message_id: str) -> str | None:
@@ -202,5 +202,5 @@ def test_only_the_kernels_latest_kills_explain_a_death(records: Records, supervi
     assert classification("m3") == "killed"  # one kill explains one death
     kills = 7  # of somebody else's, and long ago
     monkeypatch.setattr(supervision, "OOM_SECONDS", 0.0)
-    until(lambda: supervisor._oom_kills == (7, 7))
+    until(lambda: supervisor._oom_kills._before == 7)
     assert classification("m4") == "killed"
