@@ -20,6 +20,8 @@ logger = logging.getLogger("otelexec.store")
 
 DAMAGE = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
 
+_BUSY_PAUSE_SECONDS = 0.002
+
 _SIDES = ("-wal", "-shm")
 
 _TYPES = {"key": "INTEGER PRIMARY KEY", "serial": "INTEGER PRIMARY KEY AUTOINCREMENT", "name": "TEXT", "blob": "BLOB", "bigint": "INTEGER"}
@@ -121,21 +123,21 @@ class SqliteFile:
         )
         try:
             if connection.execute("PRAGMA user_version").fetchone()[0] != schema.SCHEMA_VERSION:
-                self._migrate(connection)
+                self._migrate(connection, timeout_seconds)
             connection.execute("SELECT 1 FROM execution LIMIT 1").fetchone()
         except BaseException:
             connection.close()
             raise
         return connection
 
-    def _migrate(self, connection: sqlite3.Connection) -> None:
+    def _migrate(self, connection: sqlite3.Connection, timeout_seconds: float) -> None:
         found = connection.execute("PRAGMA user_version").fetchone()[0]
         if found == 0 and not self._create:
             raise StoreNotFound(f"{self.path} is no store yet. Run an execution first, or set OTELEXEC_STORE to where it is.")
         if found == 0:
             if connection.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchone() is not None and not self._is_ours(connection):
                 raise StoreUnavailable(f"{self.path} is another program's SQLite file. Set OTELEXEC_STORE to a file of its own.")
-            connection.execute("PRAGMA journal_mode = WAL")
+            self._use_wal(connection, timeout_seconds)
         connection.execute("BEGIN IMMEDIATE")
         try:
             version = connection.execute("PRAGMA user_version").fetchone()[0]
@@ -153,6 +155,20 @@ class SqliteFile:
         except BaseException:
             connection.execute("ROLLBACK")
             raise
+
+    @staticmethod
+    def _use_wal(connection: sqlite3.Connection, timeout_seconds: float) -> None:
+        # SQLite refuses at once, whatever the connection's timeout, when another process opens the new file at the same moment.
+        deadline = time.monotonic() + timeout_seconds
+        while True:
+            try:
+                connection.execute("PRAGMA journal_mode = WAL")
+            except sqlite3.OperationalError as error:
+                if code(error) != sqlite3.SQLITE_BUSY or time.monotonic() >= deadline:
+                    raise
+            else:
+                return
+            time.sleep(_BUSY_PAUSE_SECONDS)
 
     def _is_ours(self, connection: sqlite3.Connection) -> bool:
         # Another process may have made the schema since the version was read.

@@ -113,6 +113,22 @@ def test_locked_for_less_than_the_timeout_is_waited_for(work: Work, path: Path, 
     check_all_in(path, work.names, set())
 
 
+def test_a_new_store_waits_for_who_opens_it_at_the_same_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "new.db"
+    with closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        pauses = []
+
+        def pause(seconds: float) -> None:
+            pauses.append(seconds)
+            other.execute("COMMIT")
+
+        monkeypatch.setattr(time, "sleep", pause)
+        with closing(SqliteStore(path)) as store:
+            store.commit([AddSpans(b"request", 1)], durable=True, timeout_seconds=5)
+    assert len(pauses) == 1
+
+
 def test_locked_while_32_threads_work(work: Work, path: Path) -> None:
     work.run("before")
     works = [Work() for _ in range(32)]
