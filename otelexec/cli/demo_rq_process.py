@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ import otelexec
 from otelexec.cli.demo_celery import POOL
 from otelexec.cli.demo_celery_process import be_broker
 from otelexec.cli.demo_process import at_end_of_input, serve
+
+GRACE_SECONDS = 10.0
 
 
 def main() -> None:
@@ -39,19 +42,32 @@ def main() -> None:
         at_end_of_input(stop.set)
         serve(demo_rq_jobs.publish, run, stop)
         return
-    # RQ ends by itself when it is told to, in its own time and with what it has in hand.
-    at_end_of_input(lambda: os.kill(os.getpid(), signal.SIGTERM))
     if role == "worker":
         from rq.worker_pool import WorkerPool
 
         pool: Any = WorkerPool([demo_rq_jobs.QUEUE], connection=demo_rq_jobs.connection, num_workers=POOL)
+        at_end_of_input(lambda: _stop(pool))
         pool.start(logging_level="WARNING")
     else:
         from rq.cron import CronScheduler
 
+        at_end_of_input(_tell_to_stop)
         cron: Any = CronScheduler(connection=demo_rq_jobs.connection, logging_level="WARNING")
         cron.register(demo_rq_jobs.clean_cache, queue_name=demo_rq_jobs.QUEUE, interval=demo_rq_jobs.INTERVAL, **demo_rq_jobs.NAMED)
         cron.start()
+
+
+def _tell_to_stop() -> None:
+    # RQ ends by itself, in its own time and with what it has in hand.
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _stop(pool: Any) -> None:
+    _tell_to_stop()
+    # A worker whose broker was killed with the demo sleeps up to a minute before it tries again, and heeds nothing until then.
+    time.sleep(GRACE_SECONDS)
+    for worker in list(pool.worker_dict.values()):
+        worker.process.kill()
 
 
 if __name__ == "__main__":
