@@ -134,9 +134,9 @@ class Runtime:
         self.theirs = provider or spans.foreign_provider()
         self.heartbeat = HeartbeatThread(self)
         self.collector = Collector(settings.max_collected_spans, self.heartbeat.nudge, forked=forked)
-        self.provider = spans.make_provider(settings.service_name, current_collector, self.theirs)
         self.store = open_store(settings)
         self.records = self.store is not None
+        self.provider = spans.make_provider(settings.service_name, current_collector, self.theirs, collects=self.records)
         if not self.records:
             self._plain_provider()
         self.tracer = self.provider.get_tracer(semconv.SCOPE_NAME, schema_url=semconv.SCHEMA_URL)
@@ -371,8 +371,13 @@ class Runtime:
         """Bring a write into the store, or into the spool, in this thread."""
         return run(self, persist(self, write, durable=durable, patience_seconds=self.settings.open_timeout_seconds))
 
-    def shutdown(self) -> None:
-        """Write what is left, say goodbye, and give the relay a bounded time to send it."""
+    def shutdown(self, *, leaves: bool = False) -> None:
+        """
+        Write what is left, say goodbye, and give the relay a bounded time to send it.
+
+        Args:
+            leaves: Whether the process ends right after this; see `shutdown()`.
+        """
         deadline = time.monotonic() + self.settings.exit_timeout_seconds
         self.heartbeat.stop(self.settings.exit_timeout_seconds)
         if self.store is None:
@@ -390,7 +395,10 @@ class Runtime:
         if self.relay is not None:
             self.relay.stop(max(0.0, deadline - time.monotonic()))
         self.group.close()
-        self.store.close()
+        if leaves:
+            _left.append(self)
+        else:
+            self.store.close()
 
 
 def _ignore(_: Entry) -> None:
@@ -404,6 +412,8 @@ _lock = threading.RLock()
 _exiting = False
 # Runtimes of the process that this one was forked from: their connections must be neither used nor closed here.
 _inherited: list[Runtime] = []
+# Runtimes that left their connections to the end of the process: nobody may close them before that.
+_left: list[Runtime] = []
 
 
 def get() -> Runtime:
@@ -479,13 +489,19 @@ def before_send(context: Context) -> None:
         runtime.heartbeat.ensure()
 
 
-def shutdown() -> None:
-    """Write what is left and stop; the next use starts anew. Runs by itself at exit."""
+def shutdown(*, leaves: bool = False) -> None:
+    """
+    Write what is left and stop; the next use starts anew. Runs by itself at exit.
+
+    Args:
+        leaves: Whether the process ends right after this by `os._exit`. It then leaves its connections to the system: the
+            last one to close a SQLite file moves all of its -wal into it with two fsyncs, which would be after every job.
+    """
     global _current
     with _lock:
         runtime, _current = _current, None
         if runtime is not None:
-            runtime.shutdown()
+            runtime.shutdown(leaves=leaves)
 
 
 def _before_fork() -> None:

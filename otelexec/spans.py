@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from opentelemetry import context as otel_context
 from opentelemetry import trace
+from opentelemetry.sdk.environment_variables import OTEL_EXPERIMENTAL_RESOURCE_DETECTORS
 from opentelemetry.sdk.resources import (
     TELEMETRY_SDK_LANGUAGE,
     TELEMETRY_SDK_NAME,
@@ -261,8 +262,19 @@ class CaptureProcessor(SpanProcessor):
             logger.exception("otelexec.spans.on_end")
 
 
+class _CollectingProvider(TracerProvider):
+    def _handle_fork(self) -> None:
+        # The SDK's hook asks the resource detectors anew, in threads, before anything else of a child runs. Spans of this
+        # provider take the resource of the process that collects them, which is that of the child's own provider.
+        self._tracers_lock = threading.Lock()
+
+
 def make_provider(
-    service_name: str | None, collector: Callable[[], Collector | None], theirs: trace.TracerProvider | None
+    service_name: str | None,
+    collector: Callable[[], Collector | None],
+    theirs: trace.TracerProvider | None,
+    *,
+    collects: bool = True,
 ) -> TracerProvider:
     """
     Make the provider of execution spans.
@@ -271,6 +283,7 @@ def make_provider(
         service_name: `service.name`; None leaves it to OTEL_SERVICE_NAME and the SDK's default.
         collector: Gives the current collector.
         theirs: The user's provider, whose resource, sampler and `on_start` processors are taken over; None without one.
+        collects: Whether the collector takes the spans; else they leave with the provider's resource.
     """
     own: dict[str, str | int] = {
         semconv.HOST_NAME: socket.gethostname(),
@@ -283,11 +296,26 @@ def make_provider(
         processor = CaptureProcessor(collector, lambda: getattr(theirs, "_active_span_processor", None))
     else:
         # What is detected has OTEL_RESOURCE_ATTRIBUTES in it, whose host name is the user's word and goes before ours.
-        resource, sampler = Resource(own).merge(_detected()).merge(given), None
+        resource, sampler = _with_detected(Resource(own)).merge(given), None
         processor = CaptureProcessor(collector)
-    provider = TracerProvider(resource=resource, sampler=sampler, id_generator=SecureIdGenerator(), shutdown_on_exit=False)
+    kind = _CollectingProvider if collects else TracerProvider
+    provider = kind(resource=resource, sampler=sampler, id_generator=SecureIdGenerator(), shutdown_on_exit=False)
     provider.add_span_processor(processor)
     return provider
+
+
+_known: tuple[int, Resource] | None = None
+"""The process that asked the detectors last, and what they found."""
+
+
+def _with_detected(own: Resource) -> Resource:
+    global _known  # noqa: PLW0603 (one machine, one environment)
+    if _known is None or _known[0] == os.getpid() or os.environ.get(OTEL_EXPERIMENTAL_RESOURCE_DETECTORS):
+        _known = os.getpid(), _detected()
+        return own.merge(_known[1])
+    # In a forked child the SDK's own detectors find what they found before the fork, all but the instance, which is ours;
+    # asking them takes threads.
+    return _known[1].merge(own).merge(OTELResourceDetector().detect())
 
 
 def _detected() -> Resource:

@@ -165,7 +165,7 @@ def wrap_perform_job(original: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return _perform(functools.partial(original, self, job, queue, *args, **kwargs), self, job, execution)
         finally:
-            _guarded(_runtime.shutdown)
+            _guarded(lambda: _runtime.shutdown(leaves=True))
 
     return perform_job
 

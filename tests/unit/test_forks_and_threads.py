@@ -102,6 +102,44 @@ def test_a_child_s_own_executions_are_children_of_the_one_it_was_forked_in(recor
     assert records.span_named("query").parent_span_id == attempt.span_id
 
 
+def test_a_child_has_a_resource_of_its_own_and_starts_no_thread_to_detect_it(records: Records, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_RESOURCE_ATTRIBUTES", "deployment=blue")
+    otelexec.configure(service_name="billing")
+    with otelexec.execution("parent"):
+        pass
+
+    def child() -> None:
+        started: list[threading.Thread] = []
+        monkeypatch.setattr(threading.Thread, "start", started.append)
+        provider = runtime.get().provider
+        assert provider.resource.attributes["process.pid"] == os.getpid()
+        monkeypatch.undo()
+        assert started == []
+        with otelexec.execution("child"):
+            pass
+
+    assert in_child(child) == 0
+    parent, child_s = (records.span_named(name).resource for name in ("parent", "child"))
+    assert parent.keys() == child_s.keys()
+    differing = {key for key, value in parent.items() if child_s[key] != value}
+    assert differing == {"process.pid", "service.instance.id"}
+    assert (child_s["service.name"], child_s["deployment"]) == ("billing", "blue")
+
+
+def test_a_child_that_leaves_does_not_fold_the_store_s_file_up(records: Records) -> None:
+    """Each of RQ's horses would pay two fsyncs for it, in place of the one that its record takes."""
+
+    def child() -> None:
+        with otelexec.execution("job"):
+            pass
+        otelexec.shutdown(leaves=True)
+
+    otelexec.configure()
+    assert in_child(child) == 0
+    assert records.path.with_name(records.path.name + "-wal").stat().st_size > 0
+    assert records.one().state == "succeeded"
+
+
 def test_a_child_s_spans_and_ids_never_repeat_the_parent_s(records: Records) -> None:
     """Must-hold row 7: forks and `random.seed(0)` make no id twice."""
 
