@@ -1,6 +1,6 @@
 """
 No-op RQ jobs, enqueued and worked off by a `SimpleWorker` and by one that forks a horse for each: bare, and with the adapter
-without and with a store. Each side is a real process on one Valkey, and they take turns. Nothing is exported.
+without and with a store, and by hand. Each side is a real process on one Valkey, and they take turns. Nothing is exported.
 """  # noqa: D205 (one sentence says what is compared)
 
 from __future__ import annotations
@@ -12,17 +12,23 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from tests.benchmarks.measure import Result
+from tests.benchmarks.rq_by_hand import RECORDS
 from tests.benchmarks.rq_side import SERVER, SIDES
 from tests.queue_servers import running_valkey
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-LABELS = {"none": "without store", "durable": "durable"}
+LABELS = {
+    "spans": "by hand, spans, for comparison",
+    "records": "by hand, spans and records, for comparison",
+    "none": "without store",
+    "durable": "durable",
+}
 TARGETS: dict[str, tuple[str, dict[str, float | None]]] = {
-    "enqueue": ("enqueue a job", {"none": 1.15, "durable": 1.30}),
-    "simple": ("run a no-op job, SimpleWorker", {"none": None, "durable": 1.15}),
-    "forking": ("run a no-op job, Worker (fork)", {"none": None, "durable": 1.10}),
+    "enqueue": ("enqueue a job", {"spans": None, "records": None, "none": 1.15, "durable": 1.30}),
+    "simple": ("run a no-op job, SimpleWorker", {"spans": None, "records": None, "none": None, "durable": 1.15}),
+    "forking": ("run a no-op job, Worker (fork)", {"spans": None, "records": None, "none": None, "durable": 1.10}),
 }
 
 
@@ -59,7 +65,13 @@ def run(folder: Path, *, short: bool = False) -> list[Result]:
 
 def _start(stack: ExitStack, name: str, folder: Path, url: str) -> subprocess.Popen[str]:
     store = f"sqlite:///{folder}/{name}.db" if name == "durable" else "none"
-    own = {SERVER: url, "OTELEXEC_STORE": store, "OTELEXEC_RELAY": "false", "OTELEXEC_RECONCILE": "false"}
+    own = {
+        SERVER: url,
+        **({RECORDS: f"{folder}/{name}.db"} if name == "records" else {}),
+        "OTELEXEC_STORE": store,
+        "OTELEXEC_RELAY": "false",
+        "OTELEXEC_RECONCILE": "false",
+    }
     log = stack.enter_context((folder / f"{name}.log").open("wb"))
     command = [sys.executable, "-m", "tests.benchmarks.rq_side", name]
     side = subprocess.Popen(command, env=os.environ | own, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True)
