@@ -15,9 +15,8 @@ from otelexec import runtime as _runtime
 from otelexec import semconv
 from otelexec.context import current_scope
 from otelexec.endings import describe
-from otelexec.w3c import decode_trace
 from otelexec_rq.consume import CONTEXT
-from otelexec_rq.messages import open_context
+from otelexec_rq.messages import last_attempt, open_context
 from otelexec_rq.settings import CHOICES
 
 logger = logging.getLogger("otelexec.rq")
@@ -90,11 +89,6 @@ def open_last(job: Any) -> Context:
     """Give a context below the span of a job's last attempt that is on the record, for what is done in its name elsewhere."""
     context = open_context(job, None)
     scope = current_scope(context)
-    store = _runtime.get().store
     # Taken: the first job that a callback enqueues is not this one once more.
-    record = None if scope is None or store is None else store.execution(scope.take().execution_id)
-    attempt = record.attempts[-1] if record is not None and record.attempts else None
-    if attempt is None or attempt.trace_id is None:
-        return context
-    span = decode_trace(f"00-{attempt.trace_id}-{attempt.span_id}-01", None)
+    span = None if scope is None else last_attempt(scope.take().execution_id)
     return context if span is None else trace.set_span_in_context(trace.NonRecordingSpan(span), context)

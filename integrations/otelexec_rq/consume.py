@@ -16,10 +16,12 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from contextvars import ContextVar
+from dataclasses import replace
 from typing import Any
 
 from opentelemetry import context as otel_context
 from opentelemetry.context import Context
+from opentelemetry.sdk.trace import ReadableSpan
 from rq.exceptions import InvalidJobOperation
 
 from otelexec import metrics, semconv
@@ -29,9 +31,10 @@ from otelexec.endings import raised_by_signal_handler
 from otelexec.errors import ExecutionCancelled
 from otelexec.execution import Execution
 from otelexec.lifecycle import Steps, lifecycle
+from otelexec.spans import row_of
 from otelexec.w3c import encode_traceparent
 from otelexec_rq import carrier, endings
-from otelexec_rq.messages import open_context, options_of
+from otelexec_rq.messages import last_attempt, open_context, options_of
 from otelexec_rq.publish import SENDING
 from otelexec_rq.settings import CHOICES
 
@@ -90,11 +93,25 @@ class Run:
         self._steps = steps
         self.context = call.context
         self.execution = call.subject
+        if self.execution.attempt > 1 and not self.execution.duplicate:
+            _guarded(self._link_to_previous)
         self._attributes = options.attributes or {}
         setattr(job, CONTEXT, self.context)
         latency = self._attributes.get(semconv.QUEUE_LATENCY)
         if latency is not None:
             metrics.waited(latency, self.execution.name, self._attributes)
+
+    def _link_to_previous(self) -> None:
+        """Link to the attempt before, which the job does not carry if its horse was killed or somebody requeued it."""
+        execution, span = self.execution, self.execution.span
+        previous = last_attempt(execution.id, before=execution.attempt)
+        if previous is None or not isinstance(span, ReadableSpan) or previous.span_id in {link.context.span_id for link in span.links}:
+            return
+        span.add_link(previous)
+        execution.attempt_row = replace(execution.attempt_row, span=row_of(span))
+        execution.start_links = len(span.links)
+        # Whoever closes it in place of this process writes the span from this row.
+        self._runtime.write(replace(execution.attempt_row, takes_over=True))
 
     def perform(self, original: Callable[[Any], Any]) -> Any:
         """Call the function, and note how it ended."""

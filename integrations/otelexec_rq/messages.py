@@ -11,6 +11,7 @@ from opentelemetry import context as otel_context
 from opentelemetry import trace
 from opentelemetry.context import Context
 
+from otelexec import runtime as _runtime
 from otelexec import semconv
 from otelexec.context import EXECUTION_KEY
 from otelexec.execution import Options
@@ -105,6 +106,25 @@ def links_of(found: Mapping[str, Any]) -> tuple[trace.Link, ...]:
     texts = (carrier.text_of(found, carrier.PREVIOUS) or "", carrier.text_of(found, carrier.FIRST) or "", *depends.split(","))
     contexts = (decode_trace(text, None) for text in texts if text)
     return tuple(trace.Link(context) for context in contexts if context is not None)
+
+
+def last_attempt(execution_id: str, *, before: int | None = None) -> trace.SpanContext | None:
+    """
+    Give the span of an execution's last attempt that is on the record; that of the job, not of a core in it.
+
+    Args:
+        execution_id: Which.
+        before: The number of an attempt that it came before; None for any.
+
+    Raises:
+        StoreError: The store could not be read.
+    """
+    store = _runtime.get().store
+    record = None if store is None else store.execution(execution_id)
+    for attempt in reversed(() if record is None else record.attempts):
+        if before is None or attempt.attempt < before:
+            return decode_trace(f"00-{attempt.trace_id}-{attempt.outer_span_id or attempt.span_id}-01", None)
+    return None
 
 
 def queue_latency(job: Any) -> float | None:

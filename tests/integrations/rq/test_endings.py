@@ -264,6 +264,17 @@ def test_a_killed_horse_with_retries_is_followed_by_the_next_attempts(common: St
     seen = common.ended(job.id, "lost", "lost", "succeeded", seconds=LOST_SECONDS)
     assert seen.record.state == "succeeded"
     assert len({attempt.trace_id for attempt in seen.attempts}) == 1
+    for number in (2, 3):
+        assert {link.span_id for link in seen.consumer(number).links} == {seen.attempts[number - 2].span_id}
+
+
+def test_a_requeued_job_links_to_its_last_attempt(common: Stage) -> None:
+    job = common.queue.enqueue(jobs.fail_at_first, common.mark(), 2, retry=Retry(max=1))
+    common.ended(job.id, "failed", "failed")
+    until(lambda: job.get_status() == "failed")
+    Job.fetch(job.id, connection=common.connection).requeue()
+    seen = common.ended(job.id, "failed", "failed", "succeeded")
+    assert seen.attempts[1].span_id in {link.span_id for link in seen.consumer(3).links}
 
 
 def test_a_timeout_that_hits_our_own_code_is_one_outcome_that_span_and_record_share(fresh: Fresh) -> None:
