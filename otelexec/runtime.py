@@ -165,13 +165,16 @@ class Runtime:
 
     def _shut_plain_provider(self, deadline: float) -> None:
         """Send what is left as long as an exit may take; the SDK alone would retry for much longer."""
+        end: Callable[[], object] = self.provider.shutdown
         if isinstance(self.theirs, TracerProvider):
-            return
-        thread = threading.Thread(target=self.provider.shutdown, name="otelexec-exit", daemon=True)
+            if not self._parent[0]:  # its own exit handler does it; the children of pools leave without any
+                return
+            end = self.provider.force_flush
+        thread = threading.Thread(target=end, name="otelexec-exit", daemon=True)
         try:
             thread.start()
         except RuntimeError:  # the interpreter is shutting down and takes no new threads
-            self.provider.shutdown()
+            end()
             return
         thread.join(max(0.0, deadline - time.monotonic()))
 

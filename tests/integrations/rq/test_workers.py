@@ -153,3 +153,22 @@ def test_a_worker_relays_for_its_horses(fresh: Fresh) -> None:
         until(
             lambda: "consumer" in {span.kind for span in receiver.spans if span.attributes.get(semconv.MESSAGING_MESSAGE_ID) == job.id}, 20
         )
+
+
+def test_without_a_store_the_spans_of_horses_leave_by_the_users_own_provider(fresh: Fresh) -> None:
+    from otelexec.receiver import OtlpReceiver
+
+    stage = fresh()
+    with OtlpReceiver() as receiver:
+        stage.worker("storeless", provider=True, environment={"OTELEXEC_STORE": "none", "OTEL_EXPORTER_OTLP_ENDPOINT": receiver.endpoint})
+        job = stage.queue.enqueue(jobs.give)
+        until(lambda: job.id in {span.attributes.get(semconv.MESSAGING_MESSAGE_ID) for span in receiver.spans}, 20)
+
+
+def test_without_a_store_a_provider_that_never_gets_an_answer_holds_no_horse_up(fresh: Fresh) -> None:
+    stage = fresh()
+    with black_hole() as endpoint:
+        worker = stage.worker("storeless", provider=True, environment={"OTELEXEC_STORE": "none", "OTEL_EXPORTER_OTLP_ENDPOINT": endpoint})
+        for _ in range(3):
+            stage.result(stage.queue.enqueue(jobs.give), 8)
+        assert worker.stop(seconds=8) == 0

@@ -21,17 +21,19 @@ INSTRUMENT = "OTELEXEC_TEST_INSTRUMENT"
 OPTIONS = "OTELEXEC_TEST_WORKER"
 """
 The variable with what a worker is made with, as JSON: `json` for the serializer, `pool` for a pool's size, `scheduler`,
-`monitor` for RQ's interval of looking after a horse, `configure` for otelexec's own settings, and `early` to have every
-horse killed before it does anything.
+`monitor` for RQ's interval of looking after a horse, `configure` for otelexec's own settings, `provider` for a tracer provider
+of the user's own, and `early` to have every horse killed before it does anything.
 """
 
 
 def main(url: str, name: str, *queues: str) -> None:
+    options: dict[str, Any] = json.loads(os.environ.get(OPTIONS, "{}"))
+    if options.get("provider"):
+        provide()
     if INSTRUMENT in os.environ:
         from otelexec_rq import RQInstrumentor
 
         RQInstrumentor().instrument(**json.loads(os.environ[INSTRUMENT]))
-    options: dict[str, Any] = json.loads(os.environ.get(OPTIONS, "{}"))
     if "configure" in options:
         otelexec.configure(**options["configure"])
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s %(message)s")
@@ -48,6 +50,18 @@ def main(url: str, name: str, *queues: str) -> None:
     worker = cls(list(queues), connection=connection, name=options["name"], **more)
     worker.job_monitoring_interval = options.get("monitor", worker.job_monitoring_interval)
     worker.work(with_scheduler=options.get("scheduler", False), logging_level="INFO")
+
+
+def provide() -> None:
+    """Set a tracer provider up as the documentation of OpenTelemetry does."""
+    from opentelemetry import trace
+    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor
+
+    provider = TracerProvider()
+    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+    trace.set_tracer_provider(provider)
 
 
 if __name__ == "__main__":
