@@ -17,6 +17,7 @@ from otelexec.errors import OtelexecError, StoreError
 from otelexec.store.writes import Heartbeat as HeartbeatWrite
 
 if TYPE_CHECKING:
+    from otelexec.execution import Execution
     from otelexec.reconcile import Reconciler
     from otelexec.relay import Relay
     from otelexec.runtime import Runtime
@@ -158,10 +159,10 @@ class Heartbeat:
         if runtime.store is not None and not runtime.spooling:
             # A duplicate runs for the second time what has succeeded: wishes from before do not concern it.
             asked = [execution for execution in executions if not execution.duplicate]
-            wishes = runtime.store.cancellations([execution.id for execution in asked])
+            wishes = runtime.store.cancellations([name for execution in asked for name in _names(execution)])
             for execution in asked:
-                if execution.id in wishes:
-                    execution.cancelled_by(wishes[execution.id])
+                for name in _names(execution):
+                    execution.cancelled_by(wishes.get(name))
 
     def make_relay(self) -> Relay | None:
         """Make the relay of this process; None where it has nothing to send or can't."""
@@ -196,3 +197,9 @@ class Heartbeat:
             self._reconciler.run_once()
         except (StoreError, OSError) as error:
             logger.debug("otelexec.reconcile.failed: %s", error)
+
+
+def _names(execution: Execution) -> tuple[str, ...]:
+    """Give what a wish to cancel may name: this attempt alone, where another process knows its token, or the execution."""
+    token = (execution.outer or execution).options.token
+    return (execution.id,) if token is None else (token, execution.id)

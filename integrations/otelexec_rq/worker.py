@@ -216,12 +216,6 @@ def _stopped(horse: Horse) -> None:
         delivery.execution(_runtime.get()).cancelled_by(Cancellation(time.time_ns(), terminate=True))
 
 
-def _record_wish(execution_id: str, *, terminate: bool) -> None:
-    runtime = _runtime.get()
-    if runtime.records:
-        runtime.write(RequestCancel(execution_id, Cancellation(time.time_ns(), terminate)))
-
-
 def on_force_stop(*_: Any, **__: Any) -> None:
     """Learn of a cold shutdown, which kills the horse."""
     MAIN.shutting_down = True
@@ -316,8 +310,12 @@ def wrap_cancel(original: Callable[..., Any]) -> Callable[..., Any]:
         if not CHOICES.active or vars(self).get(consume.CANCELLED_HERE):
             return original(self, *args, **kwargs)
         status = guarded(_status_of)(self)
+        running = guarded(self.execution_registry.get_execution_ids)() if status == "started" else None
         result = original(self, *args, **kwargs)
-        guarded(_on_cancelled)(self, status)
+        if status in _QUEUED:
+            guarded(_on_cancelled)(self)
+        for execution_id in running or ():
+            guarded(_tell)(execution_id)
         return result
 
     return cancel
@@ -328,12 +326,15 @@ def _status_of(job: Any) -> str | None:
     return None if status is None else str(status.value if isinstance(status, JobStatus) else status)
 
 
-def _on_cancelled(job: Any, status: str | None) -> None:
-    delivery = delivery_of(job, None)
-    if status in _QUEUED:
-        delivery.close(Ending(CANCELLED), asked=True)
-    elif status == "started":
-        _record_wish(delivery.execution(_runtime.get()).id, terminate=False)
+def _on_cancelled(job: Any) -> None:
+    delivery_of(job, None).close(Ending(CANCELLED), asked=True)
+
+
+def _tell(execution_id: str) -> None:
+    """Tell one run of a job of its cancellation; a wish for the job would keep RQ from retrying it, which RQ does all the same."""
+    runtime = _runtime.get()
+    if runtime.records:
+        runtime.write(RequestCancel(execution_id, Cancellation(time.time_ns(), terminate=False)))
 
 
 def wrap_cleanup(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -608,6 +608,7 @@ def prune(tx: Transaction, write: Prune) -> int:
         (write.ended_before_unix_ns, write.limit),
     ).fetchall()
     for among, ids in _chunks(tx, [row[0] for row in rows]):
+        tx.execute(f"DELETE FROM cancellation WHERE execution_id IN (SELECT token FROM attempt WHERE execution_id {among})", ids)
         for table in ("attempt", "cancellation", "contribution", "run", "execution"):
             tx.execute(f"DELETE FROM {table} WHERE execution_id {among}", ids)
     tx.execute(

@@ -461,7 +461,13 @@ class Heartbeat:
 
 @dataclass(frozen=True, slots=True)
 class RequestCancel:
-    """Record the wish to cancel an execution. Gives the execution's state, None when it is not known yet."""
+    """
+    Record the wish to cancel an execution. Gives the execution's state, None when it is not known yet.
+
+    Attributes:
+        execution_id: Which; or the token of a running attempt, which alone is told then: the next one runs.
+        cancellation: The wish.
+    """
 
     execution_id: str
     cancellation: Cancellation

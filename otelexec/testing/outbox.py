@@ -8,11 +8,13 @@ from otelexec.store.base import Store
 from otelexec.store.writes import (
     FAILED,
     AddSpans,
+    Cancellation,
     ClaimOutbox,
     ForgetNonces,
     Heartbeat,
     Prune,
     ReleaseClaims,
+    RequestCancel,
     RetryParked,
     SettleOutbox,
 )
@@ -144,11 +146,14 @@ class OutboxContract:
         for number in range(3):
             row = opening(f"t{number}", f"e{number}")
             opened(store, row)
+            wishes = [RequestCancel(name, Cancellation(7, None)) for name in (f"t{number}", f"e{number}")]
+            write(store, *wishes)  # for the attempt alone, and for the execution
             closed(store, closing(row, ended=10 + number))
         self._deliver_all(store)
         assert write(store, Prune(12, limit=1)) == [1]
         assert write(store, Prune(12)) == [1]
         assert write(store, Prune(12)) == [0]
+        assert set(store.cancellations(["t0", "e0", "t1", "e1", "t2", "e2"])) == {"t2", "e2"}
         assert [found.execution_id for found in store.executions()] == ["e2"]
         assert store.statistics().executions == {"succeeded": 1}
         assert opened(store, opening("new", "e0")).number == 1

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import subprocess
 import sys
 import threading
@@ -14,6 +15,9 @@ import pytest
 
 import otelexec
 from otelexec import runtime
+from otelexec.decorators import ExecutionDecorator
+from otelexec.execution import Options
+from otelexec.store.writes import Cancellation, RequestCancel
 from tests.records import Records, until
 
 FAR = "import sys, otelexec; print(otelexec.request_cancel(sys.argv[1], terminate=eval(sys.argv[2])))"
@@ -73,6 +77,24 @@ def test_a_running_attempt_sees_a_wish_of_another_process_within_a_second(record
         other.wait(20)
         other.stdout.close()
     assert waited < 1.0
+
+
+def test_a_wish_for_one_attempt_tells_it_and_its_core_and_nobody_after_it(records: Records) -> None:
+    def attempt(token: str) -> ExecutionDecorator:
+        return ExecutionDecorator(Options("job", token=token))
+
+    with otelexec.correlate(source="x", execution_id="e"), contextlib.suppress(ValueError), attempt("first") as run:
+        runtime.get().write(RequestCancel("first", Cancellation(7, terminate=False)))
+        with otelexec.execution("core", core=True) as core:
+            until(lambda: run.cancel_requested and core.cancel_requested)
+            raise ValueError
+    runtime.get().write(RequestCancel("other", Cancellation(7, terminate=False)))
+    with otelexec.correlate(source="x", execution_id="e"), attempt("second") as run:
+        with otelexec.correlate(source="x"), attempt("other") as told_after_it:
+            until(lambda: told_after_it.cancel_requested)
+        assert not run.cancel_requested
+    [record] = [record for record in records.all() if record.execution_id == "e"]
+    assert [attempt.state for attempt in record.attempts] == ["failed", "succeeded"]
 
 
 async def test_terminate_cancels_a_coroutine_once(records: Records) -> None:

@@ -110,6 +110,11 @@ def heed(mark: str) -> str:
     raise RuntimeError("told")
 
 
+def heed_at_first(mark: str) -> str:
+    """Run until it is told of a cancellation, and fail; the first time only."""
+    return "done" if Path(mark).exists() else heed(mark)
+
+
 def die(mark: str, times: int = 1) -> str:
     """Be killed in the first so many runs."""
     if count(mark) < times:

@@ -246,6 +246,21 @@ def test_a_job_cancelled_while_it_runs_is_told_and_its_end_is_its_own(common: St
     assert (seen.attempt.error_message, seen.record.state) == ("told", "failed")
 
 
+@pytest.mark.parametrize("requeued", [False, True])
+def test_a_job_cancelled_while_it_runs_runs_again_as_without_us(common: Stage, requeued: bool) -> None:
+    mark = common.mark()
+    job = common.queue.enqueue(jobs.heed_at_first, mark, retry=None if requeued else Retry(max=1))
+    common.wait_for_run(mark)
+    job.cancel()
+    if requeued:
+        common.ended(job.id, "failed")
+        until(lambda: job.get_status() == "failed")
+        job.requeue()
+    seen = common.ended(job.id, "failed", "succeeded")
+    assert (seen.attempts[0].error_message, seen.record.state) == ("told", "succeeded")
+    until(lambda: job.get_status() == "finished")
+
+
 def test_a_killed_horse_leaves_one_lost_attempt(common: Stage) -> None:
     mark = common.mark()
     job = common.queue.enqueue(jobs.die, mark)
