@@ -241,7 +241,13 @@ class SqliteStore(SqlReader):
                 if self._reader is None:
                     self._reader = self._database.open(timeout_seconds=5)
                     self._read_file = identity(self.path)
-                yield _Transaction(self._reader)
+                reader = self._reader
+                reader.rollback()  # a signal handler may have thrown the one before out on its way to the end
+                reader.execute("BEGIN")
+                try:
+                    yield _Transaction(reader)
+                finally:
+                    reader.rollback()
             except (sqlite3.Error, OSError) as error:
                 if self._reader is not None:
                     self._reader.close()

@@ -6,6 +6,7 @@ import time
 from dataclasses import replace
 
 from otelexec.store.base import Store
+from otelexec.store.schema import Transaction
 from otelexec.store.writes import (
     FAILED,
     QUEUED,
@@ -50,6 +51,20 @@ class ReadingContract:
         assert [one.execution_id for one in store.executions(limit=2, before=page[-1].seq)] == ["e446", "e445"]
         assert list(store.executions(limit=0)) == []
         assert len(list(store.executions(limit=201))) == 201
+
+    def test_what_is_read_at_once_is_of_one_moment(self, store: Store, other_store: OpenStore) -> None:
+        """Else an execution that ends in between would run, with its only attempt ended."""
+        opened(store, opening())
+        other = other_store()
+
+        def states(tx: Transaction) -> list[str]:
+            [before] = tx.execute("SELECT state FROM execution").fetchone()
+            closed(other, closing(opening()))
+            return [before, *tx.execute("SELECT state FROM attempt").fetchone()]
+
+        assert store.read(states) == [RUNNING, RUNNING]
+        assert record(store).attempts[0].state == SUCCEEDED
+        other.close()
 
     def test_executions_can_be_asked_for_by_state(self, store: Store) -> None:
         for number, state in enumerate((SUCCEEDED, FAILED, SUCCEEDED)):
