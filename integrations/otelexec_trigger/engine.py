@@ -110,6 +110,17 @@ def _mint(prefix: str) -> str:
 # --- Asking ------------------------------------------------------------------------------------------------------
 
 
+def check(request: Request) -> None:
+    """
+    Check what `enqueue` would.
+
+    Raises:
+        InvalidRequest: An option can't be used.
+    """
+    _row(request, "")
+    _keys(request)
+
+
 def enqueue(request: Request, correlation: Correlation, context: Context, *, run_id: str | None = None) -> Enqueued:
     """
     Ask for a run; it is durable when this returns.
@@ -173,7 +184,7 @@ def _row(request: Request, run_id: str) -> RunRow:
     limit = queue.get("concurrencyLimit")
     if limit is not None and (not isinstance(limit, int) or not 1 <= limit <= _MOST_ATTEMPTS):
         raise InvalidRequest(f"queue.concurrencyLimit is a whole number above 0, not {limit!r}", status=400)
-    name = str(queue.get("name") or f"task/{request.task}")
+    name = _option(queue, "name", str) or f"task/{request.task}"
     lane = None
     if key is not None:
         lane = f"{name}/{key}"
@@ -185,9 +196,9 @@ def _row(request: Request, run_id: str) -> RunRow:
     duration = _option(options, "maxDuration", int, float)
     if duration is not None and not 0 < duration <= _MOST_SECONDS:
         raise InvalidRequest(f"maxDuration is a number of seconds above 0, up to {_MOST_SECONDS}, not {duration}", status=400)
-    waits = None if not ttl else float(ttl if isinstance(ttl, int) else wire.seconds_of(ttl))
-    if due > now + _MOST_SECONDS * 1e9 or (waits is not None and not waits <= _MOST_SECONDS):
-        raise InvalidRequest(f"delay and ttl are {_MOST_SECONDS} seconds at most", status=400)
+    waits = (wire.seconds_of(ttl) if isinstance(ttl, str) else ttl) if ttl else None
+    if due > now + _MOST_SECONDS * 1e9 or (waits is not None and not 0 <= waits <= _MOST_SECONDS):
+        raise InvalidRequest(f"delay and ttl are 0 to {_MOST_SECONDS} seconds", status=400)
     return RunRow(
         run_id=run_id,
         task=request.task,
@@ -220,7 +231,10 @@ def _option(options: Mapping[str, Any], name: str, *kinds: type) -> Any:
 def _metadata(value: Any) -> str | None:
     if value is None:
         return None
-    text = value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
+    try:
+        text = value if isinstance(value, str) else json.dumps(value, separators=(",", ":"), allow_nan=False)
+    except ValueError as error:  # a number that grew too large
+        raise InvalidRequest(f"metadata can't be written as JSON: {error}", status=400) from None
     try:
         wire.loads(text)
     except (ValueError, RecursionError):
@@ -246,7 +260,7 @@ def _keys(request: Request) -> tuple[RunKey, ...]:
 def _key_seconds(ttl: object) -> float:
     # The server ignores a text that it can't read, too.
     try:
-        return wire.seconds_of(ttl) if isinstance(ttl, str) else wire.KEY_SECONDS
+        return min(wire.seconds_of(ttl), _MOST_SECONDS) if isinstance(ttl, str) else wire.KEY_SECONDS
     except InvalidRequest:
         return wire.KEY_SECONDS
 
@@ -320,10 +334,14 @@ def list_runs(
     found: list[RunRecord] = []
     while len(found) < limit:
         page = read(lambda tx: statements.list_runs(tx, limit=_PAGE, before=before, after=after, tasks=tasks, batch_id=batch_id))  # noqa: B023 (called at once)
-        found += [run for run in page if wanted(run)]
-        if len(page) < _PAGE or after is not None:
+        among = [run for run in page if wanted(run)]
+        found = found + among if after is None else among + found
+        if len(page) < _PAGE:
             break
-        before = page[-1].seq
+        if after is None:
+            before = page[-1].seq
+        else:
+            after = page[0].seq
     return found[:limit] if after is None else found[-limit:]
 
 

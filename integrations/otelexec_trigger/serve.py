@@ -56,6 +56,13 @@ class Refused(Exception):
         self.status = status
 
 
+class _Json(JSONResponse):
+    """An answer in ASCII: what callers send may hold lone surrogates, which JSON can escape and UTF-8 does not have."""
+
+    def render(self, content: Any) -> bytes:
+        return json.dumps(content, separators=(",", ":"), allow_nan=False).encode()
+
+
 class Server:
     """
     The server's handlers.
@@ -117,16 +124,25 @@ class Server:
 
     async def trigger(self, request: Request) -> Response:
         """`POST /api/v1/tasks/{task}/trigger`."""
+        task = request.path_params["task"]
+        if not task:
+            raise Refused(404, "a run is of a task")
         body = await _json_object(request, wire.MAX_BODY_BYTES)
         options = dict(_mapping(body, "options"))
         for header, name in (("idempotency-key", "idempotencyKey"), ("idempotency-key-ttl", "idempotencyKeyTTL")):
             if header in request.headers:
                 options[name] = request.headers[header]
-        task, headers, key = request.path_params["task"], dict(request.headers), request.headers.get(_KEY_HEADER)
+        headers, key = dict(request.headers), request.headers.get(_KEY_HEADER)
         enqueued = await run_in_threadpool(lambda: self._enqueue(task, body.get("payload"), options, headers, key))
-        return JSONResponse({"id": enqueued.run_id, "isCached": enqueued.cached})
+        return _Json({"id": enqueued.run_id, "isCached": enqueued.cached})
 
     def _enqueue(self, task: str, payload: Any, options: dict[str, Any], headers: Mapping[str, str], key: str | None, **batch: Any) -> Any:
+        text, kind, decoded = self._read(payload, options)
+        correlation, context = engine.origin(headers, decoded)
+        return engine.enqueue(engine.Request(task, text, kind, options, key, **batch), correlation, context)
+
+    def _read(self, payload: Any, options: Mapping[str, Any]) -> tuple[str | None, str, Any]:
+        """Give a payload's text, its media type, and what it means."""
         kind = options.get("payloadType") or wire.JSON
         text: str | None
         if kind == wire.STORED:
@@ -138,12 +154,10 @@ class Server:
         if kind not in (wire.JSON, wire.SUPERJSON, wire.TEXT):
             raise Refused(400, f"payloadType can't be {str(kind)[:64]!r}")
         try:
-            decoded = wire.decode(text, kind)
+            return text, kind, wire.decode(text, kind)
         except InvalidRequest:
             # The SDK's text may come without its type.
-            decoded, kind = text, wire.TEXT
-        correlation, context = engine.origin(headers, decoded)
-        return engine.enqueue(engine.Request(task, text, kind, options, key, **batch), correlation, context)
+            return text, wire.TEXT, text
 
     @staticmethod
     def _stored(name: Any) -> tuple[str, str]:
@@ -156,7 +170,7 @@ class Server:
 
     async def get_run(self, request: Request) -> Response:
         """`GET /api/v3/runs/{run}`."""
-        return JSONResponse(as_json(await _run(request)))
+        return _Json(as_json(await _run(request)))
 
     async def list_runs(self, request: Request) -> Response:
         """`GET /api/v1/runs`, in pages by run id."""
@@ -182,25 +196,25 @@ class Server:
         if page and has_previous:
             pagination["previous"] = page[0].run_id
         environment = {"id": "env_local", "name": "local"}
-        return JSONResponse({"data": [as_json(run, whole=False) | {"env": environment} for run in page], "pagination": pagination})
+        return _Json({"data": [as_json(run, whole=False) | {"env": environment} for run in page], "pagination": pagination})
 
     async def cancel(self, request: Request) -> Response:
         """`POST /api/v2/runs/{run}/cancel`."""
         run = await run_in_threadpool(lambda: engine.cancel(request.path_params["run"]))
-        return JSONResponse({"id": run.run_id})
+        return _Json({"id": run.run_id})
 
     async def replay(self, request: Request) -> Response:
         """`POST /api/v1/runs/{run}/replay`."""
         headers = dict(request.headers)
         enqueued = await run_in_threadpool(lambda: engine.replay(request.path_params["run"], headers))
-        return JSONResponse({"id": enqueued.run_id})
+        return _Json({"id": enqueued.run_id})
 
     async def reschedule(self, request: Request) -> Response:
         """`POST /api/v1/runs/{run}/reschedule`."""
         delay = (await _json_object(request)).get("delay")
         if not isinstance(delay, str):
             raise Refused(400, "delay is a duration such as '2h30m' or a date in ISO 8601")
-        return JSONResponse(as_json(await run_in_threadpool(lambda: engine.reschedule(request.path_params["run"], delay))))
+        return _Json(as_json(await run_in_threadpool(lambda: engine.reschedule(request.path_params["run"], delay))))
 
     async def result(self, request: Request) -> Response:
         """`GET /api/v1/runs/{run}/result`."""
@@ -213,7 +227,7 @@ class Server:
         else:
             error = engine.error_of(run) or {"name": engine.status_of(run), "message": engine.status_of(run)}
             told["error"] = {"type": "BUILT_IN_ERROR", "name": error["name"], "message": error["message"], "stackTrace": ""}
-        return JSONResponse(told)
+        return _Json(told)
 
     async def add_tags(self, request: Request) -> Response:
         """`POST /api/v1/runs/{run}/tags`."""
@@ -221,11 +235,11 @@ class Server:
         if not isinstance(tags, str | list):
             raise Refused(400, "tags is a string or a list of strings")
         await run_in_threadpool(lambda: engine.add_tags(request.path_params["run"], tags))
-        return JSONResponse({"message": f"Successfully set {1 if isinstance(tags, str) else len(tags)} new tags."})
+        return _Json({"message": f"Successfully set {1 if isinstance(tags, str) else len(tags)} new tags."})
 
     async def get_metadata(self, request: Request) -> Response:
         """`GET /api/v1/runs/{run}/metadata`."""
-        return JSONResponse({"metadata": (await _run(request)).metadata, "metadataType": wire.JSON})
+        return _Json({"metadata": (await _run(request)).metadata, "metadataType": wire.JSON})
 
     async def put_metadata(self, request: Request) -> Response:
         """`PUT /api/v1/runs/{run}/metadata`."""
@@ -243,7 +257,7 @@ class Server:
             return metadata
 
         metadata = await run_in_threadpool(lambda: engine.change_metadata(request.path_params["run"], change))
-        return JSONResponse({"metadata": metadata})
+        return _Json({"metadata": metadata})
 
     async def reset_key(self, request: Request) -> Response:
         """`POST /api/v1/idempotencyKeys/{key}/reset`."""
@@ -253,7 +267,7 @@ class Server:
             raise Refused(400, "taskIdentifier is the id of the key's task")
         if not await run_in_threadpool(lambda: engine.reset_key(task, key)):
             raise Refused(404, f"no run of {task} holds this key")
-        return JSONResponse({"id": key})
+        return _Json({"id": key})
 
     # Batches
 
@@ -267,12 +281,15 @@ class Server:
 
         def enqueue() -> str:
             checked = [_item(item) for item in items]
+            for task, payload, options in checked:  # so that the whole is refused, and not what comes after the first ones
+                text, kind, _ = self._read(payload, options)
+                engine.check(engine.Request(task, text, kind, options))
             batch_id, _ = engine.create_batch(len(items), {}, request_key=key)
             for index, (task, payload, options) in enumerate(checked):
                 self._enqueue(task, payload, options, headers, None, batch_id=batch_id, batch_index=index)
             return batch_id
 
-        return JSONResponse({"id": await run_in_threadpool(enqueue), "runCount": len(items)}, 202)
+        return _Json({"id": await run_in_threadpool(enqueue), "runCount": len(items)}, 202)
 
     async def create_batch(self, request: Request) -> Response:
         """`POST /api/v3/batches`: the first of two phases; the trace of this call is that of every item."""
@@ -289,7 +306,7 @@ class Server:
         told: dict[str, Any] = {"id": batch_id, "runCount": count, "isCached": cached}
         if key is not None:
             told["idempotencyKey"] = key
-        return JSONResponse(told, 202)
+        return _Json(told, 202)
 
     async def batch_items(self, request: Request) -> Response:
         """`POST /api/v3/batches/{batch}/items`: a run a line, in any order and as often as the caller likes."""
@@ -311,7 +328,7 @@ class Server:
         batch = await run_in_threadpool(lambda: engine.find_batch(batch_id))
         enqueued_count = 0 if batch is None else len(batch.runs)
         expected = 0 if batch is None else batch.run_count
-        return JSONResponse(
+        return _Json(
             {
                 "id": batch_id,
                 "itemsAccepted": accepted,
@@ -352,18 +369,18 @@ class Server:
                 told["completedAt"] = wire.iso(max(run.ended_unix_ns or 0 for run in ended))
             return told
 
-        return JSONResponse(await run_in_threadpool(find))
+        return _Json(await run_in_threadpool(find))
 
     # Large payloads
 
     async def create_packet(self, request: Request) -> Response:
         """`PUT /api/v2/packets/{name}`: where to upload a payload."""
         name = request.path_params["name"]
-        return JSONResponse({"presignedUrl": self._signed(request, name, "PUT"), "storagePath": name})
+        return _Json({"presignedUrl": self._signed(request, name, "PUT"), "storagePath": name})
 
     async def find_packet(self, request: Request) -> Response:
         """`GET /api/v1/packets/{name}`: where to download it."""
-        return JSONResponse({"presignedUrl": self._signed(request, request.path_params["name"], "GET")})
+        return _Json({"presignedUrl": self._signed(request, request.path_params["name"], "GET")})
 
     async def upload(self, request: Request) -> Response:
         """Take what is uploaded to a presigned URL."""
@@ -424,12 +441,12 @@ def _answered(handler: Handler) -> Handler:
     return answered
 
 
-def _error(status: int, message: str) -> JSONResponse:
-    return JSONResponse({"error": message}, status)
+def _error(status: int, message: str) -> _Json:
+    return _Json({"error": message}, status)
 
 
 async def _health(_: Request) -> Response:
-    return JSONResponse({"status": "ok"})
+    return _Json({"status": "ok"})
 
 
 async def _not_found(_: Request, __: Exception) -> Response:
@@ -579,7 +596,10 @@ def _list(value: Any) -> list[Any]:
 def _sum(before: Any, value: Any) -> Any:
     if not isinstance(value, int | float):
         raise Refused(400, "an increment is a number")
-    return (before if isinstance(before, int | float) else 0) + value
+    try:
+        return (before if isinstance(before, int | float) else 0) + value
+    except OverflowError:  # of a fraction and a whole number that is larger than any fraction
+        raise Refused(400, "the sum is too large") from None
 
 
 _OPERATIONS: Final[Mapping[str, Callable[[Any, Any], Any]]] = {

@@ -56,7 +56,8 @@ STATES: Final[Mapping[str, str]] = {
 """The statuses of the server, and what each is called here. A status that is not in it keeps its own name."""
 
 _UNIT_SECONDS: Final = {"s": 1, "m": 60, "h": 3600, "hr": 3600, "d": 86_400, "w": 604_800}
-_DURATION: Final = re.compile(r"(\d+)(hr|[smhdw])")
+_DURATION: Final = re.compile(r"([0-9]{1,15})(hr|[smhdw])")
+"""With so many digits that a sum of seconds is a float; whoever has limits refuses it then."""
 _SHA256: Final = re.compile(r"[0-9a-fA-F]{64}")
 _MILLISECONDS_FROM: Final = 1e12
 

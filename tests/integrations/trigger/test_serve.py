@@ -109,7 +109,15 @@ def test_a_key_lapses_after_its_time(client: httpx.Client) -> None:
         ("/api/v1/tasks/echo/trigger", b'{"options": {"idempotencyKey": "\\ud800"}}', 400),
         ("/api/v1/tasks/echo/trigger", b'{"options": {"delay": "999999999w"}}', 400),
         ("/api/v1/tasks/echo/trigger", b'{"options": {"maxAttempts": 99999999999999999999}}', 400),
+        ("/api/v1/tasks/echo/trigger", b'{"options": {"ttl": -1}}', 400),
+        ("/api/v1/tasks/echo/trigger", b'{"options": {"ttl": 1' + b"0" * 400 + b"}}", 400),
+        ("/api/v1/tasks/echo/trigger", b'{"options": {"ttl": "' + b"9" * 400 + b's"}}', 400),
+        ("/api/v1/tasks/echo/trigger", b'{"options": {"delay": "' + b"9" * 5000 + b's"}}', 400),
+        ("/api/v1/tasks/echo/trigger", b'{"options": {"queue": {"name": {}}}}', 400),
+        ("/api/v1/tasks//trigger", b"{}", 404),
         ("/api/v2/tasks/batch", b'{"items": []}', 400),
+        ("/api/v2/tasks/batch", b'{"items": [{"task": "echo"}, {"task": "echo", "options": {"delay": "soon"}}]}', 400),
+        ("/api/v2/tasks/batch", b'{"items": [{"task": "echo"}, {"task": "echo", "options": {"idempotencyKey": 1}}]}', 400),
         ("/api/v2/tasks/batch", b'{"items": [{}]}', 400),
         ("/api/v3/batches", b'{"runCount": 0}', 400),
         ("/api/v3/batches", b'{"runCount": 1001}', 400),
@@ -228,6 +236,41 @@ def test_a_large_payload_is_uploaded_first(client: httpx.Client) -> None:
     assert httpx.put(source, content="{}").status_code == 403
 
 
+def test_lone_surrogates_are_told_as_they_came(client: httpx.Client) -> None:
+    """JavaScript makes such strings whenever it cuts an emoji in two; one run of them must not hide the others."""
+    cut = "\ud83d"
+    body = {"payload": {"text": cut}, "options": {"tags": [cut], "metadata": {"text": cut}}}
+    run_id = client.post("/api/v1/tasks/echo/trigger", content=json.dumps(body)).json()["id"]
+    told = ended(client, run_id)
+    assert (told["payload"], told["output"], told["tags"], told["metadata"]) == ({"text": cut}, {"text": cut}, [cut], {"text": cut})
+    (listed,) = client.get("/api/v1/runs", params={"page[size]": 1, "page[after]": _newer(client, run_id)}).json()["data"]
+    assert (listed["id"], listed["tags"]) == (run_id, [cut])
+
+
+def _newer(client: httpx.Client, run_id: str) -> str:
+    """Give a run that is the next one after another in the list."""
+    newer = trigger(client, "nobody", delay="1h")
+    client.post(f"/api/v2/runs/{newer}/cancel")
+    assert newer != run_id
+    return newer
+
+
+def test_a_number_that_grows_too_large_leaves_the_metadata_as_it_was(client: httpx.Client) -> None:
+    run_id = trigger(client, "nobody", delay="1h", metadata={"n": 1e308, "i": 10**400})
+    for key, value in (("n", 1e308), ("i", 0.5)):
+        answer = client.put(f"/api/v1/runs/{run_id}/metadata", json={"operations": [{"type": "increment", "key": key, "value": value}]})
+        assert answer.status_code == 400, answer.text
+    assert client.get(f"/api/v3/runs/{run_id}").json()["metadata"] == {"n": 1e308, "i": 10**400}
+    client.post(f"/api/v2/runs/{run_id}/cancel")
+
+
+def test_a_keys_time_that_is_beyond_all_times_is_no_error(client: httpx.Client) -> None:
+    for ttl in ("99999999999d", "9" * 400 + "s"):
+        first = trigger(client, "nobody", delay="1h", idempotencyKey="for ever", idempotencyKeyTTL=ttl)
+        assert trigger(client, "nobody", delay="1h", idempotencyKey="for ever", idempotencyKeyTTL=ttl) == first
+    client.post(f"/api/v2/runs/{first}/cancel")
+
+
 def test_metadata_changes_by_operations(client: httpx.Client) -> None:
     run_id = trigger(client, "echo", 1, delay="1h", metadata={"n": 1, "l": [1, 2]}, metadataType=wire.JSON)
     operations = [
@@ -268,6 +311,20 @@ def test_lists_come_in_pages_and_by_filter(client: httpx.Client) -> None:
         assert client.get("/api/v1/runs", params=bad).status_code == 400
     for run in runs:
         client.post(f"/api/v2/runs/{run}/cancel")
+
+
+def test_a_page_before_another_holds_the_nearest_that_the_filter_lets_through(fresh: Any) -> None:
+    """Also where more runs than are read at a time lie between them."""
+    stage: Stage = fresh()
+    _, url = stage.serve()
+    with httpx.Client(base_url=url, headers={"authorization": f"Bearer {KEY}"}, timeout=20) as client:
+        oldest = trigger(client, "nobody")
+        client.post("/api/v2/tasks/batch", json={"items": [{"task": "nobody"}] * 250})
+        wanted = [trigger(client, "nobody", tags="wanted") for _ in range(2)]
+        query = {"filter[tag]": "wanted", "page[size]": "1", "page[before]": oldest}
+        answer = client.get("/api/v1/runs", params=query).json()
+    assert [run["id"] for run in answer["data"]] == wanted[:1]
+    assert "previous" in answer["pagination"]
 
 
 def test_results_are_told_once_there_are_any(client: httpx.Client) -> None:
