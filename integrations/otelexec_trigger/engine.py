@@ -353,6 +353,8 @@ def status_of(run: RunRecord, now_unix_ns: int | None = None) -> str:
         run: The run.
         now_unix_ns: The time; None: now.
     """
+    if run.goes_on:
+        return "EXECUTING"
     if run.state == QUEUED:
         return "DELAYED" if run.due_unix_ns > (time.time_ns() if now_unix_ns is None else now_unix_ns) else "QUEUED"
     if run.state == CANCELLED:
@@ -373,7 +375,7 @@ _STATUSES: Final = {
 
 def is_ended(run: RunRecord) -> bool:
     """Tell whether a run will not change any more."""
-    return run.state not in (QUEUED, RETRYING, RUNNING, PAUSED)
+    return not run.goes_on and run.state not in (QUEUED, RETRYING, RUNNING, PAUSED)
 
 
 def error_of(run: RunRecord) -> dict[str, Any] | None:

@@ -54,7 +54,7 @@ _LAST = f"""a.attempt = CASE WHEN e.state = '{SUCCEEDED}' THEN
 _RUN = f"""SELECT r.seq, r.run_id, r.execution_id, r.task, r.payload, r.payload_type, r.carrier, r.options, r.tags, r.metadata, r.lane,
     r.max_attempts, r.max_seconds, r.created_unix_ns, r.updated_unix_ns, r.due_unix_ns, r.expires_unix_ns, r.batch_id, r.batch_index,
     r.output, e.state, e.attempts, e.started_unix_ns, e.ended_unix_ns, a.output, a.ended_unix_ns, a.classification, a.error_type,
-    a.error_message
+    a.error_message, a.outer_token IS NOT NULL AND a.outer_outcome IS NULL
     FROM run r JOIN execution e ON e.execution_id = r.execution_id
     LEFT JOIN attempt a ON a.execution_id = r.execution_id AND {_LAST}"""
 

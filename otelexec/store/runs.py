@@ -209,7 +209,12 @@ RunWrite = EnqueueRun | AddTags | SetRunMetadata | RescheduleRun | SetRunOutput 
 
 @dataclass(frozen=True, slots=True)
 class RunRecord:
-    """A run with what its execution's record says of it."""
+    """
+    A run with what its execution's record says of it.
+
+    Attributes:
+        goes_on: Whether code around a core still runs, which had taken the attempt over and has ended.
+    """
 
     seq: int
     run_id: str
@@ -240,6 +245,7 @@ class RunRecord:
     classification: str | None
     error_type: str | None
     error_message: str | None
+    goes_on: bool
 
     @property
     def result(self) -> str | None:

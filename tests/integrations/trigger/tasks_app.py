@@ -136,6 +136,17 @@ def cored(payload: int) -> dict[str, int]:
     return {"twice": core(payload)}
 
 
+@task("cored, and more")
+def cored_and_more(payload: dict[str, str]) -> str:
+    """Go on after the core until it is let go."""
+    core(1)
+    count(payload["mark"])
+    deadline = time.monotonic() + 60
+    while not Path(payload["go"]).exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return "more"
+
+
 @task("alone")
 def alone(payload: dict[str, str]) -> bool:
     """Tell whether no other one of its kind ran at the same time."""
