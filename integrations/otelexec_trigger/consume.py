@@ -10,8 +10,12 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
+import os
+import sys
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
+from contextlib import suppress
 from typing import Any, Final
 
 from opentelemetry import context as otel_context
@@ -29,16 +33,17 @@ from otelexec.execution import INTERRUPTED, Execution, Options, current_executio
 from otelexec.lifecycle import lifecycle
 from otelexec.propagation import incoming
 from otelexec.store.runs import DueRun, RunRecord, SetRunOutput
-from otelexec.store.writes import CANCELLED, FAILED
+from otelexec.store.writes import CANCELLED, FAILED, SUCCEEDED
 from otelexec_trigger import engine, wire
 from otelexec_trigger.executors import awaited, is_coroutine_function, run_to_end
-from otelexec_trigger.settings import MAX_OUTPUT_BYTES, SYSTEM
+from otelexec_trigger.settings import LEFTOVER_SECONDS, MAX_OUTPUT_BYTES, SYSTEM
 
 logger = logging.getLogger("otelexec.trigger")
 
 RETRY: Final = "retry"
 """Classification of a failure that is followed by another attempt."""
-_MAX_ERROR_CHARS: Final = 4096
+_INTERRUPTIONS: Final = (asyncio.CancelledError, KeyboardInterrupt, ExecutionCancelled)
+"""What says that somebody else ended the task. Nobody did where no cancellation was asked for: then the task's own code raised it."""
 
 
 class _Expired(OtelexecError):
@@ -125,7 +130,7 @@ def _execute(
     started = time.perf_counter_ns()
     try:
         if is_coroutine_function(function):
-            asyncio.run(call_async(runtime, steps, call_and_wait, run.max_seconds))
+            _run_coroutine(run, call_async(runtime, steps, call_and_wait, run.max_seconds))
         else:
             call_sync(runtime, steps, call_sync_)
     except BaseException as error:
@@ -141,6 +146,35 @@ def _execute(
         otel_context.attach(before)
         if begun and begun[0].ending is not None:
             metrics.took((time.perf_counter_ns() - started) / 1e9, run.task, attributes, begun[0].ending)
+
+
+def _run_coroutine(run: RunRecord, attempt: Coroutine[Any, Any, Any]) -> None:
+    """Run an attempt in a loop of its own, and leave with the process what keeps that loop from being closed."""
+    patience = threading.Timer(LEFTOVER_SECONDS, _leave, (run,))
+    patience.daemon = True
+
+    async def to_its_end() -> None:
+        try:
+            await attempt
+        finally:
+            patience.start()
+
+    try:
+        asyncio.run(to_its_end())
+    finally:
+        patience.cancel()
+        if patience.ident is not None:
+            patience.join()  # it may be on its way out already: then no other run is to be begun
+
+
+def _leave(run: RunRecord) -> None:
+    # Python stops no thread, and no coroutine that swallows its cancellation, and `asyncio.run` would wait for them for ever.
+    logger.warning("otelexec.trigger.leftover: %s of %s has ended; what it left running is ended with its process", run.run_id, run.task)
+    _runtime.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(0)
 
 
 def _context(run: RunRecord) -> Context:
@@ -186,12 +220,22 @@ def _classifier(run: RunRecord) -> Classifier:
     more = run.attempts + 1 < run.max_attempts
 
     def classify(error: BaseException) -> Ending | None:
+        error_type, message = describe(error, _runtime.settings().max_error_chars)
         if isinstance(error, SystemExit | KeyboardInterrupt) and raised_by_signal_handler(error):
-            error_type, message = describe(error, _MAX_ERROR_CHARS)
             return Ending(CANCELLED, INTERRUPTED, error_type, message, error, retrying=more, depends_on_cancellation=True)
-        if not more or not isinstance(error, Exception) or isinstance(error, ExecutionCancelled):
-            return None
-        error_type, message = describe(error, _MAX_ERROR_CHARS)
-        return Ending(FAILED, RETRY, error_type, message, error, retrying=True)
+        interruption = isinstance(error, _INTERRUPTIONS)
+        if _is_cancelled(run):
+            return Ending(CANCELLED, None, error_type, message, None if interruption else error)
+        if isinstance(error, SystemExit) and error.code in (None, 0):
+            return Ending(SUCCEEDED, depends_on_cancellation=True)
+        retrying = more and (interruption or isinstance(error, Exception))
+        classification = RETRY if retrying else None
+        return Ending(FAILED, classification, error_type, message, error, retrying=retrying, depends_on_cancellation=True)
 
     return classify
+
+
+def _is_cancelled(run: RunRecord) -> bool:
+    """Tell whether somebody asked for it, as far as is known here: a core in the task may know before the task around it does."""
+    executions = list(_runtime.get().executions.values())
+    return any(execution.cancel_requested for execution in executions if execution.id == run.execution_id)

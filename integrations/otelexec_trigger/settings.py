@@ -19,6 +19,9 @@ SWEEP_SECONDS: Final = 1.0
 CANCEL_GRACE_SECONDS: Final = 10.0
 """How long a task that was cancelled, and can't be stopped in Python, may go on before its process is killed."""
 
+LEFTOVER_SECONDS: Final = 10.0
+"""How long threads and tasks that a coroutine has left behind may go on after its run before their process ends with them."""
+
 LIMIT_GRACE_SECONDS: Final = 1.0
 """How long a task over its `maxDuration` may go on before its process is killed."""
 

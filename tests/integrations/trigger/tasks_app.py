@@ -77,6 +77,39 @@ async def nap(payload: dict[str, Any]) -> str:
     return "napped"
 
 
+@task("lingers")
+async def lingers(payload: dict[str, Any]) -> None:
+    """Wait for a thread that nothing can stop."""
+    count(payload["mark"])
+    await asyncio.to_thread(time.sleep, payload["seconds"])
+
+
+@task("waits for a cancelled one")
+async def waits_for_a_cancelled_one(_: object) -> None:
+    inner = asyncio.create_task(asyncio.sleep(60))
+    await asyncio.sleep(0)
+    inner.cancel()
+    await inner
+
+
+@task("interrupts")
+def interrupts(_: object) -> None:
+    raise KeyboardInterrupt
+
+
+@task("gives up")
+def gives_up(payload: dict[str, Any]) -> None:
+    """Wait until it is cancelled, and then end in another way than by returning."""
+    count(payload["mark"])
+    run = otelexec.current_execution()
+    deadline = time.monotonic() + 60
+    while not run.cancel_requested and time.monotonic() < deadline:
+        time.sleep(0.02)
+    if payload["exits"]:
+        raise SystemExit(0)
+    raise RuntimeError("as somebody asked")
+
+
 @task("heeds")
 def heeds(mark: str) -> str:
     count(mark)

@@ -220,6 +220,28 @@ def test_cancelling_a_running_task_counts_although_it_returns(common: Stage, bac
     assert common.ended(run_id, "cancelled").record.state == "cancelled"
 
 
+@pytest.mark.parametrize("exits", [True, False])
+def test_a_task_that_gives_up_when_it_is_cancelled_is_cancelled(common: Stage, exits: bool) -> None:
+    backend, mark = LocalBackend(), common.mark()
+    run_id = backend.trigger("gives up", {"mark": mark, "exits": exits})
+    common.wait_for_run(mark)
+    backend.cancel(run_id)
+    assert ended(backend, run_id).state == "cancelled"
+    attempt = common.ended(run_id, "cancelled").attempt
+    assert (attempt.classification, attempt.error_type) == (None, "SystemExit" if exits else "RuntimeError")
+
+
+@pytest.mark.parametrize(("task", "error"), [("waits for a cancelled one", "CancelledError"), ("interrupts", "KeyboardInterrupt")])
+def test_a_run_that_nobody_cancelled_has_failed_and_is_retried(common: Stage, task: str, error: str) -> None:
+    backend = LocalBackend()
+    run_id = backend.trigger(task, max_attempts=2)
+    run = ended(backend, run_id)
+    assert run.error is not None
+    assert (run.state, run.attempts, run.error["name"]) == ("failed", 2, error)
+    seen = common.ended(run_id, "failed", "failed")
+    assert [attempt.classification for attempt in seen.attempts] == ["retry", None]
+
+
 def test_a_missing_run_is_quiet_to_cancel_and_loud_to_ask_for(backend: Any) -> None:
     assert backend.cancel(MISSING) is False
     for ask in (backend.get, backend.replay, lambda run: backend.reschedule(run, "1h"), lambda run: backend.add_tags(run, "x")):

@@ -152,6 +152,22 @@ def test_a_coroutine_is_stopped_at_once(fresh: Fresh) -> None:
     assert worker.stop() == 0
 
 
+def test_what_a_coroutine_leaves_behind_does_not_keep_its_process_from_other_runs(fresh: Fresh) -> None:
+    stage = fresh()
+    worker = stage.worker(1)
+    mark = stage.mark()
+    backend = LocalBackend()
+    run_id = backend.trigger("lingers", {"mark": mark, "seconds": 600})
+    pid = stage.wait_for_run(mark)
+    assert backend.cancel(run_id)
+    assert ended(run_id, 10).state == "cancelled"
+    assert ended(backend.trigger("pid")).output != pid
+    stage.ended(run_id, "cancelled")
+    assert f"{run_id} of lingers has ended; what it left running is ended with its process" in worker.text()
+    assert worker.stop() == 0
+    stage.check_agreement()
+
+
 def test_a_worker_that_is_told_to_end_lets_its_run_end(fresh: Fresh) -> None:
     stage = fresh()
     worker = stage.worker(1)
