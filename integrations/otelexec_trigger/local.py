@@ -137,12 +137,19 @@ def options_of(wanted: Trigger) -> dict[str, Any]:
     Raises:
         InvalidRequest: One is over a limit.
     """
-    if not wanted.task:
+    given: Any = wanted  # whatever the caller's types say
+    if not isinstance(given.task, str) or not given.task:
         raise InvalidRequest("A run is of a task: give the task's id.")
-    if wanted.max_attempts is not None and wanted.max_attempts < 1:
-        raise InvalidRequest(f"max_attempts is 1 or more, not {wanted.max_attempts}")
-    if wanted.key is not None and len(wanted.key) > wire.MAX_KEY_CHARS:
-        raise InvalidRequest(f"a key has at most {wire.MAX_KEY_CHARS} characters, not {len(wanted.key)}")
+    check_text(given.task, "a task's id")
+    attempts = given.max_attempts
+    if attempts is not None and (not isinstance(attempts, int) or isinstance(attempts, bool) or attempts < 1):
+        raise InvalidRequest(f"max_attempts is a whole number, 1 or more, not {attempts!r}")
+    if given.key is not None and (not isinstance(given.key, str) or not 0 < len(given.key) <= wire.MAX_KEY_CHARS):
+        raise InvalidRequest(f"a key is text of 1 to {wire.MAX_KEY_CHARS} characters, not {str(given.key)[:32]!r}")
+    if given.queue is not None and (not isinstance(given.queue, str) or not given.queue):
+        raise InvalidRequest(f"a queue has a name, not {given.queue!r}")
+    if given.concurrency_key is not None and not isinstance(given.concurrency_key, str | int | float):
+        raise InvalidRequest(f"a concurrency key is text or a number, not {given.concurrency_key!r}")
     if wanted.metadata is not None and len(json_text(wanted.metadata, "metadata").encode()) > wire.MAX_METADATA_BYTES:
         raise InvalidRequest(f"metadata has at most {wire.MAX_METADATA_BYTES} bytes of JSON")
     options = {
@@ -172,9 +179,26 @@ def encode(payload: Any) -> tuple[str | None, str]:
         text, kind = payload, wire.TEXT if isinstance(payload, str) else wire.JSON
     else:
         text, kind = json_text(payload, "the payload"), wire.JSON
-    if text is not None and len(text.encode("utf-8", "replace")) > wire.MAX_BODY_BYTES:
+    if text is not None and check_text(text, "a payload that is text") > wire.MAX_BODY_BYTES:
         raise InvalidRequest(f"a payload has at most {wire.MAX_BODY_BYTES} bytes")
     return text, kind
+
+
+def check_text(text: str, what: str) -> int:
+    """
+    Give how many bytes a text has.
+
+    Args:
+        text: It.
+        what: Names it in the error.
+
+    Raises:
+        InvalidRequest: UTF-8 can't hold it.
+    """
+    try:
+        return len(text.encode())
+    except UnicodeEncodeError as error:
+        raise InvalidRequest(f"{what} must be text that UTF-8 can hold: {error}") from None
 
 
 def json_text(value: Any, what: str) -> str:

@@ -75,9 +75,10 @@ class Server:
     """
 
     def __init__(self, secret_key: str) -> None:
-        if not secret_key:
+        key = secret_key.strip()
+        if not key:
             raise SettingsError("TRIGGER_SECRET_KEY: set it to the key that callers must show, for example tr_dev_ and random letters.")
-        self._key = secret_key.encode()
+        self._key = key.encode()
 
     def app(self) -> Starlette:
         """Give the ASGI application."""

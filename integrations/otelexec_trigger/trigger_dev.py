@@ -54,9 +54,10 @@ class _Attempts:
     def __init__(self) -> None:
         self.unknown = False
 
-    def failed(self, error: httpx.HTTPError) -> None:
+    def failed(self, error: Exception) -> None:
         # Nothing was sent where no connection was made.
-        if not isinstance(error, httpx.ConnectError | httpx.ConnectTimeout | httpx.PoolTimeout | httpx.UnsupportedProtocol):
+        nothing = httpx.ConnectError | httpx.ConnectTimeout | httpx.PoolTimeout | httpx.UnsupportedProtocol | httpx.InvalidURL
+        if not isinstance(error, nothing):
             self.unknown = True
 
     def answered(self, status: int) -> None:
@@ -91,11 +92,11 @@ class TriggerDevOperations(Operations):
         def send(message: Message) -> Steps[str]:
             context = otel_context.get_current()
             payload, options = _prepare(wanted, message.correlation)
-            payload = yield from self._offload(payload, options)
-            body = _without_none({"payload": payload, "options": options})
             path = f"/api/v1/tasks/{quote(wanted.task, safe='')}/trigger"
             attempts = _Attempts()
             try:
+                payload = yield from self._offload(payload, options)
+                body = _without_none({"payload": payload, "options": options})
                 answer = yield from self._ask("POST", path, _body(body), attempts, entries(context, message.correlation))
                 run_id = _text(answer, "id")
             except TriggerError as error:
@@ -118,7 +119,13 @@ class TriggerDevOperations(Operations):
             encode(each.payload)
         first: str | None = None
         for start in range(0, len(wanted), wire.MAX_BATCH):
-            batch_id = yield from self._batch(wanted[start : start + wire.MAX_BATCH])
+            try:
+                batch_id = yield from self._batch(wanted[start : start + wire.MAX_BATCH])
+            except EnqueueError as error:
+                if first is None:
+                    raise
+                text = f"the first {start} of {len(wanted)} items were accepted, the others not: {error}"
+                raise EnqueueError(text, acceptance="unknown", retryable=error.retryable, status=error.status) from error
             first = first or batch_id
         return first or ""
 
@@ -135,7 +142,10 @@ class TriggerDevOperations(Operations):
                 message: Message = yield Enter(block)
                 blocks.append((block, message))
                 payload, options = _prepare(each, message.correlation)
-                payload = yield from self._offload(payload, options)
+                try:
+                    payload = yield from self._offload(payload, options)
+                except TriggerError as error:
+                    raise self._enqueue_error(error, None, attempts) from error
                 lines.append(_body(_without_none({"index": index, "task": each.task, "payload": payload, "options": options})))
             otel_context.attach(base)
             try:
@@ -205,7 +215,7 @@ class TriggerDevOperations(Operations):
         if told.get("output") is None and isinstance(told.get("outputPresignedUrl"), str):
             answer = yield from self._send(Http("GET", told["outputPresignedUrl"]), _Attempts())
             if answer.status_code < 300:  # noqa: PLR2004 (a success)
-                told["output"] = wire.decode(answer.text, answer.headers.get("content-type", wire.JSON).partition(";")[0])
+                told["output"] = _output(answer)
         return run_of(told)
 
     def cancel(self, run_id: str) -> Steps[bool]:
@@ -214,6 +224,8 @@ class TriggerDevOperations(Operations):
             told = yield from self._told(run_id)
         except RunNotFound:
             return False
+        if run_of(told).has_ended:
+            return True
         execution_id = _execution_id(told)
         if execution_id is not None:
             yield Do(lambda: request_cancel(execution_id, terminate=True))
@@ -234,7 +246,9 @@ class TriggerDevOperations(Operations):
             query["filter[taskIdentifier]"] = ",".join(tasks)
         answer = yield from self._ask("GET", f"/api/v1/runs?{urlencode(query)}", None, _Attempts())
         data, pagination = answer.get("data"), answer.get("pagination")
-        runs = [run_of(told) for told in data if isinstance(told, dict)] if isinstance(data, list) else []
+        if not isinstance(data, list):
+            raise BackendError(f"{self._url} was asked for its runs and gave none", status=200)
+        runs = [run_of(told) for told in data if isinstance(told, dict)]
         return runs, _text(pagination, "next") if isinstance(pagination, dict) and runs else None
 
     def replay(self, run_id: str) -> Steps[str]:
@@ -249,7 +263,7 @@ class TriggerDevOperations(Operations):
     def reschedule(self, run_id: str, delay: Delay) -> Steps[Run]:
         """Give a delayed run another time."""
         body = _body({"delay": wire.delay_text(delay)})
-        return run_of((yield from self._ask("POST", f"/api/v1/runs/{quote(run_id, safe='')}/reschedule", body, _Attempts())))
+        return run_of((yield from self._ask_for_run("POST", f"/api/v1/runs/{quote(run_id, safe='')}/reschedule", body)))
 
     def add_tags(self, run_id: str, tags: str | Sequence[str]) -> Steps[None]:
         """Add tags to a run."""
@@ -257,9 +271,15 @@ class TriggerDevOperations(Operations):
         yield from self._ask("POST", f"/api/v1/runs/{quote(run_id, safe='')}/tags", body, _Attempts())
 
     def _told(self, run_id: str) -> Steps[dict[str, Any]]:
-        return (yield from self._ask("GET", f"/api/v3/runs/{quote(run_id, safe='')}", None, _Attempts()))
+        return (yield from self._ask_for_run("GET", f"/api/v3/runs/{quote(run_id, safe='')}", None))
 
     # Requests
+
+    def _ask_for_run(self, method: str, path: str, content: bytes | None) -> Steps[dict[str, Any]]:
+        told = yield from self._ask(method, path, content, _Attempts())
+        if _text(told, "id") is None:
+            raise BackendError(f"{method} {self._url}{path} was answered with something that is no run", status=200)
+        return told
 
     def _ask(
         self, method: str, path: str, content: bytes | None, attempts: _Attempts, headers: Mapping[str, str] | None = None
@@ -283,11 +303,7 @@ class TriggerDevOperations(Operations):
         )
         if response.status_code >= 300:  # noqa: PLR2004 (anything but a success)
             raise _refusal(response, f"{method} {self._url}{path.partition('?')[0]}")
-        try:
-            answer = response.json()
-        except ValueError:
-            answer = None
-        return answer if isinstance(answer, dict) else {}
+        return _object(response) or {}
 
     def _send(self, request: Http, attempts: _Attempts) -> Steps[httpx.Response]:
         wait = self._first_wait
@@ -295,7 +311,7 @@ class TriggerDevOperations(Operations):
             pause = wait
             try:
                 response: httpx.Response = yield request
-            except httpx.HTTPError as error:
+            except (httpx.HTTPError, httpx.InvalidURL) as error:
                 attempts.failed(error)
                 if not left:
                     text = f"{request.method} {self._url}: {type(error).__name__} {error}".rstrip()
@@ -308,7 +324,7 @@ class TriggerDevOperations(Operations):
                 pause = wait if asked is None else asked
             yield Wait(min(pause, LAST_WAIT_SECONDS))
             wait = min(wait * _FACTOR, LAST_WAIT_SECONDS)
-        raise SettingsError("max_attempts is 1 or more")
+        raise AssertionError("max_attempts is 1 or more")
 
 
 def _is_retried(response: httpx.Response) -> bool:
@@ -319,14 +335,27 @@ def _is_retried(response: httpx.Response) -> bool:
 
 
 def _refusal(response: httpx.Response, what: str) -> TriggerError:
-    try:
-        body = response.json()
-    except ValueError:
-        body = None
-    said = body.get("error") or body.get("title") or body.get("detail") if isinstance(body, dict) else None
+    body = _object(response) or {}
+    said = body.get("error") or body.get("title") or body.get("detail")
     text = f"{what} was answered {response.status_code}" + (f": {str(said)[:500]}" if said else "")
     kind = RunNotFound if response.status_code == 404 and "/runs/" in what else BackendError  # noqa: PLR2004 (HTTP)
     return kind(text, status=response.status_code, retryable=_is_retried(response))
+
+
+def _object(response: httpx.Response) -> dict[str, Any] | None:
+    try:
+        found = response.json()
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _output(response: httpx.Response) -> Any:
+    """Give an output that was kept apart; as text where it is not the JSON that it should be."""
+    try:
+        return wire.decode(response.text, response.headers.get("content-type", wire.JSON).partition(";")[0].strip())
+    except InvalidRequest:
+        return response.text
 
 
 def _block(wanted: Trigger) -> publish:
@@ -369,7 +398,12 @@ def entries_here() -> dict[str, str]:
 def _execution_id(told: Mapping[str, Any]) -> str | None:
     metadata = told.get("metadata")
     ours = metadata.get(_METADATA_KEY) if isinstance(metadata, dict) else None
-    return _text(ours, "execution_id") if isinstance(ours, dict) else None
+    if isinstance(ours, dict):
+        return _text(ours, "execution_id")
+    # Metadata that is no object has no room for it, and a task may have replaced what was there.
+    tags, prefix = told.get("tags"), f"{semconv.EXECUTION_ID}:"
+    found = [tag for tag in tags if isinstance(tag, str) and tag.startswith(prefix)] if isinstance(tags, list) else []
+    return found[0].removeprefix(prefix) if found else None
 
 
 def _body(value: Any) -> bytes:
@@ -385,13 +419,28 @@ def _text(answer: Mapping[str, Any], name: str) -> str | None:
     return value if isinstance(value, str) and value else None
 
 
-def _operations(api_url: str | None, secret_key: str | None, max_attempts: int, first_wait_seconds: float) -> TriggerDevOperations:
-    key = secret_key or os.environ.get("TRIGGER_SECRET_KEY", "")
+def _operations(
+    api_url: str | None, secret_key: str | None, max_attempts: int, first_wait_seconds: float, timeout_seconds: float
+) -> TriggerDevOperations:
+    # A file or a secret store often has a line's end behind it.
+    key = (secret_key or os.environ.get("TRIGGER_SECRET_KEY", "")).strip()
     if not key:
         raise SettingsError("TRIGGER_SECRET_KEY: set it to the environment's key, tr_dev_... or tr_prod_..., or give secret_key=")
+    if not (key.isascii() and key.isprintable()):
+        raise SettingsError("TRIGGER_SECRET_KEY: has characters that no header can hold")
     url = api_url or os.environ.get("TRIGGER_API_URL") or API_URL
-    if not url.startswith(("http://", "https://")):
-        raise SettingsError(f"TRIGGER_API_URL: must start with http:// or https://, not {url[:64]!r}")
+    try:
+        parsed = httpx.URL(url)
+    except (httpx.InvalidURL, TypeError):
+        parsed = httpx.URL("")
+    if parsed.scheme not in ("http", "https") or not parsed.host:
+        raise SettingsError(f"TRIGGER_API_URL: must start with http:// or https:// and name a host, not {str(url)[:64]!r}")
+    if max_attempts < 1:
+        raise SettingsError(f"max_attempts is 1 or more, not {max_attempts}")
+    if not (timeout_seconds > 0 and first_wait_seconds >= 0):
+        raise SettingsError(
+            f"timeout_seconds is more than 0, and first_wait_seconds not less, not {timeout_seconds} and {first_wait_seconds}"
+        )
     return TriggerDevOperations(url, key, max_attempts=max_attempts, first_wait_seconds=first_wait_seconds)
 
 
@@ -407,7 +456,7 @@ class TriggerDevBackend(TriggerBackend):
         first_wait_seconds: How long to wait before the second attempt; each further one waits 1.6 times as long, up to 30 s.
 
     Raises:
-        SettingsError: There is no key, or the URL is none.
+        SettingsError: There is no key, the URL is none, or a number is too small.
     """
 
     def __init__(
@@ -419,7 +468,8 @@ class TriggerDevBackend(TriggerBackend):
         max_attempts: int = MAX_ATTEMPTS,
         first_wait_seconds: float = FIRST_WAIT_SECONDS,
     ) -> None:
-        super().__init__(_operations(api_url, secret_key, max_attempts, first_wait_seconds), httpx.Client(timeout=timeout_seconds))
+        operations = _operations(api_url, secret_key, max_attempts, first_wait_seconds, timeout_seconds)
+        super().__init__(operations, httpx.Client(timeout=timeout_seconds))
 
 
 class AsyncTriggerDevBackend(AsyncTriggerBackend):
@@ -434,4 +484,5 @@ class AsyncTriggerDevBackend(AsyncTriggerBackend):
         max_attempts: int = MAX_ATTEMPTS,
         first_wait_seconds: float = FIRST_WAIT_SECONDS,
     ) -> None:
-        super().__init__(_operations(api_url, secret_key, max_attempts, first_wait_seconds), httpx.AsyncClient(timeout=timeout_seconds))
+        operations = _operations(api_url, secret_key, max_attempts, first_wait_seconds, timeout_seconds)
+        super().__init__(operations, httpx.AsyncClient(timeout=timeout_seconds))

@@ -107,7 +107,10 @@ def duration_text(value: str | float | timedelta) -> str:
     if isinstance(value, str):
         seconds_of(value)
         return value
-    seconds = value.total_seconds() if isinstance(value, timedelta) else float(value)
+    try:
+        seconds = value.total_seconds() if isinstance(value, timedelta) else float(value)
+    except (TypeError, OverflowError):
+        seconds = -1.0
     if not 0 <= seconds < float("inf"):
         raise InvalidRequest(f"{value!r} is no duration")
     return f"{-int(-seconds // 1)}s"

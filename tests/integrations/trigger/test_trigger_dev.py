@@ -8,12 +8,23 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
-from otelexec_trigger import AsyncTriggerDevBackend, BackendError, EnqueueError, Run, RunNotFound, TriggerDevBackend, wire
+from otelexec_trigger import (
+    AsyncTriggerDevBackend,
+    BackendError,
+    EnqueueError,
+    InvalidRequest,
+    LocalBackend,
+    Run,
+    RunNotFound,
+    TriggerDevBackend,
+    wire,
+)
 from otelexec_trigger.rendering import run_of
 
 import otelexec
@@ -65,6 +76,9 @@ def served() -> Iterator[Served]:
             self._serve()
 
         def do_POST(self) -> None:
+            self._serve()
+
+        def do_PUT(self) -> None:
             self._serve()
 
         def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 (the base class's name)
@@ -285,6 +299,123 @@ def test_cancelling_asks_for_it_first_then_the_backend_then_closes_the_record(
     assert backend.cancel("run_2") is False
 
 
+def test_a_run_that_has_ended_is_not_cancelled(
+    served: Served, backend: TriggerDevBackend, records: Callable[[], list[ExecutionRecord]]
+) -> None:
+    served.answer(200, OK)
+    backend.trigger("task", {"a": 1})
+    (record,) = records()
+    served.answers = []
+    served.answer(200, {"id": "run_1", "status": "COMPLETED", "metadata": {"otelexec": {"execution_id": record.execution_id}}})
+    assert backend.cancel("run_1") is True
+    (after,) = records()
+    assert (after.state, after.cancellation) == ("queued", None)
+
+
+def test_a_run_whose_metadata_has_no_room_for_its_id_is_cancelled_on_the_record(
+    served: Served, backend: TriggerDevBackend, records: Callable[[], list[ExecutionRecord]]
+) -> None:
+    served.answer(200, OK)
+    backend.trigger("task", {"a": 1}, metadata=["mine"])
+    tags = json.loads(served.requests[-1][3])["options"]["tags"]
+    served.answers = []
+    served.answer(200, {"id": "run_1", "status": "QUEUED", "metadata": ["mine"], "tags": tags})
+    served.answer(200, {"id": "run_1"})
+    assert backend.cancel("run_1") is True
+    assert [record.state for record in records()] == ["cancelled"]
+
+
+@pytest.mark.parametrize(
+    "garbage", [b"<html>", b"[]", b"{}", b"\xff", b'{"id": 5}', b"[" * 100_000, b'{"error":' + b"[" * 100_000], ids=lambda text: text[:12]
+)
+def test_a_success_that_says_nothing_is_no_run(
+    served: Served, backend: TriggerDevBackend, records: Callable[[], list[ExecutionRecord]], garbage: bytes
+) -> None:
+    served.answer(200, garbage)
+    for ask in (backend.get, backend.replay, backend.cancel, lambda run: backend.reschedule(run, "1h"), lambda _: list(backend.list())):
+        with pytest.raises(BackendError):
+            ask("run_1")
+    with pytest.raises(EnqueueError) as caught:
+        backend.trigger("task", {"a": 1})
+    assert caught.value.acceptance == "unknown"
+    assert [record.state for record in records()] == ["queued"]
+
+
+def test_a_payload_that_can_not_be_uploaded_is_no_run(served: Served, backend: TriggerDevBackend, records: Any) -> None:
+    large = {"text": "x" * wire.OFFLOAD_BYTES}
+    asks: list[Callable[[], str]] = [
+        lambda: backend.trigger("task", large),
+        lambda: backend.batch_trigger([{"task": "task", "payload": large}]),
+    ]
+    for status, answer in ((403, {"error": "no"}), (200, {}), (200, {"presignedUrl": "http://a:x"}), (500, {})):
+        served.answers = [(status, {}, answer)]
+        for ask in asks:
+            with pytest.raises(EnqueueError) as caught:
+                ask()
+            assert caught.value.acceptance == "rejected"
+    assert {record.state for record in records()} == {"rejected"}
+
+
+def test_an_output_that_is_kept_apart_is_fetched(served: Served, backend: TriggerDevBackend) -> None:
+    for content, kind, output in (
+        (b'{"json": [1]}', wire.SUPERJSON, [1]),
+        (b"[1]", "binary/octet-stream", [1]),
+        (b"it was so", "binary/octet-stream", "it was so"),
+    ):
+        served.answers = []
+        served.answer(200, {"id": "run_1", "status": "COMPLETED", "outputPresignedUrl": f"{served.url}/output"})
+        served.answer(200, content, content_type=kind)
+        assert backend.get("run_1").output == output
+        assert "authorization" not in served.requests[-1][2]
+
+
+def test_what_was_accepted_before_a_later_batch_was_refused_is_told(
+    served: Served, backend: TriggerDevBackend, records: Callable[[], list[ExecutionRecord]]
+) -> None:
+    served.answer(202, {"id": "batch_1", "isCached": False})
+    served.answer(200, {"sealed": True})
+    served.answer(422, {"error": "enough"})
+    with pytest.raises(EnqueueError, match="the first 1000 of 1002 items were accepted") as caught:
+        backend.batch_trigger([{"task": "t"}] * 1002)
+    assert (caught.value.acceptance, caught.value.retryable, caught.value.status) == ("unknown", False, 422)
+    states = [record.state for record in records()]
+    assert (states.count("queued"), states.count("rejected")) == (1000, 2)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"task": None},
+        {"task": "\ud800"},
+        {"payload": "\ud800"},
+        {"key": 5},
+        {"key": ""},
+        {"queue": 5},
+        {"concurrency_key": ["k"]},
+        {"max_attempts": "3"},
+        {"max_attempts": 2.5},
+        {"delay": object()},
+        {"delay": 10**400},
+        {"ttl": datetime(2030, 1, 1, tzinfo=UTC)},
+        {"tags": {"a": 1}},
+    ],
+)
+def test_what_is_of_a_wrong_kind_is_refused_at_once(
+    served: Served, backend: TriggerDevBackend, records: Callable[[], list[ExecutionRecord]], bad: dict[str, Any]
+) -> None:
+    call: dict[str, Any] = {"task": "t"} | bad
+    asks: list[Callable[[], str]] = [
+        lambda: backend.trigger(**call),
+        lambda: backend.batch_trigger([call]),
+        lambda: LocalBackend().trigger(**call),
+    ]
+    for ask in asks:
+        with pytest.raises(InvalidRequest):
+            ask()
+    assert not served.requests
+    assert not records()
+
+
 def test_lists_follow_their_pages(served: Served, backend: TriggerDevBackend) -> None:
     served.answer(200, {"data": [{"id": "run_3"}, {"id": "run_2"}], "pagination": {"next": "run_2"}})
     served.answer(200, {"data": [{"id": "run_1"}], "pagination": {"previous": "run_1"}})
@@ -329,6 +460,22 @@ def test_without_a_key_it_says_what_to_set(isolated: None, monkeypatch: pytest.M
         TriggerDevBackend("http://127.0.0.1:1")
     with pytest.raises(SettingsError, match="TRIGGER_API_URL"):
         TriggerDevBackend("127.0.0.1:1", "k")
+    for url in ("http://", "http://a:x", "ftp://a"):
+        with pytest.raises(SettingsError, match="TRIGGER_API_URL"):
+            TriggerDevBackend(url, "k")
+    for options in ({"max_attempts": 0}, {"timeout_seconds": 0}, {"first_wait_seconds": -1}):
+        with pytest.raises(SettingsError, match=next(iter(options))):
+            TriggerDevBackend("http://127.0.0.1:1", "k", **options)
+    with pytest.raises(SettingsError, match="TRIGGER_SECRET_KEY") as caught:
+        TriggerDevBackend("http://127.0.0.1:1", "tr_dev_\nsecret")
+    assert "secret" not in str(caught.value)
+
+
+def test_a_key_out_of_a_file_has_no_line_behind_it(served: Served, records: Any) -> None:
+    served.answer(200, OK)
+    with TriggerDevBackend(served.url, "tr_dev_secret\n") as backend:
+        backend.trigger("task")
+    assert served.requests[-1][2]["authorization"] == "Bearer tr_dev_secret"
 
 
 async def test_the_asynchronous_client_does_the_same(served: Served, records: Callable[[], list[ExecutionRecord]]) -> None:
