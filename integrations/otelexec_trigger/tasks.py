@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, Final, TypeVar
 
 from otelexec.errors import SettingsError
-from otelexec_trigger.executors import name_of
+from otelexec_trigger.executors import is_same, name_of, place_of
 
 Function = TypeVar("Function", bound=Callable[[Any], Any])
 
@@ -26,15 +26,17 @@ def task(task_id: str) -> Callable[[Function], Function]:
         task_id: What it is triggered by.
 
     Raises:
-        SettingsError: The id is empty, or another function has it.
+        SettingsError: The id is none, or another function has it.
     """
-    if not task_id:
+    given: Any = task_id  # `@task` without the id gives the function itself
+    if not isinstance(given, str) or not given:
         raise SettingsError("task() takes the task's id: @task('send-invoice')")
 
     def register(function: Function) -> Function:
         known = TASKS.get(task_id)
-        if known is not None and name_of(known) != name_of(function):
-            raise SettingsError(f"the task {task_id!r} is {name_of(known)} already")
+        if known is not None and not is_same(known, function):
+            first, second = (f"{name_of(each)} {place_of(each)}".rstrip() for each in (known, function))
+            raise SettingsError(f"the task {task_id!r} is {first} already, and can't be {second} as well")
         TASKS[task_id] = function
         return function
 
