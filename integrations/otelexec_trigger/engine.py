@@ -178,6 +178,9 @@ def _row(request: Request, run_id: str) -> RunRow:
     now = time.time_ns()
     delay = _option(options, "delay", str)
     due = now if delay is None else max(now, wire.due_unix_ns(delay, now))
+    priority = _option(options, "priority", int, float) or 0
+    if not 0 <= priority <= _MOST_SECONDS:
+        raise InvalidRequest(f"priority is a number of seconds, 0 to {_MOST_SECONDS}, not {priority}", status=400)
     ttl = _option(options, "ttl", str, int)
     queue = _option(options, "queue", Mapping) or {}
     key = _option(options, "concurrencyKey", str, int, float)
@@ -212,7 +215,8 @@ def _row(request: Request, run_id: str) -> RunRow:
         max_attempts=attempts or MAX_ATTEMPTS,
         max_seconds=None if duration is None else float(duration),
         created_unix_ns=now,
-        due_unix_ns=due,
+        # As if it had been asked for so much earlier; a run with a delay is due when that is over, and not before.
+        due_unix_ns=due if delay is not None else due - int(priority * 1e9),
         expires_unix_ns=None if waits is None else due + int(waits * 1e9),
         batch_id=request.batch_id,
         batch_index=request.batch_index,

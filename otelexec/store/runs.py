@@ -36,7 +36,7 @@ class RunRow:
         max_attempts: How many attempts there may be.
         max_seconds: How long an attempt may take; None for no limit.
         created_unix_ns: When it was asked for.
-        due_unix_ns: When the first attempt may begin.
+        due_unix_ns: When the first attempt may begin; runs are attempted in this order.
         expires_unix_ns: Until when the first attempt must have begun; None: it waits for ever.
         batch_id: The batch that it belongs to; None without one.
         batch_index: Its place in the batch; None without one.

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from otelexec_trigger import wire
 
+from otelexec import semconv
 from tests.integrations.trigger.stage import KEY, Stage
 from tests.records import until
 
@@ -114,6 +115,8 @@ def test_a_key_lapses_after_its_time(client: httpx.Client) -> None:
         ("/api/v1/tasks/echo/trigger", b'{"options": {"ttl": "' + b"9" * 400 + b's"}}', 400),
         ("/api/v1/tasks/echo/trigger", b'{"options": {"delay": "' + b"9" * 5000 + b's"}}', 400),
         ("/api/v1/tasks/echo/trigger", b'{"options": {"queue": {"name": {}}}}', 400),
+        ("/api/v1/tasks/echo/trigger", b'{"options": {"priority": -1}}', 400),
+        ("/api/v1/tasks/echo/trigger", b'{"options": {"priority": 1' + b"0" * 400 + b"}}", 400),
         ("/api/v1/tasks//trigger", b"{}", 404),
         ("/api/v2/tasks/batch", b'{"items": []}', 400),
         ("/api/v2/tasks/batch", b'{"items": [{"task": "echo"}, {"task": "echo", "options": {"delay": "soon"}}]}', 400),
@@ -142,7 +145,19 @@ JSON = st.recursive(
 )
 OPTIONS = st.dictionaries(
     st.sampled_from(
-        ["delay", "ttl", "tags", "queue", "maxAttempts", "maxDuration", "metadata", "concurrencyKey", "idempotencyKey", "payloadType"]
+        [
+            "delay",
+            "ttl",
+            "tags",
+            "queue",
+            "maxAttempts",
+            "maxDuration",
+            "metadata",
+            "concurrencyKey",
+            "idempotencyKey",
+            "payloadType",
+            "priority",
+        ]
     ),
     JSON,
     max_size=4,
@@ -325,6 +340,22 @@ def test_a_page_before_another_holds_the_nearest_that_the_filter_lets_through(fr
         answer = client.get("/api/v1/runs", params=query).json()
     assert [run["id"] for run in answer["data"]] == wanted[:1]
     assert "previous" in answer["pagination"]
+
+
+def test_a_run_with_a_priority_goes_before_those_that_were_asked_for_up_to_so_much_earlier(fresh: Any) -> None:
+    stage: Stage = fresh()
+    _, url = stage.serve()
+    with httpx.Client(base_url=url, headers={"authorization": f"Bearer {KEY}"}, timeout=20) as client:
+        runs = {
+            priority: trigger(client, "echo", priority, priority=priority, ttl="1h", idempotencyKey=str(priority))
+            for priority in (0, 10, 7200.5, 3600)
+        }
+        told = client.get(f"/api/v3/runs/{runs[3600]}").json()
+        assert (told["status"], "delayedUntil" in told) == ("QUEUED", False)
+        stage.worker(1)
+        seen = {priority: stage.ended(run) for priority, run in runs.items()}
+    assert sorted(seen, key=lambda priority: seen[priority].attempt.started_unix_ns) == [7200.5, 3600, 10, 0]
+    assert seen[7200.5].consumer().attributes[semconv.QUEUE_LATENCY] < 3600
 
 
 def test_results_are_told_once_there_are_any(client: httpx.Client) -> None:
