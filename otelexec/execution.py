@@ -433,6 +433,8 @@ class Execution:
     def _raised(self, exception: BaseException) -> Ending:
         # What our own limit stopped is nobody else's to judge: a TimeoutError of the code's own looks the same.
         known = None if self.timed_out else self._known(exception)
+        if known is not None and known.depends_on_cancellation and self.cancel_requested:
+            return replace(known, state=CANCELLED, classification=None)
         if known is not None:
             return known
         error_type, message = describe(exception, self._runtime.settings.max_error_chars)

@@ -24,6 +24,8 @@ JOINS: Final = "otelexec-joins"
 """Task id of the body of a chord: its headers have noted their spans under it."""
 DELIVERY: Final = "otelexec-delivery"
 """The fencing token of one delivery: from the worker's main process to its child, never in a message."""
+LIMITS: Final = "otelexec-limits"
+"""The hard and the soft limit that the worker has for it where the message names none; from main process to child, too."""
 
 NESTED: Final = "headers"
 

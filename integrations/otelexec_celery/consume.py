@@ -37,7 +37,7 @@ from otelexec.propagation import entries
 from otelexec.store.writes import SUCCEEDED, AmendAttempt, Contribute, ReadContributions
 from otelexec.w3c import decode_trace, encode_traceparent
 from otelexec_celery import carrier, chords, endings
-from otelexec_celery.messages import hard_limit_of, open_context, options_of
+from otelexec_celery.messages import hard_limit_of, open_context, options_of, soft_limit_of
 from otelexec_celery.settings import CHOICES
 
 logger = logging.getLogger("otelexec.celery")
@@ -84,6 +84,7 @@ class Run:
             task_id,
             request,
             hard_limit=hard_limit_of(task, request),
+            soft_limit=soft_limit_of(task, request),
             links=_links(carrier.find(request), self._runtime),
             accepted=carrier.DELIVERY in request and not task.acks_late,
             pid=os.getpid(),

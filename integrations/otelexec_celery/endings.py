@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from dataclasses import replace
 from typing import Final
 
 from celery.exceptions import Ignore, Reject, Retry, SoftTimeLimitExceeded
@@ -33,23 +34,30 @@ _EARLY_SECONDS: Final = 0.5
 _MAX_CHARS: Final = 4096
 
 
-def classifier(hard_limit_seconds: float | None) -> Classifier:
+def classifier(hard_limit_seconds: float | None, soft_limit_seconds: float | None = None) -> Classifier:
     """
     Make the classifier of one attempt.
 
     Args:
         hard_limit_seconds: The task's hard limit, counted from now; None without one.
+        soft_limit_seconds: Its soft limit, as well.
     """
-    if hard_limit_seconds is None:
+    if hard_limit_seconds is None and soft_limit_seconds is None:
         return classify
-    due = time.monotonic() + hard_limit_seconds - _EARLY_SECONDS
+    earliest = time.monotonic() - _EARLY_SECONDS
 
-    def with_limit(error: BaseException) -> Ending | None:
-        if isinstance(error, SystemExit) and time.monotonic() >= due and raised_by_signal_handler(error):
+    def is_due(seconds: float | None) -> bool:
+        return seconds is not None and time.monotonic() >= earliest + seconds
+
+    def with_limits(error: BaseException) -> Ending | None:
+        if isinstance(error, SystemExit) and is_due(hard_limit_seconds) and raised_by_signal_handler(error):
             return hard_limit(hard_limit_seconds)
-        return classify(error)
+        ending = classify(error)
+        if isinstance(error, SoftTimeLimitExceeded) and ending is not None and is_due(soft_limit_seconds):
+            return replace(ending, depends_on_cancellation=False)
+        return ending
 
-    return with_limit
+    return with_limits
 
 
 def hard_limit(seconds: float | None) -> Ending:
@@ -71,7 +79,8 @@ def classify(error: BaseException) -> Ending | None:
         return Ending(SUCCEEDED, IGNORED)
     if isinstance(error, SoftTimeLimitExceeded):
         error_type, message = describe(error, _MAX_CHARS)
-        return Ending(TIMED_OUT, SOFT_LIMIT, error_type, message, error)
+        # `revoke(terminate=True, signal="SIGUSR1")` raises it as well, whatever the limit is.
+        return Ending(TIMED_OUT, SOFT_LIMIT, error_type, message, error, depends_on_cancellation=True)
     return None if isinstance(error, Exception) else _of_greenlets(error)
 
 

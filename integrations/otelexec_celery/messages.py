@@ -51,6 +51,7 @@ def options_of(
     request: Mapping[str, Any],
     *,
     hard_limit: float | None = None,
+    soft_limit: float | None = None,
     links: tuple[trace.Link, ...] = (),
     accepted: bool = False,
     pid: int | None = None,
@@ -64,6 +65,7 @@ def options_of(
         task_id: Its id; None when the message has none.
         request: Its headers, or the request made of them.
         hard_limit: Its hard limit in seconds; None without one.
+        soft_limit: Its soft limit in seconds; None without one.
         links: Span links besides the one to the attempt that asked for this one.
         accepted: Whether the main process may have opened the attempt.
         pid: The process that runs it; None while none does.
@@ -92,7 +94,7 @@ def options_of(
         attributes=attributes if latency is None else {**attributes, semconv.QUEUE_LATENCY: latency},
         links=links,
         link_carried=CHOICES.use_span_links,
-        classify=endings.classifier(hard_limit),
+        classify=endings.classifier(hard_limit, soft_limit),
         timeout=hard_limit,
         token=delivered if delivered is None or pid is None else run_token(delivered, pid),
         accepted=accepted,
@@ -127,6 +129,16 @@ def queue_latency(found: Mapping[str, Any], request: Mapping[str, Any]) -> float
 
 def hard_limit_of(task: Any, request: Mapping[str, Any]) -> float | None:
     """Give a task's hard limit in seconds; None without one."""
-    limits = request.get("timelimit") or (None, None)
-    seconds = limits[0] or getattr(task, "time_limit", None)
+    return _limit_of(0, task.time_limit, request)
+
+
+def soft_limit_of(task: Any, request: Mapping[str, Any]) -> float | None:
+    """Give a task's soft limit in seconds; None without one."""
+    return _limit_of(1, task.soft_time_limit, request)
+
+
+def _limit_of(index: int, tasks_own: Any, request: Mapping[str, Any]) -> float | None:
+    asked = request.get("timelimit") or (None, None)
+    workers = request.get(carrier.LIMITS) or (None, None)
+    seconds = asked[index] or workers[index] or tasks_own
     return float(seconds) if isinstance(seconds, int | float) and seconds > 0 else None

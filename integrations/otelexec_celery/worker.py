@@ -44,11 +44,13 @@ class Main:
     Attributes:
         supervisor: Watches the children; None with a pool that has none.
         consumer: Celery's consumer, whose loop acknowledges; None until it is ready.
+        limits: Hard and soft limit of the pool, for tasks that have none of their own.
     """
 
     def __init__(self) -> None:
         self.supervisor: Supervisor | None = None
         self.consumer: Any = None
+        self.limits: tuple[Any, Any] = (None, None)
 
     @property
     def supervises(self) -> bool:
@@ -67,13 +69,16 @@ _guarded, before, after = _GUARD.guarded, _GUARD.before, _GUARD.after
 
 
 def wrap_init(original: Callable[..., None]) -> Callable[..., None]:
-    """Wrap `Request.__init__`, so that each delivery has a name."""
+    """Wrap `Request.__init__`, so that each delivery has a name, and knows the limits that only this process does."""
 
     @functools.wraps(original)
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
         if CHOICES.active:
             self._request_dict[carrier.DELIVERY] = f"{random_word():016x}{random_word():016x}"
+            hard, soft = MAIN.limits
+            if hard or soft:  # of the command line, which stand in no child's settings
+                self._request_dict[carrier.LIMITS] = (self.task.time_limit or hard, self.task.soft_time_limit or soft)
 
     return init
 
@@ -279,9 +284,10 @@ def _payload(message: Any) -> Mapping[str, Any]:
 # --- Pools and processes -----------------------------------------------------------------------------------------
 
 
-def on_pool_start(_: Any) -> None:
+def on_pool_start(pool: Any) -> None:
     """Begin to watch, as a pool of processes starts."""
     MAIN.supervisor = Supervisor()
+    MAIN.limits = (pool.options.get("timeout"), pool.options.get("soft_timeout"))
 
 
 def on_pool_started(_: Any) -> None:
@@ -308,7 +314,7 @@ def on_pool_end(_: Any) -> None:
     if MAIN.supervises and MAIN.supervisor is not None:
         MAIN.supervisor.look()
         MAIN.supervisor.stop(STOP_SECONDS)
-        MAIN.supervisor = None
+        MAIN.supervisor, MAIN.limits = None, (None, None)
 
 
 def on_process_init(**_: Any) -> None:

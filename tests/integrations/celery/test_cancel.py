@@ -98,7 +98,7 @@ def test_a_greenlet_is_stopped(fresh: Fresh, pool: str) -> None:
     stage.wait_for_run(mark)
     otelexec.request_cancel(correlation.execution_id, terminate=True)
     seen = stage.ended(result.id, "cancelled", seconds=TERMINATED_SECONDS)
-    assert seen.record.state == "cancelled"
+    assert (seen.record.state, seen.attempt.classification) == ("cancelled", None)
     assert worker.stop() == 0
     worker.check_log()
     stage.check_agreement()

@@ -12,6 +12,7 @@ from celery.exceptions import TaskRevokedError, TimeLimitExceeded, WorkerLostErr
 import otelexec
 from otelexec import semconv
 from otelexec.store.records import ExecutionRecord
+from tests.integrations.celery.conftest import Fresh
 from tests.integrations.celery.stage import Stage, keys
 from tests.integrations.stage import Seen
 from tests.records import until
@@ -136,6 +137,19 @@ def test_a_result_that_can_not_be_stored(common: Stage) -> None:
 def test_the_soft_limit(common: Stage) -> None:
     seen = common.ended(send(common, "sleep", 20, soft_time_limit=1).id, "timed_out")
     assert (seen.record.state, seen.attempt.error_type) == ("timed_out", "billiard.exceptions.SoftTimeLimitExceeded")
+
+
+def test_the_limits_of_the_workers_command_line(fresh: Fresh) -> None:
+    """Only the main process knows them: no message and no setting says anything."""
+    stage = fresh()
+    worker = stage.worker("limits", arguments=("--soft-time-limit=1", "--time-limit=2"))
+    hard, late, soft = send(stage, "stuck", stage.mark()), send(stage, "stuck.late", stage.mark()), send(stage, "sleep", 60)
+    for result in (hard, late):
+        seen = stage.ended(result.id, "timed_out", seconds=LOST_SECONDS)
+        assert (seen.record.state, seen.attempt.classification) == ("timed_out", "hard_limit")
+        assert seen.attempt.deadline_unix_ns == seen.attempt.started_unix_ns + 2_000_000_000
+    assert stage.ended(soft.id, "timed_out").attempt.classification == "soft_limit"
+    assert worker.stop() == 0
 
 
 # Who never got to run
@@ -378,6 +392,16 @@ def test_terminated(common: Stage, deaths: Mapping[str, tuple[Any, str]], how: s
     assert (seen.record.state, common.runs(mark)) == ("cancelled", 1)
     with pytest.raises(TaskRevokedError):
         result.get(timeout=RESULT_SECONDS)
+
+
+@pytest.mark.parametrize("limit", [None, 40])
+def test_terminated_with_the_signal_of_the_soft_limit(common: Stage, limit: float | None) -> None:
+    mark = common.mark()
+    result = send(common, "sleep", 60, mark, soft_time_limit=limit)
+    common.wait_for_run(mark)
+    result.revoke(terminate=True, signal="SIGUSR1")
+    seen = common.ended(result.id, "cancelled")
+    assert (seen.record.state, seen.attempt.classification) == ("cancelled", None)
 
 
 # Acknowledgement
