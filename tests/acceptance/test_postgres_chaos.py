@@ -23,7 +23,7 @@ from tests.acceptance.repairing import COMMANDS
 from tests.acceptance.scenarios import SCENARIOS
 from tests.acceptance.sweeping import report, reports, together
 from tests.postgres_proxy import running_proxy
-from tests.postgres_servers import Server, running_server
+from tests.postgres_servers import Server, database_of, running_server
 from tests.records import Records, until
 
 CLOCKS = "east=420,west=-420,north=0"
@@ -107,17 +107,23 @@ def test_10000_jobs_on_hosts_whose_clocks_disagree(tmp_path: Path, postgres_fold
     many_hosts(tmp_path, postgres_folder, 10_000, kills=100, seconds=1480)
 
 
-def server_kills(folder: Path, postgres_folder: Path, jobs: int, *, pause: float, kills: int, seconds: float) -> None:
+def server_kills(folder: Path, postgres_folder: Path, jobs: int, *, each: int, kills: int, seconds: float) -> None:
+    """Kill the server whenever about `each` more attempts have ended; the first end puts on disk what was published before."""
     with running_server(postgres_folder) as server:
+        url = server.new_database()
         killed = 0
         started = folder / "started"
 
         def kill(done: threading.Event) -> None:
             nonlocal killed
             chooser = random.Random(3)
+            wanted = 0.0
             until(lambda: started.exists() or done.is_set(), 300)
-            time.sleep(1)  # what was published before is not what is tested, and is on disk by then
-            while not done.wait(chooser.uniform(0.2, 1.8) * pause) and started.exists():
+            while True:
+                wanted = max(wanted, ended_attempts(server, url)) + each * chooser.uniform(0.2, 1.8)
+                until(lambda: done.is_set() or not started.exists() or ended_attempts(server, url) >= wanted, seconds)  # noqa: B023 (called at once)
+                if done.is_set() or not started.exists():
+                    return
                 server.kill9()
                 killed += 1
                 time.sleep(chooser.uniform(0, 0.5))
@@ -125,19 +131,25 @@ def server_kills(folder: Path, postgres_folder: Path, jobs: int, *, pause: float
 
         with meanwhile(kill):
             arguments = "--workers=4", "--kill-seconds=0", "--crashes", f"--started={started}"
-            run_jobs(folder / "run", jobs, f"--store={server.new_database()}", *arguments, seconds=seconds)
+            run_jobs(folder / "run", jobs, f"--store={url}", *arguments, seconds=seconds)
         assert killed >= kills
+
+
+def ended_attempts(server: Server, url: str) -> int:
+    with server.administrator(database_of(url)) as connection:
+        row = connection.execute("SELECT count(*) FROM otelexec.attempt WHERE ended_unix_ns IS NOT NULL").fetchone()
+    return 0 if row is None else int(row[0])
 
 
 @pytest.mark.timeout(200)
 def test_the_server_is_killed_in_the_middle_of_300_jobs(tmp_path: Path, postgres_folder: Path) -> None:
-    server_kills(tmp_path, postgres_folder, 300, pause=0.8, kills=1, seconds=180)
+    server_kills(tmp_path, postgres_folder, 300, each=60, kills=2, seconds=180)
 
 
 @pytest.mark.long
 @pytest.mark.timeout(1500)
 def test_the_server_is_killed_again_and_again_in_the_middle_of_10000_jobs(tmp_path: Path, postgres_folder: Path) -> None:
-    server_kills(tmp_path, postgres_folder, 10_000, pause=2.5, kills=10, seconds=1480)
+    server_kills(tmp_path, postgres_folder, 10_000, each=700, kills=10, seconds=1480)
 
 
 def random_cuts(folder: Path, server: Server, jobs: int, *, share: float, cuts: int, seconds: float) -> None:
