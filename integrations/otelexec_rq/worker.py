@@ -276,7 +276,8 @@ def _instrumented(argv: list[str]) -> list[str]:
     *command, source = argv
     ours = (
         f"import sys\nsys.path[:] = {sys.path!r}\nfrom otelexec_rq import RQInstrumentor\n"
-        f"RQInstrumentor().instrument(use_span_links={CHOICES.use_span_links!r})\n"
+        "if not RQInstrumentor().is_instrumented_by_opentelemetry:\n"  # opentelemetry-instrument may have been there already
+        f"    RQInstrumentor().instrument(use_span_links={CHOICES.use_span_links!r})\n"
     )
     return [*command, ours + source]
 

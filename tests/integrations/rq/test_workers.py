@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +21,7 @@ from otelexec import semconv
 from tests.integrations.rq import jobs
 from tests.integrations.rq.conftest import Fresh
 from tests.integrations.rq.stage import Stage
+from tests.integrations.rq.worker_app import INSTRUMENT
 from tests.records import until
 from tests.servers import free_ports
 
@@ -78,6 +81,20 @@ def test_a_horse_has_what_the_parent_was_configured_with(fresh: Fresh, cls: str)
     worker = stage.worker("configured", cls, environment={"OTELEXEC_STORE": None}, configure={"store": f"sqlite:///{stage.path}"})
     job = stage.queue.enqueue(jobs.give)
     assert stage.ended(job.id, "succeeded").attempt.pid != worker.pid
+
+
+def test_under_opentelemetry_instrument_a_horse_that_starts_afresh_is_instrumented_once(fresh: Fresh) -> None:
+    """Its environment makes an instrumented process of every interpreter that starts in it."""
+    from opentelemetry.instrumentation import auto_instrumentation
+
+    stage = fresh()
+    path = os.pathsep.join((str(Path(auto_instrumentation.__file__).parent), stage.environment["PYTHONPATH"]))
+    exporters = {f"OTEL_{signal}_EXPORTER": "none" for signal in ("TRACES", "METRICS", "LOGS")}
+    worker = stage.worker("zero-code", "SpawnWorker", environment={"PYTHONPATH": path, INSTRUMENT: None, **exporters})
+    job = stage.queue.enqueue(jobs.give)
+    assert stage.ended(job.id, "succeeded").attempt.pid != worker.pid
+    assert worker.stop() == 0
+    assert "already instrumented" not in worker.text()
 
 
 def test_links_instead_of_parents(fresh: Fresh) -> None:
