@@ -9,6 +9,7 @@ from rq.job import Retry
 from rq.timeouts import JobTimeoutException
 
 from otelexec.endings import Classifier, Ending, describe
+from otelexec.errors import ExecutionCancelled
 from otelexec.execution import INTERRUPTED
 from otelexec.store.writes import CANCELLED, FAILED, TIMED_OUT
 
@@ -43,7 +44,7 @@ def classifier(job: Any, is_stopped: Callable[[], bool], *, may_retry: bool = Tr
         if _is_shutdown(error):
             error_type, message = describe(error, _MAX_CHARS)
             return Ending(CANCELLED, INTERRUPTED, error_type, message, error, retrying=earned.retrying, depends_on_cancellation=True)
-        if not earned.retrying or not isinstance(error, Exception):
+        if not earned.retrying or not isinstance(error, Exception) or isinstance(error, ExecutionCancelled):
             return None
         error_type, message = describe(error, _MAX_CHARS)
         return Ending(FAILED, RETRY, error_type, message, error, retrying=True)

@@ -118,10 +118,11 @@ def producers(stage: Stage, job: Job) -> list[DecodedSpan]:
     return until(found)
 
 
-def test_a_cancelled_job_in_the_queue_is_not_run(common: Stage) -> None:
+@pytest.mark.parametrize("retry", [None, Retry(max=1)])
+def test_a_cancelled_job_in_the_queue_is_not_run(common: Stage, retry: Retry | None) -> None:
     mark = common.mark()
     blocked = common.queue.enqueue(jobs.sleep, 1)
-    job = common.queue.enqueue(jobs.die, mark, depends_on=blocked)
+    job = common.queue.enqueue(jobs.die, mark, depends_on=blocked, retry=retry)
     otelexec.request_cancel(execution_of(common, job))
     seen = common.ended(job.id, "cancelled")
     assert (seen.record.state, common.runs(mark)) == ("cancelled", 0)
