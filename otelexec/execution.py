@@ -49,9 +49,11 @@ logger = logging.getLogger("otelexec.execution")
 
 INTERRUPTED = "interrupted"
 
+INTERRUPTIONS = (asyncio.CancelledError, KeyboardInterrupt, GeneratorExit, ExecutionCancelled)
+"""What says that somebody wanted the code to end, not that it failed."""
+
 _RUNNING = "running"
 _NOTHING: Mapping[str, Any] = {}
-_INTERRUPTIONS = (asyncio.CancelledError, KeyboardInterrupt, GeneratorExit, ExecutionCancelled)
 
 _warned: set[str] = set()
 
@@ -442,7 +444,7 @@ class Execution:
             return Ending(TIMED_OUT, None, "TimeoutError", f"stopped after its timeout of {self.options.timeout:g} s", exception)
         exits = isinstance(exception, SystemExit)
         stopped = exits and raised_by_signal_handler(exception)
-        if stopped or isinstance(exception, _INTERRUPTIONS):
+        if stopped or isinstance(exception, INTERRUPTIONS):
             asked = self.cancel_requested
             return Ending(CANCELLED, None if asked else INTERRUPTED, error_type, message, depends_on_cancellation=not asked)
         if exits and getattr(exception, "code", None) in (None, 0):

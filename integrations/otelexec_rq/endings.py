@@ -8,9 +8,8 @@ from typing import Any, Final
 from rq.job import Retry
 from rq.timeouts import JobTimeoutException
 
-from otelexec.endings import Classifier, Ending, describe
-from otelexec.errors import ExecutionCancelled
-from otelexec.execution import INTERRUPTED
+from otelexec.endings import Classifier, Ending, describe, raised_by_signal_handler
+from otelexec.execution import INTERRUPTED, INTERRUPTIONS
 from otelexec.store.writes import CANCELLED, FAILED, TIMED_OUT
 
 RETRY: Final = "retry"
@@ -44,7 +43,7 @@ def classifier(job: Any, is_stopped: Callable[[], bool], *, may_retry: bool = Tr
         if _is_shutdown(error):
             error_type, message = describe(error, _MAX_CHARS)
             return Ending(CANCELLED, INTERRUPTED, error_type, message, error, retrying=earned.retrying, depends_on_cancellation=True)
-        if not earned.retrying or not isinstance(error, Exception) or isinstance(error, ExecutionCancelled):
+        if not earned.retrying or not _is_failure(error):
             return None
         error_type, message = describe(error, _MAX_CHARS)
         return Ending(FAILED, RETRY, error_type, message, error, retrying=True)
@@ -93,6 +92,13 @@ def overdue(timeout_seconds: float) -> Ending:
 def abandoned() -> tuple[str, str, str]:
     """Give classification, error type and message of a job that no worker holds any more."""
     return ABANDONED, _ABANDONED_TYPE, "the worker that ran it is gone"
+
+
+def _is_failure(error: BaseException) -> bool:
+    """Tell whether an exception, all of which RQ retries, is a failure: not an exit that is none, and no interruption."""
+    if isinstance(error, SystemExit):
+        return error.code not in (None, 0) and not raised_by_signal_handler(error)
+    return not isinstance(error, INTERRUPTIONS)
 
 
 def _is_shutdown(error: BaseException) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -71,8 +72,9 @@ def test_a_retry_is_the_next_attempt_linked_to_the_one_before(common: Stage, int
     assert len({attempt.trace_id for attempt in seen.attempts}) == 1
 
 
-def test_the_last_failure_of_a_job_with_retries_earned_none(common: Stage) -> None:
-    job = common.queue.enqueue(jobs.fail, retry=Retry(max=1))
+@pytest.mark.parametrize("function", [jobs.fail, jobs.leave])
+def test_the_last_failure_of_a_job_with_retries_earned_none(common: Stage, function: Callable[..., None]) -> None:
+    job = common.queue.enqueue(function, 3, retry=Retry(max=1))
     seen = common.ended(job.id, "failed", "failed")
     assert [attempt.classification for attempt in seen.attempts] == ["retry", None]
 
