@@ -22,7 +22,7 @@ from tests.integrations.rq import jobs
 from tests.integrations.rq.conftest import Fresh
 from tests.integrations.rq.stage import Stage
 from tests.integrations.rq.worker_app import INSTRUMENT
-from tests.records import until
+from tests.records import Records, until
 from tests.servers import free_ports
 
 CLASSES = ("Worker", "SimpleWorker", "SpawnWorker", "RoundRobinWorker", "RandomWorker", "WorkerPool")
@@ -106,6 +106,17 @@ def test_links_instead_of_parents(fresh: Fresh) -> None:
     [producer], consumer = seen.producers, seen.consumer()
     assert (consumer.parent_span_id, [link.span_id for link in consumer.links]) == (None, [producer.span_id])
     assert said["baggage"][semconv.REQUEST_ID] == seen.record.request_id
+
+
+def test_the_workers_of_a_pool_write_what_is_left_and_say_goodbye(fresh: Fresh) -> None:
+    """They are processes of `multiprocessing`, which leave without Python's exit handlers."""
+    stage = fresh()
+    pool = stage.worker("pool", "WorkerPool", pool=2)
+    stage.result(stage.queue.enqueue(jobs.give))
+    assert pool.stop() == 0
+    records = Records(stage.path)
+    assert records.query("SELECT pid FROM process WHERE ended = 0") == [(os.getpid(),)]
+    records.close()
 
 
 @contextmanager
