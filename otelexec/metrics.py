@@ -6,6 +6,9 @@ Instruments of the OpenTelemetry API: they cost next to nothing until somebody s
 
 from __future__ import annotations
 
+import inspect
+import logging
+import threading
 from collections.abc import Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any, Final
@@ -19,12 +22,28 @@ if TYPE_CHECKING:
 
     from otelexec.endings import Ending
 
+logger = logging.getLogger("otelexec.metrics")
+
 _KEPT: Final = (semconv.MESSAGING_SYSTEM, semconv.MESSAGING_OPERATION_NAME, semconv.MESSAGING_DESTINATION_NAME)
+
+_BOUNDARIES: Final = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10)
+"""Upper bounds of the buckets in seconds, as the messaging conventions have them; the SDK's own are meant for milliseconds."""
+
+_WAIT_BOUNDARIES: Final = (*_BOUNDARIES, 30, 60, 300, 900, 3600)
+"""No convention: a backlog is waited for longer than a call."""
+
+
+def takes_boundaries() -> bool:
+    """Tell whether the OpenTelemetry API knows advised boundaries; it does since 1.30."""
+    return "explicit_bucket_boundaries_advisory" in inspect.signature(metrics.Meter.create_histogram).parameters
 
 
 @cache
-def _histogram(name: str, description: str) -> Histogram:
-    return metrics.get_meter(semconv.SCOPE_NAME, schema_url=semconv.SCHEMA_URL).create_histogram(name, unit="s", description=description)
+def _histogram(name: str, description: str, boundaries: tuple[float, ...]) -> Histogram:
+    advice: dict[str, Any] = {"explicit_bucket_boundaries_advisory": boundaries} if takes_boundaries() else {}
+    return metrics.get_meter(semconv.SCOPE_NAME, schema_url=semconv.SCHEMA_URL).create_histogram(
+        name, unit="s", description=description, **advice
+    )
 
 
 def waited(seconds: float, name: str, span_attributes: Mapping[str, Any]) -> None:
@@ -36,7 +55,8 @@ def waited(seconds: float, name: str, span_attributes: Mapping[str, Any]) -> Non
         name: Name of its execution.
         span_attributes: Those of the CONSUMER span, of which the few that don't multiply series are kept.
     """
-    histogram = _histogram(semconv.METRIC_QUEUE_LATENCY, "Time from sending, or from when it was due, to the opening of the attempt.")
+    description = "Time from sending, or from when it was due, to the opening of the attempt."
+    histogram = _histogram(semconv.METRIC_QUEUE_LATENCY, description, _WAIT_BOUNDARIES)
     histogram.record(seconds, _attributes(name, span_attributes))
 
 
@@ -53,7 +73,29 @@ def took(seconds: float, name: str, span_attributes: Mapping[str, Any], ending: 
     attributes = {**_attributes(name, span_attributes), semconv.OUTCOME: ending.state}
     if ending.error_type is not None:
         attributes[semconv.ERROR_TYPE] = ending.error_type
-    _histogram(semconv.METRIC_PROCESS_DURATION, "Duration of processing operation.").record(seconds, attributes)
+    _histogram(semconv.METRIC_PROCESS_DURATION, "Duration of processing operation.", _BOUNDARIES).record(seconds, attributes)
+
+
+def flush(timeout_seconds: float) -> None:
+    """
+    Have the meter provider export what it holds, in a process that ends without Python's exit handlers.
+
+    Args:
+        timeout_seconds: How long to wait. The provider's own timeout does not bound its exporters.
+    """
+    force_flush = getattr(metrics.get_meter_provider(), "force_flush", None)
+    if force_flush is None:  # nobody has set one
+        return
+
+    def export() -> None:
+        try:
+            force_flush()
+        except Exception as error:  # the provider gives its exporters' errors back as one
+            logger.debug("otelexec.metrics.failed: %s", error)
+
+    thread = threading.Thread(target=export, name="otelexec-metrics", daemon=True)
+    thread.start()
+    thread.join(timeout_seconds)
 
 
 def _attributes(name: str, span_attributes: Mapping[str, Any]) -> dict[str, Any]:

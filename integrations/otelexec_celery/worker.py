@@ -19,6 +19,7 @@ from billiard.exceptions import Terminated, TimeLimitExceeded, WorkerLostError
 from opentelemetry import context as otel_context
 from opentelemetry.context import Context
 
+from otelexec import metrics
 from otelexec import runtime as _runtime
 from otelexec.endings import Ending
 from otelexec.ids import random_word
@@ -325,6 +326,8 @@ def on_process_init(**_: Any) -> None:
 
 
 def on_process_shutdown(**_: Any) -> None:
-    """Write what is only in memory: a child of the pool ends without Python's exit handlers."""
+    """Write what is only in memory, and export what was measured: a child of the pool ends without Python's exit handlers."""
     if CHOICES.active:
+        patience = _runtime.settings().exit_timeout_seconds
         _runtime.shutdown()
+        metrics.flush(patience)

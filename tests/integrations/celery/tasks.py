@@ -25,6 +25,8 @@ SETTINGS = "OTELEXEC_TEST_CELERY"
 """The variable with the settings that a worker makes its application of, as JSON."""
 INSTRUMENT = "OTELEXEC_TEST_INSTRUMENT"
 """The variable with the options of `instrument()` as JSON; without it a worker does not instrument itself."""
+METRICS = "OTELEXEC_TEST_METRICS"
+"""The variable with the folder for a worker's metrics; without it a worker has no meter provider."""
 BESIDE = "OTELEXEC_TEST_BESIDE"
 """The variable that names who else instruments a worker, before it does itself: `sentry` or `contrib`."""
 

@@ -1,0 +1,61 @@
+"""What workers measure, as the SDK's meter provider in their processes exports it."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.integrations.celery.conftest import Fresh
+from tests.integrations.celery.tasks import METRICS
+from tests.records import until
+
+RESULT_SECONDS = 20.0
+LATENCY = "otelexec.queue.latency"
+DURATION = "messaging.process.duration"
+
+
+def points(folder: Path, name: str) -> Iterator[dict[str, Any]]:
+    """Give the data points of a metric, of every process."""
+    for path in folder.glob("*.metrics"):
+        for resource in json.loads(path.read_text(encoding="utf-8"))["resource_metrics"]:
+            for metric in [metric for scope in resource["scope_metrics"] for metric in scope["metrics"] if metric["name"] == name]:
+                assert metric["unit"] == "s"
+                yield from metric["data"]["data_points"]
+
+
+@pytest.mark.parametrize(
+    ("pool", "arguments"),
+    [("prefork", ()), ("prefork", ("--max-tasks-per-child=1",)), ("threads", ()), ("solo", ())],
+    ids=["prefork", "recycled", "threads", "solo"],
+)
+def test_every_attempt_is_measured_once(fresh: Fresh, pool: str, arguments: Sequence[str]) -> None:
+    """Also in a child that ends long before the provider's next export."""
+    stage = fresh()
+    worker = stage.worker("measured", pool, 2, arguments=arguments, environment={METRICS: str(stage.folder)})
+    results = [stage.task("add").delay(1, 2) for _ in range(3)]
+    results += [stage.task("fail").delay(), stage.task("flaky").delay(1), stage.task("add").apply_async((1, 2), countdown=1)]
+    for result in results:
+        until(result.ready, RESULT_SECONDS)
+    assert worker.stop() == 0
+    waits, works = Counter[str](), Counter[tuple[str, str, str | None]]()
+    for point in points(stage.folder, LATENCY):
+        attributes = point["attributes"]
+        waits[attributes["otelexec.execution.name"]] += point["count"]
+        assert 0 <= point["min"] <= point["max"] < RESULT_SECONDS
+        assert (attributes["messaging.system"], attributes["messaging.destination.name"]) == ("celery", stage.folder.name)
+    for point in points(stage.folder, DURATION):
+        attributes = point["attributes"]
+        assert (attributes["messaging.system"], attributes["messaging.operation.name"]) == ("celery", "process")
+        works[attributes["otelexec.execution.name"], attributes["otelexec.outcome"], attributes.get("error.type")] += point["count"]
+    assert waits == {"add": 4, "fail": 1, "flaky": 2}
+    assert works == {
+        ("add", "succeeded", None): 4,
+        ("fail", "failed", "ValueError"): 1,
+        ("flaky", "failed", "ConnectionError"): 1,
+        ("flaky", "succeeded", None): 1,
+    }

@@ -1,0 +1,92 @@
+"""What is measured, with the SDK's own meter provider: names, units and buckets as the messaging conventions have them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from opentelemetry import metrics as otel_metrics
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader
+from opentelemetry.semconv._incubating.metrics import messaging_metrics
+
+from otelexec import metrics, semconv
+from otelexec.endings import Ending
+from otelexec.store.writes import FAILED, SUCCEEDED
+
+SPAN_ATTRIBUTES = {
+    semconv.MESSAGING_SYSTEM: "celery",
+    semconv.MESSAGING_OPERATION_NAME: "process",
+    semconv.MESSAGING_OPERATION_TYPE: "process",
+    semconv.MESSAGING_DESTINATION_NAME: "invoices",
+    semconv.MESSAGING_MESSAGE_ID: "one of millions",
+}
+KEPT = {
+    semconv.EXECUTION_NAME: "invoice.run",
+    semconv.MESSAGING_SYSTEM: "celery",
+    semconv.MESSAGING_OPERATION_NAME: "process",
+    semconv.MESSAGING_DESTINATION_NAME: "invoices",
+}
+
+
+@pytest.fixture
+def reader(monkeypatch: pytest.MonkeyPatch) -> Iterator[InMemoryMetricReader]:
+    """Have what is measured in the test read by this reader: a process can set its global provider only once."""
+    made = InMemoryMetricReader()
+    provider = MeterProvider(metric_readers=[made], shutdown_on_exit=False)
+    monkeypatch.setattr(otel_metrics, "get_meter", provider.get_meter)
+    metrics._histogram.cache_clear()
+    yield made
+    metrics._histogram.cache_clear()
+    provider.shutdown()
+
+
+def read(reader: InMemoryMetricReader) -> dict[str, Any]:
+    data = reader.get_metrics_data()
+    assert data is not None
+    ((scope,),) = [resource.scope_metrics for resource in data.resource_metrics]
+    assert (scope.scope.name, scope.schema_url) == (semconv.SCOPE_NAME, semconv.SCHEMA_URL)
+    return {metric.name: metric for metric in scope.metrics}
+
+
+def test_how_long_work_took_is_the_conventions_metric(reader: InMemoryMetricReader) -> None:
+    metrics.took(0.03, "invoice.run", SPAN_ATTRIBUTES, Ending(SUCCEEDED))
+    metrics.took(3.0, "invoice.run", SPAN_ATTRIBUTES, Ending(FAILED, None, "ValueError", "no"))
+    found = read(reader)[messaging_metrics.MESSAGING_PROCESS_DURATION]
+    reference = InMemoryMetricReader()
+    provider = MeterProvider(metric_readers=[reference], shutdown_on_exit=False)
+    messaging_metrics.create_messaging_process_duration(provider.get_meter("otelexec", schema_url=semconv.SCHEMA_URL)).record(1)
+    theirs = read(reference)[messaging_metrics.MESSAGING_PROCESS_DURATION]
+    provider.shutdown()
+    assert (found.unit, found.description, type(found.data)) == (theirs.unit, theirs.description, type(theirs.data))
+    succeeded, failed = found.data.data_points
+    assert dict(succeeded.attributes) == KEPT | {semconv.OUTCOME: "succeeded"}
+    assert dict(failed.attributes) == KEPT | {semconv.OUTCOME: "failed", semconv.ERROR_TYPE: "ValueError"}
+    assert (succeeded.sum, failed.sum) == (0.03, 3.0)
+
+
+def test_how_long_a_message_waited(reader: InMemoryMetricReader) -> None:
+    metrics.waited(0.25, "invoice.run", SPAN_ATTRIBUTES)
+    found = read(reader)["otelexec.queue.latency"]
+    (point,) = found.data.data_points
+    assert (found.unit, dict(point.attributes), point.sum, point.count) == ("s", KEPT, 0.25, 1)
+
+
+def test_the_buckets_are_those_of_seconds(reader: InMemoryMetricReader) -> None:
+    """The SDK's own are of milliseconds: whatever took up to five seconds would be in one."""
+    metrics.took(0.03, "invoice.run", SPAN_ATTRIBUTES, Ending(SUCCEEDED))
+    metrics.waited(0.03, "invoice.run", SPAN_ATTRIBUTES)
+    found = read(reader)
+    (took,) = found[messaging_metrics.MESSAGING_PROCESS_DURATION].data.data_points
+    conventions = [0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10]
+    (waited,) = found["otelexec.queue.latency"].data.data_points
+    if not metrics.takes_boundaries():
+        pytest.skip("the OpenTelemetry API is older than the advice of boundaries (1.30)")
+    assert list(took.explicit_bounds) == conventions
+    assert list(waited.explicit_bounds)[: len(conventions)] == conventions
+    assert waited.explicit_bounds[-1] == 3600
+
+
+def test_without_a_provider_nothing_is_flushed() -> None:
+    metrics.flush(1.0)
