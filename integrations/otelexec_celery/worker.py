@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from billiard.exceptions import Terminated, TimeLimitExceeded, WorkerLostError
+from billiard.process import active_children
 from opentelemetry import context as otel_context
 from opentelemetry.context import Context
 
@@ -100,6 +101,9 @@ def on_accepted(request: Any, pid: int, *_: Any) -> None:
     """Learn that a child has begun; where the task runs in this process, open the attempt."""
     if MAIN.supervises and MAIN.supervisor is not None:
         MAIN.supervisor.started(pid, delivery_of(request))
+        return
+    # Green pools give the greenlet's id. A child's pid: the pool is older than the instrumentation, and so is the child.
+    if pid != os.getpid() and any(child.pid == pid for child in active_children()):
         return
     run = consume.open_early(request.task, request.id, request.request_dict)
     if run is not None and getattr(getattr(MAIN.consumer, "pool", None), "is_green", False):

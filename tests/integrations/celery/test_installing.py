@@ -24,6 +24,11 @@ import celery.worker.strategy
 import pytest
 from celery import signals
 
+import otelexec
+from tests.integrations.celery.conftest import Fresh
+from tests.integrations.celery.tasks import INSTRUMENT
+
+RESULT_SECONDS = 20.0
 ROOT = Path(__file__).resolve().parents[3]
 MODULES = [
     celery.app.amqp,
@@ -119,3 +124,16 @@ def test_a_celery_that_does_not_fit_is_left_alone_with_an_error(version: str) ->
     assert "unchanged True" in done.stdout
     assert version in done.stdout + done.stderr
     assert "5.4" in done.stdout + done.stderr
+
+
+def test_a_main_process_that_is_instrumented_too_late_speaks_for_no_child(fresh: Fresh) -> None:
+    stage = fresh()
+    worker = stage.worker("late", environment={INSTRUMENT: None}, app="tests.integrations.celery.late_app")
+    with otelexec.correlate(source="test") as correlation:
+        result = stage.task("add").delay(1, 2)
+    assert result.get(timeout=RESULT_SECONDS) == 3
+    assert worker.stop() == 0
+    worker.check_log()
+    record = stage.record(correlation.execution_id)
+    assert record is not None
+    assert (record.state, record.attempts) == ("queued", ())
