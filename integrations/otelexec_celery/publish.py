@@ -220,9 +220,11 @@ def on_before_publish(headers: Any = None, **_: Any) -> None:
 
 def _keep_last() -> None:
     """Have our receiver called after all others, also after those that were connected since."""
-    receivers: list[Any] = signals.before_task_publish.receivers or []
+    signal: Any = signals.before_task_publish
+    receivers: list[Any] = signal.receivers or []
     if receivers and receivers[-1][1] is on_before_publish:
         return
-    if any(receiver is on_before_publish for _, receiver in receivers):
-        signals.before_task_publish.disconnect(on_before_publish)
-        signals.before_task_publish.connect(on_before_publish, weak=False)
+    with signal.lock:  # not by `disconnect`: what another thread publishes in that moment would carry nothing
+        ours = [entry for entry in receivers if entry[1] is on_before_publish]
+        receivers[:] = [*(entry for entry in receivers if entry[1] is not on_before_publish), *ours]
+        signal.sender_receivers_cache.clear()

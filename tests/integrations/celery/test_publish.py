@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import sys
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from urllib.parse import unquote
 
 import pytest
-from celery import chord, group
+from celery import chord, group, signals
 from celery.beat import Scheduler
 from celery.schedules import schedule
 from kombu.exceptions import OperationalError
+from kombu.messaging import Producer
 from opentelemetry import baggage, context, trace
 
 import otelexec
@@ -22,6 +26,8 @@ from otelexec.decoded import DecodedSpan
 from otelexec.store.records import ExecutionRecord
 from tests.integrations.celery.conftest import Fresh
 from tests.integrations.celery.stage import Broker, Stage, keys
+from tests.integrations.celery.tasks import make_app
+from tests.records import Records
 from tests.servers import free_ports
 
 FOREIGN = "tenant"
@@ -258,3 +264,48 @@ def test_a_beat_entry_has_a_clean_context_and_says_which_schedule(outgoing: Outg
         assert record.request_id != correlation.request_id
     assert records[0].request_id != records[1].request_id
     assert len({outgoing.of(message)[1].trace_id for message in (first, second)}) == 2
+
+
+def test_receivers_that_come_and_go_leave_no_message_of_another_thread_without_its_carrier(
+    instrumented: None, records: Records, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ours is kept the last one, also while somebody else publishes."""
+    app = make_app({"broker_url": "memory://", "result_backend": None})
+    bare: list[Mapping[str, Any]] = []
+
+    def look(_: object, __: object, *, headers: Mapping[str, Any], **___: Any) -> None:
+        if "baggage" not in headers:
+            bare.append(headers)
+
+    monkeypatch.setattr(Producer, "publish", look)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    done = threading.Event()
+
+    def publish() -> None:
+        while not done.is_set():
+            app.tasks["add"].delay(1, 2)
+
+    threads = [threading.Thread(target=publish) for _ in range(3)]
+    try:
+        for thread in threads:
+            thread.start()
+        for _ in range(500):
+            with _listening(lambda **_: None):
+                time.sleep(0.002)
+    finally:
+        done.set()
+        for thread in threads:
+            thread.join()
+        sys.setswitchinterval(interval)
+        app.close()
+    assert not bare
+
+
+@contextmanager
+def _listening(receiver: Callable[..., None]) -> Iterator[None]:
+    signals.before_task_publish.connect(receiver, weak=False)
+    try:
+        yield
+    finally:
+        signals.before_task_publish.disconnect(receiver)
