@@ -21,13 +21,14 @@ from typing import Any, Final
 
 from celery import states
 from celery.app import trace as celery_trace
-from celery.exceptions import Ignore, Retry
+from celery.exceptions import Ignore, Reject, Retry
 from opentelemetry import context as otel_context
 from opentelemetry import trace
 from opentelemetry.context import Context
 
 from otelexec import metrics, semconv
 from otelexec import runtime as _runtime
+from otelexec.context import EXECUTION_KEY
 from otelexec.drivers import advance, expect
 from otelexec.endings import Ending, raised_by_signal_handler
 from otelexec.errors import ExecutionCancelled
@@ -78,6 +79,8 @@ class Run:
         self.reached_body = False
         self._runtime = _runtime.get()
         self._steps: Steps | None = None
+        if request.get("is_eager") and not request.get("retries") and otel_context.get_value(EXECUTION_KEY) is not None:
+            request = {**request, carrier.NESTED: None}  # a copy of its caller's, whose message is another one
         self._chord = None if request.get("is_eager") else chords.body_id(request.get("chord"))
         options = options_of(
             task.name,
@@ -296,10 +299,10 @@ def _trace(tracer: Callable[..., Any], task: Any, call: tuple[str, Any, Any, Any
 
 def _left(run: Run, error: BaseException) -> None:
     """Close what an exception left the tracer with."""
-    if run.reached_body:
-        _result_not_stored(run)
-    else:
+    if not run.reached_body:
         run.close(error)
+    elif not isinstance(error, Reject | MemoryError):  # these the task's own handlers raised, once the result was stored
+        _result_not_stored(run)
 
 
 def _returned(run: Run, result: Any) -> None:

@@ -8,6 +8,8 @@ from dataclasses import replace
 from typing import Final
 
 from celery.exceptions import Ignore, Reject, Retry, SoftTimeLimitExceeded
+from celery.utils.serialization import UnpickleableExceptionWrapper
+from kombu.utils.encoding import safe_repr
 
 from otelexec.endings import Classifier, Ending, describe, raised_by_signal_handler
 from otelexec.store.writes import CANCELLED, FAILED, REJECTED, SUCCEEDED, TIMED_OUT
@@ -68,8 +70,10 @@ def hard_limit(seconds: float | None) -> Ending:
 def classify(error: BaseException) -> Ending | None:
     """Give the ending of an exception that Celery knows; None leaves it to the default."""
     if isinstance(error, Retry):
-        cause = error.exc if isinstance(error.exc, BaseException) else error
+        cause = _cause_of(error)
         error_type, message = describe(cause, _MAX_CHARS)
+        if isinstance(cause, UnpickleableExceptionWrapper):
+            error_type = f"{cause.exc_module}.{cause.exc_cls_name}"
         return Ending(FAILED, RETRY, error_type, message, cause if cause is not error else None, retrying=True)
     if isinstance(error, Reject):
         error_type, message = describe(error, _MAX_CHARS)
@@ -82,6 +86,15 @@ def classify(error: BaseException) -> Ending | None:
         # `revoke(terminate=True, signal="SIGUSR1")` raises it as well, whatever the limit is.
         return Ending(TIMED_OUT, SOFT_LIMIT, error_type, message, error, depends_on_cancellation=True)
     return None if isinstance(error, Exception) else _of_greenlets(error)
+
+
+def _cause_of(retry: Retry) -> BaseException:
+    """Give what a retry was asked for: of an exception that can't be pickled it holds only a stand-in."""
+    handled: BaseException | None = retry.__context__
+    if handled is not None and safe_repr(handled) == retry.excs:  # type: ignore[no-untyped-call] # kombu is untyped
+        return handled
+    held: object = retry.exc
+    return held if isinstance(held, BaseException) else retry
 
 
 def _of_greenlets(error: BaseException) -> Ending | None:

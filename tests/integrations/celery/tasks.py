@@ -150,6 +150,15 @@ def unstorable() -> object:
     return object()
 
 
+def _reject(*_: Any) -> None:
+    raise Reject("too late")
+
+
+@task("done.then.rejects", after_return=_reject, **LATE)
+def done_then_rejects() -> str:
+    return "done"
+
+
 @task("leave")
 def leave(code: int) -> None:
     sys.exit(code)
@@ -248,6 +257,25 @@ def flaky(self: Any, times: int, told: Sequence[Mapping[str, Any]] = ()) -> list
     if self.request.retries < times:
         raise self.retry(args=(times, seen), countdown=0, exc=ConnectionError("try again"))
     return seen
+
+
+class Unpicklable(Exception):
+    """Can be pickled, but not unpickled: like those of many libraries, it needs more than its arguments say."""
+
+    def __init__(self, text: str, code: int) -> None:
+        super().__init__(text)
+        self.code = code
+
+
+@task("flaky.unpicklable", bind=True, max_retries=1)
+def flaky_unpicklable(self: Any, *, handled: bool) -> None:
+    error = Unpicklable("try again", 503)
+    if not handled:
+        raise self.retry(exc=error, countdown=0)
+    try:
+        raise error
+    except Unpicklable as caught:
+        raise self.retry(exc=caught, countdown=0) from caught
 
 
 @task("flaky.later", bind=True, max_retries=1)
@@ -362,6 +390,13 @@ def nested(self: Any) -> dict[str, Any]:
     first = self.app.tasks["who"].delay()
     second = self.app.tasks["who"].delay()
     return tell() | {"child": child, "published": [first.id, second.id]}
+
+
+@task("applies", bind=True)
+def applies(self: Any) -> dict[str, Any]:
+    """Call another task where it is, with the headers of one's own message."""
+    called: dict[str, Any] = self.app.tasks["who"].apply(headers=dict(self.request.headers)).result
+    return called
 
 
 @task("heeds")

@@ -131,6 +131,22 @@ def test_a_result_that_can_not_be_stored(common: Stage) -> None:
     assert (seen.record.state, seen.attempt.classification) == ("succeeded", "result_not_stored")
 
 
+def test_what_a_handler_raises_takes_no_stored_result_away(common: Stage) -> None:
+    result = send(common, "done.then.rejects")
+    until(result.ready, RESULT_SECONDS)
+    attempt = common.ended(result.id, "succeeded").attempt
+    # Celery before 5.7 takes the exception for the task's own.
+    assert attempt.classification == (None if result.state == "SUCCESS" else "result_not_stored")
+
+
+@pytest.mark.parametrize("handled", [True, False])
+def test_a_retry_names_the_exception_although_celery_holds_a_stand_in(common: Stage, handled: bool) -> None:
+    seen = common.ended(send(common, "flaky.unpicklable", kwargs={"handled": handled}).id, "failed", "failed")
+    assert [attempt.classification for attempt in seen.attempts] == ["retry", None]
+    assert {attempt.error_type for attempt in seen.attempts} == {"tests.integrations.celery.tasks.Unpicklable"}
+    assert "try again" in (seen.attempts[0].error_message or "")
+
+
 # Limits
 
 
@@ -274,6 +290,15 @@ def test_children_and_messages_inside(common: Stage) -> None:
     assert len({seen.record.execution_id, child.execution_id, *(each.record.execution_id for each in published)}) == 4
     assert {each.producers[0].trace_id for each in published} == {seen.attempt.trace_id}
     assert {each.producers[0].parent_span_id for each in published} == {seen.attempt.span_id}
+
+
+def test_a_task_that_is_applied_with_its_callers_headers_is_a_child(common: Stage) -> None:
+    result = send(common, "applies")
+    told = result.get(timeout=RESULT_SECONDS)
+    seen = common.ended(result.id, "succeeded")
+    child = common.record(told["execution_id"])
+    assert child is not None
+    assert (child.name, child.parent_execution_id, child.state) == ("who", seen.record.execution_id, "succeeded")
 
 
 # Deaths, which take their time: all are sent at once, and each test waits for its own
