@@ -134,8 +134,6 @@ def main(arguments: list[str]) -> int:
     Returns:
         The exit code.
     """
-    child = Child()
-    child.heed_signals()
     # A task, or a process that it starts, that reads its standard input finds nothing there, and does not wait for the parent.
     pipe, nothing = os.dup(0), os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
@@ -148,7 +146,8 @@ def main(arguments: list[str]) -> int:
     except BaseException:
         traceback.print_exc()
         return UNUSABLE
-    return child.run()
+    # Until here SIGTERM just ended it: importing may take long, and nothing has begun.
+    return Child().run()
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ class Sweeper:
 
     def __init__(self) -> None:
         self._stopped = threading.Event()
+        self._is_away = False
         self._thread = threading.Thread(target=self._serve, name="otelexec-sweeper", daemon=True)
         runtime = _runtime.get()
         self._reconciler = Reconciler(engine.store(), runtime.spool, own=runtime.process_id)
@@ -42,8 +43,11 @@ class Sweeper:
         while not self._stopped.wait(SWEEP_SECONDS):
             try:
                 self.sweep()
+                self._is_away = False
             except (StoreError, OSError) as error:
-                logger.debug("otelexec.trigger.sweep: %s", error)
+                # Once for each time: the processes wait for a store that is away, and say nothing while they do.
+                logger.log(logging.DEBUG if self._is_away else logging.WARNING, "otelexec.trigger.sweep: %s", error)
+                self._is_away = True
             except Exception:
                 logger.exception("otelexec.trigger.sweep")
 

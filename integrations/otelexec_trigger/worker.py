@@ -156,7 +156,7 @@ class Worker:
             self._unusable = True
             self._stopping = True
             return
-        if code:
+        if code and not (self._stopping and code == -signal.SIGTERM):
             logger.warning("otelexec.trigger.child: process %d ended with %d", pid, code)
         # Also after a 0: a task may leave by `os._exit`.
         self._supervisor.died(pid, code, endings)

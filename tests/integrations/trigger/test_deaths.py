@@ -189,6 +189,34 @@ def test_a_worker_whose_application_is_broken_ends_and_says_why(fresh: Fresh) ->
     assert "can't be used as an application" in worker.text()
 
 
+def test_a_worker_that_still_imports_its_application_ends_at_once(fresh: Fresh) -> None:
+    stage = fresh()
+    (stage.folder / "app_that_takes_its_time.py").write_text(
+        "import os, pathlib, time\npathlib.Path(os.environ['MARK']).write_text(str(os.getpid()))\ntime.sleep(600)\n"
+    )
+    mark = stage.mark()
+    path = os.pathsep.join((stage.environment["PYTHONPATH"], str(stage.folder)))
+    worker = stage.start_worker(1, app="app_that_takes_its_time", PYTHONPATH=path, MARK=mark)
+    stage.wait_for_run(mark)
+    begun = time.monotonic()
+    assert worker.stop() == 0
+    assert time.monotonic() - begun < 10
+    assert "ended with" not in worker.text()
+
+
+def test_a_store_that_can_not_be_opened_is_told_once(fresh: Fresh) -> None:
+    stage = fresh()
+    store = f"sqlite:///{stage.folder / 'missing' / 'runs.db'}"
+    (stage.folder / "missing").write_text("a file, and no folder")
+    worker = stage.worker(1, OTELEXEC_STORE=store)
+    server, url = stage.serve(OTELEXEC_STORE=store)
+    for process in (worker, server):
+        until(lambda process=process: "runs.db" in process.text(), 20)
+    assert httpx.get(f"{url}/api/v1/runs", headers={"authorization": f"Bearer {KEY}"}, timeout=20).status_code == 503
+    assert [worker.stop(), server.stop()] == [0, 0]
+    assert len([line for line in worker.text().splitlines() if "otelexec.trigger.sweep" in line]) == 1
+
+
 def test_a_server_that_is_killed_after_it_accepted_gives_the_same_run_to_the_same_call(fresh: Fresh) -> None:
     stage = fresh()
     server, url = stage.serve()
