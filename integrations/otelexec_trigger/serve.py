@@ -14,6 +14,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any, Final
+from urllib.parse import quote
 
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
@@ -401,7 +402,8 @@ class Server:
 
     def _signed(self, request: Request, name: str, method: str) -> str:
         expires = int(time.time()) + _UPLOAD_SECONDS
-        url = request.url.replace(path=f"/packets/{name}", query="")
+        # The SDK's names have the task's id in them.
+        url = request.url.replace(path=f"/packets/{quote(name, safe='')}", query="")
         return str(url.include_query_params(method=method, expires=expires, signature=self._signature(method, name, str(expires))))
 
     def _checked(self, request: Request, method: str) -> str:

@@ -210,8 +210,7 @@ def test_a_store_that_can_not_be_opened_is_told_once(fresh: Fresh) -> None:
     (stage.folder / "missing").write_text("a file, and no folder")
     worker = stage.worker(1, OTELEXEC_STORE=store)
     server, url = stage.serve(OTELEXEC_STORE=store)
-    for process in (worker, server):
-        until(lambda process=process: "runs.db" in process.text(), 20)
+    until(lambda: "runs.db" in worker.text() and "runs.db" in server.text(), 20)
     assert httpx.get(f"{url}/api/v1/runs", headers={"authorization": f"Bearer {KEY}"}, timeout=20).status_code == 503
     assert [worker.stop(), server.stop()] == [0, 0]
     assert len([line for line in worker.text().splitlines() if "otelexec.trigger.sweep" in line]) == 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 import pytest
@@ -178,8 +179,6 @@ OPTIONS = st.dictionaries(
 def test_no_request_breaks_the_server(
     client: httpx.Client, payload: Any, options: dict[str, Any], task: str, headers: dict[str, str]
 ) -> None:
-    from urllib.parse import quote
-
     answer = client.post(
         f"/api/v1/tasks/{quote('fuzzed ' + task, safe='')}/trigger", json={"payload": payload, "options": options}, headers=headers
     )
@@ -244,6 +243,9 @@ def test_a_large_payload_is_uploaded_first(client: httpx.Client) -> None:
     assert httpx.put(target, content=text, headers={"content-type": wire.SUPERJSON}).status_code == 200
     run_id = trigger(client, "echo", "folder/payload.json", payloadType=wire.STORED)
     assert len(ended(client, run_id)["output"]["text"]) == 200_000
+    odd = client.put(f"/api/v2/packets/{quote('tasks/100% of my task?/../#1.json', safe='')}").json()
+    assert httpx.put(odd["presignedUrl"], content="[1]").status_code == 200
+    assert ended(client, trigger(client, "echo", odd["storagePath"], payloadType=wire.STORED))["output"] == [1]
     for bad in (target.replace("payload.json", "other.json"), target.replace("signature=", "signature=0"), target.split("?")[0]):
         assert httpx.put(bad, content=text).status_code == 403
     source = client.get("/api/v1/packets/folder/payload.json").json()["presignedUrl"]
