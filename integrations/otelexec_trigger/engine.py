@@ -413,13 +413,14 @@ def cancel(run_id: str) -> RunRecord:
     return _found(find(run_id), run_id)
 
 
-def replay(run_id: str, headers: object = None) -> Enqueued:
+def replay(run_id: str, headers: object = None, *, request_key: str | None = None) -> Enqueued:
     """
     Ask for the same once more: a new run and a new execution, for the same request.
 
     Args:
         run_id: The run to repeat.
         headers: Those of the call; without a trace in them the new run belongs to the trace of the old one's call.
+        request_key: As in `Request`.
 
     Raises:
         RunNotFound: There is no such run.
@@ -434,7 +435,8 @@ def replay(run_id: str, headers: object = None) -> Enqueued:
     remote = decode_trace(call.traceparent, call.tracestate) if call.traceparent else None
     if remote is not None:
         context = trace.set_span_in_context(trace.NonRecordingSpan(remote), context)
-    return enqueue(Request(run.task, run.payload, run.payload_type, {**options, "replayedFrom": run.run_id}), correlation, context)
+    request = Request(run.task, run.payload, run.payload_type, {**options, "replayedFrom": run.run_id}, request_key)
+    return enqueue(request, correlation, context)
 
 
 def reschedule(run_id: str, delay: str) -> RunRecord:

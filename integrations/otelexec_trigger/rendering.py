@@ -97,7 +97,7 @@ def run_of(told: dict[str, Any]) -> Run:
     Args:
         told: What a server answered; what is missing or of a wrong kind is left out.
     """
-    error = told.get("error")
+    error, tags, duration = told.get("error"), told.get("tags"), told.get("durationMs")
     return Run(
         id=str(told.get("id", "")),
         state=wire.state_of(told.get("status", "")),
@@ -105,11 +105,11 @@ def run_of(told: dict[str, Any]) -> Run:
         output=told.get("output"),
         error=error if isinstance(error, dict) else None if error is None else {"message": str(error)},
         attempts=told["attemptCount"] if isinstance(told.get("attemptCount"), int) else 0,
-        tags=tuple(str(tag) for tag in told.get("tags") or ()),
+        tags=tuple(map(str, tags)) if isinstance(tags, list) else (),
         metadata=told.get("metadata"),
         created_at=told.get("createdAt"),
         started_at=told.get("startedAt"),
         finished_at=told.get("finishedAt"),
-        duration_ms=float(told.get("durationMs") or 0.0),
+        duration_ms=float(duration) if isinstance(duration, int | float) else 0.0,
         raw=told,
     )

@@ -207,8 +207,8 @@ class Server:
 
     async def replay(self, request: Request) -> Response:
         """`POST /api/v1/runs/{run}/replay`."""
-        headers = dict(request.headers)
-        enqueued = await run_in_threadpool(lambda: engine.replay(request.path_params["run"], headers))
+        headers, key = dict(request.headers), request.headers.get(_KEY_HEADER)
+        enqueued = await run_in_threadpool(lambda: engine.replay(request.path_params["run"], headers, request_key=key))
         return _Json({"id": enqueued.run_id})
 
     async def reschedule(self, request: Request) -> Response:

@@ -288,6 +288,15 @@ def test_a_keys_time_that_is_beyond_all_times_is_no_error(client: httpx.Client) 
     client.post(f"/api/v2/runs/{first}/cancel")
 
 
+def test_a_replay_that_is_asked_for_again_after_a_lost_answer_is_one_run(client: httpx.Client) -> None:
+    first = trigger(client, "echo", 1)
+    call = {"x-trigger-request-idempotency-key": "replay-1"}
+    answers = [client.post(f"/api/v1/runs/{first}/replay", headers=call).json() for _ in range(2)]
+    assert answers[0] == answers[1]
+    assert answers[0]["id"] != first
+    assert client.post(f"/api/v1/runs/{first}/replay").json() not in answers
+
+
 def test_metadata_changes_by_operations(client: httpx.Client) -> None:
     run_id = trigger(client, "echo", 1, delay="1h", metadata={"n": 1, "l": [1, 2]}, metadataType=wire.JSON)
     operations = [

@@ -444,6 +444,7 @@ def test_a_status_has_one_state_whatever_the_booleans_say(status: str, state: st
 
 def test_answers_of_any_shape_are_a_run() -> None:
     assert run_of({}) == Run("", "", raw={})
+    assert run_of({"tags": 5, "durationMs": "long"}) == Run("", "", raw={"tags": 5, "durationMs": "long"})
     assert run_of({"id": 3, "status": None, "error": "text", "attemptCount": "2", "tags": None}).error == {"message": "text"}
 
 
