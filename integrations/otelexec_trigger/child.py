@@ -22,7 +22,7 @@ from otelexec.errors import OtelexecError, StoreError, StoreUnavailable
 from otelexec.store import run_statements as statements
 from otelexec.store.runs import DueRun
 from otelexec_trigger import engine
-from otelexec_trigger.consume import attempt
+from otelexec_trigger.consume import attempt, leaving
 from otelexec_trigger.settings import POLL_SECONDS
 from otelexec_trigger.tasks import TASKS
 from otelexec_trigger.worker import UNUSABLE
@@ -147,7 +147,9 @@ def main(arguments: list[str]) -> int:
         traceback.print_exc()
         return UNUSABLE
     # Until here SIGTERM just ended it: importing may take long, and nothing has begun.
-    return Child().run()
+    code = Child().run()
+    leaving("the worker ends").start()
+    return code
 
 
 if __name__ == "__main__":

@@ -150,8 +150,7 @@ def _execute(
 
 def _run_coroutine(run: RunRecord, attempt: Coroutine[Any, Any, Any]) -> None:
     """Run an attempt in a loop of its own, and leave with the process what keeps that loop from being closed."""
-    patience = threading.Timer(LEFTOVER_SECONDS, _leave, (run,))
-    patience.daemon = True
+    patience = leaving(f"{run.run_id} of {run.task} has ended")
 
     async def to_its_end() -> None:
         try:
@@ -167,14 +166,27 @@ def _run_coroutine(run: RunRecord, attempt: Coroutine[Any, Any, Any]) -> None:
             patience.join()  # it may be on its way out already: then no other run is to be begun
 
 
-def _leave(run: RunRecord) -> None:
-    # Python stops no thread, and no coroutine that swallows its cancellation, and `asyncio.run` would wait for them for ever.
-    logger.warning("otelexec.trigger.leftover: %s of %s has ended; what it left running is ended with its process", run.run_id, run.task)
-    _runtime.shutdown()
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError):
-            stream.flush()
-    os._exit(0)
+def leaving(why: str) -> threading.Timer:
+    """
+    Give a timer that, once started, ends this process although something of a task's still runs in it.
+
+    Python stops no thread, and no coroutine that swallows its cancellation; its loop, and the interpreter's end, wait for them for ever.
+
+    Args:
+        why: What has ended before, for the log.
+    """
+
+    def leave() -> None:
+        logger.warning("otelexec.trigger.leftover: %s; what was left running is ended with its process", why)
+        _runtime.shutdown()
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(0)
+
+    timer = threading.Timer(LEFTOVER_SECONDS, leave)
+    timer.daemon = True
+    return timer
 
 
 def _context(run: RunRecord) -> Context:

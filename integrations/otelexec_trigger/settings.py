@@ -20,7 +20,7 @@ CANCEL_GRACE_SECONDS: Final = 10.0
 """How long a task that was cancelled, and can't be stopped in Python, may go on before its process is killed."""
 
 LEFTOVER_SECONDS: Final = 10.0
-"""How long threads and tasks that a coroutine has left behind may go on after its run before their process ends with them."""
+"""How long threads and coroutines that a task has left behind may keep their process from its next run, or from its end."""
 
 LIMIT_GRACE_SECONDS: Final = 1.0
 """How long a task over its `maxDuration` may go on before its process is killed."""

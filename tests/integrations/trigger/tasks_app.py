@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import subprocess
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,11 @@ async def lingers(payload: dict[str, Any]) -> None:
     """Wait for a thread that nothing can stop."""
     count(payload["mark"])
     await asyncio.to_thread(time.sleep, payload["seconds"])
+
+
+@task("leaves a thread")
+def leaves_a_thread(seconds: float) -> None:
+    threading.Thread(target=time.sleep, args=(seconds,)).start()
 
 
 @task("waits for a cancelled one")

@@ -163,9 +163,19 @@ def test_what_a_coroutine_leaves_behind_does_not_keep_its_process_from_other_run
     assert ended(run_id, 10).state == "cancelled"
     assert ended(backend.trigger("pid")).output != pid
     stage.ended(run_id, "cancelled")
-    assert f"{run_id} of lingers has ended; what it left running is ended with its process" in worker.text()
+    assert f"{run_id} of lingers has ended; what was left running is ended with its process" in worker.text()
     assert worker.stop() == 0
     stage.check_agreement()
+
+
+def test_a_thread_that_a_task_leaves_does_not_keep_an_idle_worker_from_its_end(fresh: Fresh) -> None:
+    stage = fresh()
+    worker = stage.worker(1)
+    assert ended(LocalBackend().trigger("leaves a thread", 600)).state == "succeeded"
+    begun = time.monotonic()
+    assert worker.stop() == 0
+    assert time.monotonic() - begun < 20
+    assert "otelexec.trigger.child" not in worker.text(), "nothing had to be killed"
 
 
 def test_a_worker_that_is_told_to_end_lets_its_run_end(fresh: Fresh) -> None:
