@@ -1,10 +1,12 @@
 # PYTHON  the interpreter that the environment is made with
 # STORE   where `make demo` keeps its records: a URL, for example sqlite:////tmp/demo.db, or `postgres` for an embedded PostgreSQL
 # BACKEND what `make demo` runs the work with: its own queue, celery, rq or trigger
+# WORKERS how many tests run at a time: most of them wait for a worker, a broker or a lease
 # ARGS    passed on to pytest, the benchmarks or Jaeger's script, for example ARGS="-k spool"
 PYTHON ?= python3
 STORE ?=
 BACKEND ?= own
+WORKERS ?= 3
 ARGS ?=
 
 VENV := .venv
@@ -24,7 +26,7 @@ help:
 	@echo "make demo    run webhooks and a schedule through workers, kill one, show every record and its span"
 	@echo "             (BACKEND=celery or rq: the same on Celery or RQ, with a Valkey that comes along;"
 	@echo "              BACKEND=trigger: on the local engine, asked for over Trigger.dev's contract)"
-	@echo "make test    run the tests (ARGS=... goes to pytest; OTELEXEC_TEST_LONG=1 adds the long sweeps, 2 the longest)"
+	@echo "make test    run the tests, WORKERS=3 at a time (ARGS=... goes to pytest; OTELEXEC_TEST_LONG=1 adds the long sweeps, 2 the longest)"
 	@echo "make lint    ruff check and ruff format --check"
 	@echo "make types   mypy and pyright"
 	@echo "make bench   print the benchmark ratios"
@@ -35,7 +37,7 @@ demo: $(if $(filter celery,$(BACKEND)),$(CELERY),$(if $(filter rq,$(BACKEND)),$(
 	$(if $(STORE),OTELEXEC_STORE='$(STORE)') $(BIN)/otelexec demo --backend $(BACKEND)
 
 test: $(DEV)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(DEV)
 	$(BIN)/ruff check .

@@ -89,6 +89,7 @@ def test_a_dying_child_is_told_by_a_worker_that_reconciles_as_well(fresh: Fresh)
     stage.check_agreement()
 
 
+@pytest.mark.memory
 def test_a_child_that_the_kernel_kills_for_its_memory_is_lost_and_says_so(fresh: Fresh) -> None:
     stage = fresh()
     worker = stage.worker("hungry", "prefork", 1)

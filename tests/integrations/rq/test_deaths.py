@@ -84,6 +84,7 @@ def test_a_horse_killed_before_it_opens_its_attempt_is_lost_all_the_same(fresh: 
     stage.check_agreement()
 
 
+@pytest.mark.memory
 def test_a_horse_that_the_kernel_kills_for_its_memory_is_lost_and_says_so(fresh: Fresh) -> None:
     stage = fresh()
     stage.worker("hungry")
