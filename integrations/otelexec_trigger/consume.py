@@ -15,7 +15,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Coroutine, Mapping
-from contextlib import suppress
 from typing import Any, Final
 
 from opentelemetry import context as otel_context
@@ -178,11 +177,12 @@ def leaving(why: str) -> threading.Timer:
 
     def leave() -> None:
         logger.warning("otelexec.trigger.leftover: %s; what was left running is ended with its process", why)
-        _runtime.shutdown()
-        for stream in (sys.stdout, sys.stderr):
-            with suppress(OSError, ValueError):
+        try:
+            _runtime.shutdown()
+            for stream in (sys.stdout, sys.stderr):
                 stream.flush()
-        os._exit(0)
+        finally:
+            os._exit(0)
 
     timer = threading.Timer(LEFTOVER_SECONDS, leave)
     timer.daemon = True

@@ -451,7 +451,7 @@ class TriggerDevBackend(TriggerBackend):
     Args:
         api_url: The server; None: TRIGGER_API_URL, else the cloud's.
         secret_key: The environment's key; None: TRIGGER_SECRET_KEY.
-        timeout_seconds: How long one attempt waits for an answer.
+        timeout_seconds: How long one attempt waits for a connection, and for each part of the answer.
         max_attempts: How often a request is sent at most.
         first_wait_seconds: How long to wait before the second attempt; each further one waits 1.6 times as long, up to 30 s.
 
