@@ -557,22 +557,46 @@ def _number(text: str | None, default: int) -> int:
 
 
 def _filter(query: Mapping[str, str]) -> Callable[[RunRecord], bool]:
-    statuses = {status for status in query.get("filter[status]", "").split(",") if status}
-    unknown = statuses - wire.STATES.keys()
+    unknown = [name for name in query if name.startswith("filter[") and name not in _FILTERS]
     if unknown:
-        raise Refused(400, f"filter[status]: there is no status {', '.join(sorted(unknown))[:64]}")
+        raise Refused(400, f"the local engine does not filter by {unknown[0][:64]}: it would give runs that are not meant")
+    statuses = {status for status in query.get("filter[status]", "").split(",") if status}
+    unknown = sorted(statuses - wire.STATES.keys())
+    if unknown:
+        raise Refused(400, f"filter[status]: there is no status {', '.join(unknown)[:64]}")
     tags = {tag for tag in query.get("filter[tag]", "").split(",") if tag}
-    since = _number(query.get("filter[createdAt][from]"), 0) * 1_000_000
-    until = _number(query.get("filter[createdAt][to]"), 2**42) * 1_000_000
+    test = query.get("filter[isTest]")
+    if test not in (None, "true", "false"):
+        raise Refused(400, "filter[isTest] is true or false")
+    since = _milliseconds(query.get("filter[createdAt][from]"), 0) * 1_000_000
+    until = _milliseconds(query.get("filter[createdAt][to]"), 2**42) * 1_000_000
+    period = query.get("filter[createdAt][period]")
+    if period is not None:
+        since = max(since, time.time_ns() - int(wire.seconds_of(period) * 1e9))
 
     def wanted(run: RunRecord) -> bool:
         return (
             (not statuses or engine.status_of(run) in statuses)
             and (not tags or not tags.isdisjoint(json.loads(run.tags)))
+            and (test is None or bool(json.loads(run.options).get("test", False)) is (test == "true"))
             and since <= run.created_unix_ns <= until
         )
 
     return wanted
+
+
+_FILTERS: Final = frozenset(
+    f"filter[{name}]"
+    for name in ("status", "taskIdentifier", "tag", "batch", "isTest", "createdAt][from", "createdAt][to", "createdAt][period")
+)
+
+
+def _milliseconds(text: str | None, default: int) -> int:
+    """Read a time since 1970: in milliseconds, or as a date."""
+    try:
+        return _number(text, default)
+    except Refused:
+        return wire.due_unix_ns(str(text), 0) // 1_000_000
 
 
 def _operated(metadata: Any, operation: Any) -> Any:

@@ -333,7 +333,19 @@ def test_lists_come_in_pages_and_by_filter(client: httpx.Client) -> None:
     assert [run["id"] for run in tagged["data"]] == [runs[3], runs[1]]
     delayed = client.get("/api/v1/runs", params=query | {"page[size]": "10", "filter[status]": "DELAYED,QUEUED"}).json()
     assert len(delayed["data"]) == 5
-    for bad in ({"filter[status]": "NONE"}, {"page[size]": "0"}, {"page[size]": "x"}, {"page[after]": "run_none"}):
+    whole = query | {"page[size]": "10"}
+    for period, count in (("1h", 5), ("0s", 0)):
+        assert len(client.get("/api/v1/runs", params=whole | {"filter[createdAt][period]": period}).json()["data"]) == count
+    for since, count in (("2020-01-01T00:00:00Z", 5), ("2100-01-01", 0), ("4102444800000", 0)):
+        assert len(client.get("/api/v1/runs", params=whole | {"filter[createdAt][from]": since}).json()["data"]) == count
+    test = trigger(client, "paged", delay="1h", test=True)
+    assert [run["id"] for run in client.get("/api/v1/runs", params=whole | {"filter[isTest]": "true"}).json()["data"]] == [test]
+    assert len(client.get("/api/v1/runs", params=whole | {"filter[isTest]": "false"}).json()["data"]) == 5
+    runs.append(test)
+    for bad in (
+        *({"filter[status]": "NONE"}, {"page[size]": "0"}, {"page[size]": "x"}, {"page[after]": "run_none"}),
+        *({"filter[queue]": "q"}, {"filter[isTest]": "1"}, {"filter[createdAt][period]": "x"}, {"filter[createdAt][from]": "x"}),
+    ):
         assert client.get("/api/v1/runs", params=bad).status_code == 400
     for run in runs:
         client.post(f"/api/v2/runs/{run}/cancel")
