@@ -325,7 +325,7 @@ def list_runs(
     wanted: Callable[[RunRecord], bool] = lambda _: True,
 ) -> list[RunRecord]:
     """
-    Give runs, the newest first.
+    Give runs without payload and output, the newest first.
 
     Args:
         limit: At most so many.

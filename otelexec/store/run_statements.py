@@ -51,12 +51,19 @@ _LAST = f"""a.attempt = CASE WHEN e.state = '{SUCCEEDED}' THEN
         (SELECT MIN(o.attempt) FROM attempt o WHERE o.execution_id = e.execution_id AND o.state = '{SUCCEEDED}')
         WHEN e.latest > 0 THEN e.latest ELSE e.attempts END"""
 
-_RUN = f"""SELECT r.seq, r.run_id, r.execution_id, r.task, r.payload, r.payload_type, r.carrier, r.options, r.tags, r.metadata, r.lane,
+
+def _select(payload: str, output: str, attempt_output: str) -> str:
+    return f"""SELECT r.seq, r.run_id, r.execution_id, r.task, {payload}, r.payload_type, r.carrier, r.options, r.tags, r.metadata, r.lane,
     r.max_attempts, r.max_seconds, r.created_unix_ns, r.updated_unix_ns, r.due_unix_ns, r.expires_unix_ns, r.batch_id, r.batch_index,
-    r.output, e.state, e.attempts, e.started_unix_ns, e.ended_unix_ns, a.output, a.ended_unix_ns, a.classification, a.error_type,
+    {output}, e.state, e.attempts, e.started_unix_ns, e.ended_unix_ns, {attempt_output}, a.ended_unix_ns, a.classification, a.error_type,
     a.error_message, a.outer_token IS NOT NULL AND a.outer_outcome IS NULL
     FROM run r JOIN execution e ON e.execution_id = r.execution_id
     LEFT JOIN attempt a ON a.execution_id = r.execution_id AND {_LAST}"""
+
+
+_RUN = _select("r.payload", "r.output", "a.output")
+# Hundreds of runs are read for a list, which shows neither what they were given nor what they gave.
+_LISTED = _select("NULL", "NULL", "NULL")
 
 # When a `retrying` run may be attempted again: at once after a first attempt that was lost, since that says little of the next one.
 # Both stores shift integers; neither has the other's LEAST.
@@ -96,7 +103,7 @@ def list_runs(
     batch_id: str | None = None,
 ) -> list[RunRecord]:
     """
-    Give runs, the newest first.
+    Give runs without payload and output, the newest first.
 
     Args:
         tx: The transaction.
@@ -116,7 +123,7 @@ def list_runs(
         conditions.append("r.batch_id = ?")
         parameters.append(batch_id)
     order = "DESC" if after is None else "ASC"
-    rows = tx.execute(f"{_RUN} WHERE {' AND '.join(conditions)} ORDER BY r.seq {order} LIMIT ?", (*parameters, limit)).fetchall()
+    rows = tx.execute(f"{_LISTED} WHERE {' AND '.join(conditions)} ORDER BY r.seq {order} LIMIT ?", (*parameters, limit)).fetchall()
     found = [RunRecord(*row) for row in rows]
     return found if after is None else found[::-1]
 

@@ -388,6 +388,7 @@ class QueueContract:
             enqueue(store, run_row(f"r{number}", task=f"task{number % 2}"))
         newest = store.read(lambda tx: statements.list_runs(tx, limit=2))
         assert [run.run_id for run in newest] == ["r4", "r3"]
+        assert [(run.payload, found(store, run.run_id).payload) for run in newest] == [(None, "1")] * 2, "a list may be long"
         older = store.read(lambda tx: statements.list_runs(tx, limit=2, before=newest[-1].seq))
         assert [run.run_id for run in older] == ["r2", "r1"]
         newer = store.read(lambda tx: statements.list_runs(tx, limit=2, after=older[-1].seq))
