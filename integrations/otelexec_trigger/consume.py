@@ -233,11 +233,12 @@ def _classifier(run: RunRecord) -> Classifier:
 
     def classify(error: BaseException) -> Ending | None:
         error_type, message = describe(error, _runtime.settings().max_error_chars)
-        if isinstance(error, SystemExit | KeyboardInterrupt) and raised_by_signal_handler(error):
-            return Ending(CANCELLED, INTERRUPTED, error_type, message, error, retrying=more, depends_on_cancellation=True)
         interruption = isinstance(error, _INTERRUPTIONS)
         if _is_cancelled(run):
             return Ending(CANCELLED, None, error_type, message, None if interruption else error)
+        if isinstance(error, SystemExit | KeyboardInterrupt) and raised_by_signal_handler(error):
+            state = CANCELLED if more else FAILED  # and not a run that is CANCELED, which nobody asked for
+            return Ending(state, INTERRUPTED, error_type, message, error, retrying=more, depends_on_cancellation=True)
         if isinstance(error, SystemExit) and error.code in (None, 0):
             return Ending(SUCCEEDED, depends_on_cancellation=True)
         retrying = more and (interruption or isinstance(error, Exception))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -101,6 +103,16 @@ async def waits_for_a_cancelled_one(_: object) -> None:
 @task("interrupts")
 def interrupts(_: object) -> None:
     raise KeyboardInterrupt
+
+
+@task("exits on a signal")
+def exits_on_a_signal(_: object) -> None:
+    before = signal.signal(signal.SIGUSR1, lambda _, frame: sys.exit(0))
+    try:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        time.sleep(60)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
 
 
 @task("gives up")

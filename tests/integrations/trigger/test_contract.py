@@ -242,6 +242,14 @@ def test_a_run_that_nobody_cancelled_has_failed_and_is_retried(common: Stage, ta
     assert [attempt.classification for attempt in seen.attempts] == ["retry", None]
 
 
+def test_a_run_that_a_signal_ended_is_retried_and_has_failed_in_the_end(common: Stage) -> None:
+    backend = LocalBackend()
+    run_id = backend.trigger("exits on a signal", max_attempts=2)
+    assert ended(backend, run_id).state == "failed"
+    seen = common.ended(run_id, "cancelled", "failed")
+    assert [attempt.classification for attempt in seen.attempts] == ["interrupted"] * 2
+
+
 def test_a_missing_run_is_quiet_to_cancel_and_loud_to_ask_for(backend: Any) -> None:
     assert backend.cancel(MISSING) is False
     for ask in (backend.get, backend.replay, lambda run: backend.reschedule(run, "1h"), lambda run: backend.add_tags(run, "x")):
