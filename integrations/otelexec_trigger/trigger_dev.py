@@ -124,7 +124,7 @@ class TriggerDevOperations(Operations):
             except EnqueueError as error:
                 if first is None:
                     raise
-                text = f"the first {start} of {len(wanted)} items were accepted, the others not: {error}"
+                text = f"the first {start} of {len(wanted)} items were accepted, then: {error}"
                 raise EnqueueError(text, acceptance="unknown", retryable=error.retryable, status=error.status) from error
             first = first or batch_id
         return first or ""
