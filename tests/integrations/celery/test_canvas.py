@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -128,6 +128,29 @@ def test_a_chord_of_fifty_links_every_header_from_its_body(common: Stage) -> Non
     check_chord(common, result, 50, correlation.request_id, retried)
 
 
+BODIES: Mapping[str, Callable[[Any, Any, Any], Any]] = {
+    "a chain": lambda first, _, last: chain(first, last),
+    "a group": lambda first, second, _: group(first, second),
+    "a chain that begins with a group": lambda first, second, last: chain(group(first, second), last),
+}
+
+
+def check_body(stage: Stage, form: str) -> None:
+    """Check that whatever a chord sends first when its headers are done links to all of them."""
+    own = f"{form}-{time.time_ns()}"
+    parts = [part.set(task_id=f"{own}-part-{number}") for number, part in enumerate(header(stage, 3))]
+    first, second, last = (stage.task("note").s().set(task_id=f"{own}-{name}") for name in ("first", "second", "last"))
+    chord(parts, BODIES[form](first, second, last)).apply_async()
+    headers = {last_span(stage.ended(f"{own}-part-{number}", "succeeded")) for number in range(3)}
+    for name in ("first",) if form == "a chain" else ("first", "second"):
+        assert headers <= links_of(stage.ended(f"{own}-{name}", "succeeded"))
+
+
+@pytest.mark.parametrize("form", BODIES)
+def test_the_beginning_of_a_body_links_to_every_header(common: Stage, form: str) -> None:
+    check_body(common, form)
+
+
 def test_a_chord_with_a_failed_header_has_no_body_and_a_correlated_errback(common: Stage) -> None:
     errback_id = f"chord-errback-{time.time_ns()}"
     body = common.task("total").s().on_error(common.task("note.one").s().set(task_id=errback_id))
@@ -148,6 +171,7 @@ def test_a_chord_that_is_unlocked_by_polling(fresh: Fresh, tmp_path: Path) -> No
         result = chord(header(stage, 50, retries=(2, 30)), stage.task("total").s()).apply_async()
     assert result.get(timeout=RESULT_SECONDS) == sum(range(50))
     check_chord(stage, result, 50, correlation.request_id, (2, 30))
+    check_body(stage, "a chain")
     assert worker.stop() == 0
     worker.check_log()
     stage.check_agreement()
