@@ -313,11 +313,12 @@ def wrap_cancel(original: Callable[..., Any]) -> Callable[..., Any]:
     def cancel(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not CHOICES.active or vars(self).get(consume.CANCELLED_HERE):
             return original(self, *args, **kwargs)
-        status = guarded(_status_of)(self)
+        stored = guarded(_stored)(self)
+        status = None if stored is None else _status_of(stored)
         running = guarded(self.execution_registry.get_execution_ids)() if status == "started" else None
         result = original(self, *args, **kwargs)
         if status in _QUEUED:
-            guarded(_on_cancelled)(self)
+            guarded(_on_cancelled)(stored)
         for execution_id in running or ():
             guarded(_tell)(execution_id)
         return result
@@ -325,8 +326,13 @@ def wrap_cancel(original: Callable[..., Any]) -> Callable[..., Any]:
     return cancel
 
 
+def _stored(job: Any) -> Any:
+    """Give a job as the server has it: since somebody got hold of it, a repeat may have been stamped for its next run."""
+    return type(job).fetch(job.id, connection=job.connection, serializer=job.serializer)
+
+
 def _status_of(job: Any) -> str | None:
-    status = job.get_status()
+    status = job.get_status(refresh=False)
     return None if status is None else str(status.value if isinstance(status, JobStatus) else status)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from rq import Callback, Retry
+from rq import Callback, Repeat, Retry
 from rq.command import send_stop_job_command
 from rq.job import Job
 
@@ -231,6 +231,18 @@ def test_a_job_cancelled_before_it_started_is_closed_at_once(common: Stage) -> N
     seen = common.ended(job.id, "cancelled")
     assert seen.record.state == "cancelled"
     assert seen.consumer().attributes[semconv.MESSAGING_MESSAGE_ID] == job.id
+
+
+def test_of_a_repeat_the_next_run_is_what_is_cancelled(common: Stage) -> None:
+    """Also by whoever enqueued the job and has it as it was then."""
+    if jobs.VERSION < (3, 0):
+        pytest.skip("there RQ has such a job as finished")
+    job = common.queue.enqueue(jobs.give, repeat=Repeat(times=1, interval=3600))
+    until(lambda: job.get_status() == "scheduled")
+    job.cancel()
+    spans = [span for span in common.spans() if span.attributes.get(semconv.MESSAGING_MESSAGE_ID) == job.id]
+    records = [common.record(name) for name in dict.fromkeys(str(span.attributes[semconv.EXECUTION_ID]) for span in spans)]
+    assert [(record.state, len(record.attempts)) for record in records if record] == [("succeeded", 1), ("cancelled", 1)]
 
 
 def common_later() -> Any:
