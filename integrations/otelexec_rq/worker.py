@@ -41,7 +41,7 @@ GRACE_SECONDS: Final = 1.0
 OVERDUE_SECONDS: Final = 60
 """How long after its timeout the parent kills a horse: RQ's own, in `monitor_work_horse`."""
 
-_QUEUED: Final = ("queued", "deferred", "scheduled", "rate_limited", "ready", "created")
+_QUEUED: Final = ("queued", "deferred", "scheduled", "rate_limited", "ready_to_enqueue", "created")
 """States of a job that no worker has."""
 
 _GUARD = Guard(lambda: CHOICES.active, logger)

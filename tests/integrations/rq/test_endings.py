@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from rq import Callback, Repeat, Retry
 from rq.command import send_stop_job_command
-from rq.job import Job
+from rq.job import Job, JobStatus
 
 import otelexec
 from otelexec import semconv
@@ -231,6 +231,15 @@ def test_a_job_cancelled_before_it_started_is_closed_at_once(common: Stage) -> N
     seen = common.ended(job.id, "cancelled")
     assert seen.record.state == "cancelled"
     assert seen.consumer().attributes[semconv.MESSAGING_MESSAGE_ID] == job.id
+
+
+def test_a_job_is_closed_whatever_it_waited_for_when_it_was_cancelled(common: Stage) -> None:
+    begun = {JobStatus.STARTED, JobStatus.FINISHED, JobStatus.FAILED, JobStatus.STOPPED, JobStatus.CANCELED}
+    for status in set(JobStatus) - begun:
+        job = common.queue.enqueue_at(common_later(), jobs.give)
+        job.set_status(status)
+        job.cancel()
+        assert common.ended(job.id, "cancelled").record.state == "cancelled", status
 
 
 def test_of_a_repeat_the_next_run_is_what_is_cancelled(common: Stage) -> None:
