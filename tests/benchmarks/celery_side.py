@@ -1,8 +1,9 @@
 """
 One side of the Celery benchmark: `python -m tests.benchmarks.celery_side SIDE worker|publisher`.
 
-SIDE is `bare`, `none` (the adapter without a store), `durable`, or `contrib` (opentelemetry-instrumentation-celery). The
-publisher reads a number from each line of its input, publishes so many tasks, and prints how many seconds that took.
+SIDE is `bare`, `spans` or `records` (by hand), `none` (the adapter without a store), `durable`, or `contrib`
+(opentelemetry-instrumentation-celery). The publisher reads a number from each line of its input, publishes so many tasks,
+and prints how many seconds that took.
 """
 
 from __future__ import annotations
@@ -13,14 +14,17 @@ import time
 from typing import Any
 
 from celery import Celery
+from celery.utils import uuid
 from valkey import Valkey
+
+from tests.benchmarks import messages_by_hand
 
 BROKER = "OTELEXEC_BENCHMARK_BROKER"
 
 CPU = "OTELEXEC_BENCHMARK_CPU"
 """The variable that has CPU time measured instead of time, for a machine that is busy with other work."""
 
-SIDES = ("bare", "none", "durable", "contrib")
+SIDES = ("bare", *messages_by_hand.SIDES, "none", "durable", "contrib")
 
 clock = time.process_time if os.environ.get(CPU) else time.perf_counter
 
@@ -40,6 +44,10 @@ def make_app(side: str) -> Celery:
     def nothing() -> None:
         pass
 
+    def nothing_by_hand(task: Any) -> None:
+        with messages_by_hand.processed("celery", task.request.carrier, task.request.id):
+            nothing()
+
     def begin() -> None:
         """Hold the worker back until all tasks are there, then start the clock."""
         keys.blpop(f"go {side}", timeout=60)
@@ -50,22 +58,18 @@ def make_app(side: str) -> Celery:
 
     for name, body in {"nothing": nothing, "begin": begin, "end": end}.items():
         app.task(body, name=name)
+    app.task(nothing_by_hand, name="nothing_by_hand", bind=True)
     return app
 
 
 def instrument(side: str) -> None:
     """Instrument this process as the side says."""
-    if side == "contrib":
-        from opentelemetry import trace
+    if side in messages_by_hand.SIDES:
+        messages_by_hand.set_up()
+    elif side == "contrib":
         from opentelemetry.instrumentation.celery import CeleryInstrumentor as Contrib
-        from opentelemetry.sdk.trace import TracerProvider
-        from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
-        from tests.benchmarks.threads import NoExport
-
-        provider = TracerProvider()
-        provider.add_span_processor(BatchSpanProcessor(NoExport()))
-        trace.set_tracer_provider(provider)
+        messages_by_hand.set_up()
         contrib: Any = Contrib
         contrib().instrument()
     elif side != "bare":
@@ -75,14 +79,19 @@ def instrument(side: str) -> None:
         ours().instrument()
 
 
-def publish(app: Celery) -> None:
+def publish(app: Celery, *, by_hand: bool) -> None:
     """Publish what each line of the input asks for."""
-    task = app.tasks["nothing"]
+    task = app.tasks["nothing_by_hand" if by_hand else "nothing"]
     for line in sys.stdin:
         app.tasks["begin"].delay()
         started = clock()
         for _ in range(int(line)):
-            task.delay()
+            if by_hand:
+                task_id = uuid()
+                with messages_by_hand.sent("celery", "apply_async", "celery", task_id) as carrier:
+                    task.apply_async(task_id=task_id, headers={"carrier": carrier})
+            else:
+                task.delay()
         took = clock() - started
         app.tasks["end"].delay()
         print(took, flush=True)
@@ -94,7 +103,7 @@ def main() -> None:
     instrument(side)
     app = make_app(side)
     if role == "publisher":
-        publish(app)
+        publish(app, by_hand=side in messages_by_hand.SIDES)
         return
     alone = ("--without-gossip", "--without-mingle", "--without-heartbeat")
     app.worker_main(["worker", "-P", "solo", "-l", "ERROR", "-n", f"{side}@localhost", *alone])

@@ -1,5 +1,5 @@
 """
-No-op Celery tasks, published and run: bare, with the adapter without and with a store, and with the contrib instrumentation.
+No-op Celery tasks, published and run: bare, by hand, with the adapter without and with a store, and with the contrib one.
 
 Each side has a publisher and a solo worker of its own, real processes on one Valkey, and they take turns. A round's tasks
 are published while the worker is held back; then it works them off alone, and tells how long that took. Nothing is
@@ -19,6 +19,7 @@ from valkey import Valkey
 
 from tests.benchmarks.celery_side import BROKER, CPU, SIDES
 from tests.benchmarks.measure import Result
+from tests.benchmarks.messages_by_hand import RECORDS
 from tests.queue_servers import running_valkey
 from tests.servers import stop
 
@@ -26,9 +27,15 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 PATIENCE_SECONDS = 60
-RUN_TARGETS = {"none": 1.10, "durable": 1.40, "contrib": 1.10}
-PUBLISH_TARGETS = {"none": 1.15, "durable": 1.30, "contrib": 1.15}
-LABELS = {"none": "without store", "durable": "durable", "contrib": "opentelemetry-instrumentation-celery, for comparison"}
+RUN_TARGETS = {"spans": None, "records": None, "none": 1.10, "durable": 1.40, "contrib": 1.10}
+PUBLISH_TARGETS = {"spans": None, "records": None, "none": 1.15, "durable": 1.30, "contrib": 1.15}
+LABELS = {
+    "spans": "by hand, spans",
+    "records": "by hand, spans and records",
+    "none": "without store",
+    "durable": "durable",
+    "contrib": "opentelemetry-instrumentation-celery, for comparison",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +100,13 @@ def run(folder: Path, *, short: bool = False) -> list[Result]:
 
 def _start(stack: ExitStack, name: str, folder: Path, url: str, keys: Any) -> Side:
     store = f"sqlite:///{folder}/{name}.db" if name == "durable" else "none"
-    own = {BROKER: url, "OTELEXEC_STORE": store, "OTELEXEC_RELAY": "false", "OTELEXEC_RECONCILE": "false"}
+    own = {
+        BROKER: url,
+        **({RECORDS: f"{folder}/{name}.db"} if name == "records" else {}),
+        "OTELEXEC_STORE": store,
+        "OTELEXEC_RELAY": "false",
+        "OTELEXEC_RECONCILE": "false",
+    }
     command = [sys.executable, "-m", "tests.benchmarks.celery_side", name]
     log = stack.enter_context((folder / f"{name}.log").open("wb"))
     worker = subprocess.Popen([*command, "worker"], env=os.environ | own, stdin=subprocess.DEVNULL, stdout=log, stderr=log)

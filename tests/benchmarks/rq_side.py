@@ -13,31 +13,25 @@ import logging
 import os
 import sys
 import time
+import uuid
 from typing import Any
 
-from opentelemetry import trace
-from opentelemetry.sdk.trace import TracerProvider
-from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from redis import Redis
 from rq import Queue, SimpleWorker, Worker
 
-from tests.benchmarks import rq_by_hand
-from tests.benchmarks.rq_jobs import nothing
-from tests.benchmarks.threads import NoExport
+from tests.benchmarks import messages_by_hand
+from tests.benchmarks.rq_jobs import nothing, nothing_by_hand
 
 SERVER = "OTELEXEC_BENCHMARK_SERVER"
-SIDES = ("bare", "spans", "records", "none", "durable")
-BY_HAND = ("spans", "records")
+SIDES = ("bare", *messages_by_hand.SIDES, "none", "durable")
 
 
 def main() -> None:
     """Be the side that the arguments name."""
     (side,) = sys.argv[1:]
-    if side in ("none", *BY_HAND):
-        # As somebody who exports has it; the exporter of its own would wait for an endpoint at each horse's end.
-        provider = TracerProvider()
-        provider.add_span_processor(BatchSpanProcessor(NoExport()))
-        trace.set_tracer_provider(provider)
+    by_hand = side in messages_by_hand.SIDES
+    if by_hand or side == "none":  # the exporter of its own would wait for an endpoint at each horse's end
+        messages_by_hand.set_up()
     if side in ("none", "durable"):
         from otelexec_rq import RQInstrumentor
 
@@ -45,10 +39,10 @@ def main() -> None:
         instrumentor().instrument()
     logging.getLogger("rq").setLevel(logging.ERROR)
     queue: Any = Queue(side, connection=Redis.from_url(os.environ[SERVER]))
-    workers: dict[str, Any] = {"simple": SimpleWorker, "forking": _LeavingWorker if side in BY_HAND else Worker}
+    workers: dict[str, Any] = {"simple": SimpleWorker, "forking": _LeavingWorker if by_hand else Worker}
     for line in sys.stdin:
         what, number = line.split()
-        took = _enqueue(queue, int(number), by_hand=side in BY_HAND)
+        took = _enqueue(queue, int(number), by_hand=by_hand)
         if what == "enqueue":
             queue.empty()
         else:
@@ -62,7 +56,7 @@ def main() -> None:
 class _LeavingWorker(Worker):
     def perform_job(self, *args: Any, **kwargs: Any) -> bool:
         done = super().perform_job(*args, **kwargs)
-        rq_by_hand.leaving()
+        messages_by_hand.leaving()
         return done
 
 
@@ -70,7 +64,9 @@ def _enqueue(queue: Any, number: int, *, by_hand: bool) -> float:
     started = time.perf_counter()
     for _ in range(number):
         if by_hand:
-            rq_by_hand.enqueue(queue)
+            job_id = str(uuid.uuid4())
+            with messages_by_hand.sent("rq", "enqueue", queue.name, job_id) as carrier:
+                queue.enqueue(nothing_by_hand, job_id=job_id, meta={"carrier": carrier}, result_ttl=0)
         else:
             queue.enqueue(nothing, result_ttl=0)
     return time.perf_counter() - started

@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from tests.benchmarks.measure import Result
-from tests.benchmarks.rq_by_hand import RECORDS
+from tests.benchmarks.messages_by_hand import RECORDS
 from tests.benchmarks.rq_side import SERVER, SIDES
 from tests.queue_servers import running_valkey
 
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 LABELS = {
-    "spans": "by hand, spans, for comparison",
-    "records": "by hand, spans and records, for comparison",
+    "spans": "by hand, spans",
+    "records": "by hand, spans and records",
     "none": "without store",
     "durable": "durable",
 }
