@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,7 @@ class Stage(ReadStage):
         """End what still runs, without asking."""
         for worker in self.workers:
             for pid in worker.horses():
-                psutil.Process(pid).kill()
+                with suppress(psutil.NoSuchProcess):
+                    psutil.Process(pid).kill()
             worker.stop(signal.SIGKILL)
         self.connection.close()
