@@ -182,9 +182,16 @@ def wrap_perform_job(original: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return _perform(functools.partial(original, self, job, queue, *args, **kwargs), self, job, execution)
         finally:
-            _guarded(lambda: _runtime.shutdown(leaves=True))
+            _guarded(_leave)
 
     return perform_job
+
+
+def _leave() -> None:
+    """Write what is only in memory, and export what was measured."""
+    patience = _runtime.settings().exit_timeout_seconds
+    _runtime.shutdown(leaves=True)
+    metrics.flush(patience)
 
 
 def _guarded(function: Callable[[], Any]) -> None:

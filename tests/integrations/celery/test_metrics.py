@@ -2,29 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
 import pytest
 
 from tests.integrations.celery.conftest import Fresh
 from tests.integrations.celery.tasks import METRICS
+from tests.measuring import DURATION, LATENCY, points
 
 WAIT_SECONDS = 20.0
-LATENCY = "otelexec.queue.latency"
-DURATION = "messaging.process.duration"
-
-
-def points(folder: Path, name: str) -> Iterator[dict[str, Any]]:
-    """Give the data points of a metric, of every process."""
-    for path in folder.glob("*.metrics"):
-        for resource in json.loads(path.read_text(encoding="utf-8"))["resource_metrics"]:
-            for metric in [metric for scope in resource["scope_metrics"] for metric in scope["metrics"] if metric["name"] == name]:
-                assert metric["unit"] == "s"
-                yield from metric["data"]["data_points"]
 
 
 @pytest.mark.parametrize(

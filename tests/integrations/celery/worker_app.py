@@ -5,16 +5,13 @@ from __future__ import annotations
 import json
 import os
 import signal
-from pathlib import Path
 from typing import Any
 
 from celery.app import trace
 from celery.signals import worker_process_init
-from opentelemetry import metrics
-from opentelemetry.sdk.metrics import MeterProvider
-from opentelemetry.sdk.metrics.export import MetricExporter, MetricExportResult, MetricsData, PeriodicExportingMetricReader
 
 from tests.integrations.celery.tasks import BESIDE, INSTRUMENT, METRICS, SETTINGS, make_app
+from tests.measuring import measure
 
 
 def _instrument_beside(who: str) -> None:
@@ -28,29 +25,6 @@ def _instrument_beside(who: str) -> None:
 
         instrumentor: Any = Contrib
         instrumentor().instrument()
-
-
-class _ToFiles(MetricExporter):
-    """Exports what a process measured, each time all of it, into a file of its own."""
-
-    def __init__(self, folder: str) -> None:
-        super().__init__()
-        self._folder = Path(folder)
-
-    def export(self, metrics_data: MetricsData, timeout_millis: float = 10_000, **_: Any) -> MetricExportResult:
-        (self._folder / f"{os.getpid()}.metrics").write_text(metrics_data.to_json(), encoding="utf-8")
-        return MetricExportResult.SUCCESS
-
-    def force_flush(self, timeout_millis: float = 10_000) -> bool:
-        return True
-
-    def shutdown(self, timeout_millis: float = 30_000, **_: Any) -> None:
-        pass
-
-
-def _measure(folder: str) -> None:
-    reader = PeriodicExportingMetricReader(_ToFiles(folder), export_interval_millis=600_000)  # that is, by a flush only
-    metrics.set_meter_provider(MeterProvider(metric_readers=[reader]))
 
 
 def _kill_before_the_open(**_: Any) -> None:
@@ -68,7 +42,7 @@ def _kill_before_the_open(**_: Any) -> None:
 worker_process_init.connect(_kill_before_the_open, weak=False)
 _instrument_beside(os.environ.get(BESIDE, ""))
 if METRICS in os.environ:
-    _measure(os.environ[METRICS])
+    measure(os.environ[METRICS])
 if INSTRUMENT in os.environ:
     from otelexec_celery import CeleryInstrumentor
 

@@ -6,6 +6,7 @@ import os
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -22,6 +23,7 @@ from tests.integrations.rq import jobs
 from tests.integrations.rq.conftest import Fresh
 from tests.integrations.rq.stage import Stage
 from tests.integrations.rq.worker_app import INSTRUMENT
+from tests.measuring import DURATION, LATENCY, points
 from tests.records import Records, until
 from tests.servers import free_ports
 
@@ -200,3 +202,17 @@ def test_without_a_store_a_provider_that_never_gets_an_answer_holds_no_horse_up(
         for _ in range(3):
             stage.result(stage.queue.enqueue(jobs.give), 8)
         assert worker.stop(seconds=8) == 0
+
+
+def test_what_horses_measure_is_exported_once(fresh: Fresh) -> None:
+    stage = fresh()
+    worker = stage.worker("measured", measure=str(stage.folder))
+    for job in [stage.queue.enqueue(function) for function in (jobs.give, jobs.give, jobs.fail)]:
+        stage.ended(job.id)
+    assert worker.stop() == 0
+    works = Counter[str]()
+    for point in points(stage.folder, DURATION):
+        assert point["attributes"]["messaging.system"] == "rq"
+        works[point["attributes"]["otelexec.outcome"]] += point["count"]
+    assert works == {"succeeded": 2, "failed": 1}
+    assert sum(point["count"] for point in points(stage.folder, LATENCY)) == 3

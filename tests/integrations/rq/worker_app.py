@@ -15,6 +15,7 @@ from rq import worker as rq_worker
 from rq.serializers import JSONSerializer
 
 import otelexec
+from tests.measuring import measure
 
 INSTRUMENT = "OTELEXEC_TEST_INSTRUMENT"
 """The variable with the options of `instrument()` as JSON; without it a worker does not instrument itself."""
@@ -22,7 +23,7 @@ OPTIONS = "OTELEXEC_TEST_WORKER"
 """
 The variable with what a worker is made with, as JSON: `json` for the serializer, `pool` for a pool's size, `scheduler`,
 `monitor` for RQ's interval of looking after a horse, `configure` for otelexec's own settings, `provider` for a tracer provider
-of the user's own, and `early` to have every horse killed before it does anything.
+of the user's own, `measure` for a folder to export what is measured to, and `early` to have every horse killed before it does anything.
 """
 
 
@@ -30,6 +31,8 @@ def main(url: str, name: str, *queues: str) -> None:
     options: dict[str, Any] = json.loads(os.environ.get(OPTIONS, "{}"))
     if options.get("provider"):
         provide()
+    if "measure" in options:
+        measure(options["measure"])
     if INSTRUMENT in os.environ:
         from otelexec_rq import RQInstrumentor
 
