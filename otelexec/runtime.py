@@ -163,18 +163,21 @@ class Runtime:
 
         self.provider.add_span_processor(BatchSpanProcessor(_stock_exporter(self.settings)))
 
-    def _shut_plain_provider(self, deadline: float) -> None:
-        """Send what is left as long as an exit may take; the SDK alone would retry for much longer."""
-        end: Callable[[], object] = self.provider.shutdown
-        if isinstance(self.theirs, TracerProvider):
-            if not self._parent[0]:  # its own exit handler does it; the children of pools leave without any
+    def _send_plain_spans(self, deadline: float) -> None:
+        """Send the spans that are not the relay's to send, as long as an exit may take; the SDK alone would retry for much longer."""
+        if not isinstance(self.theirs, TracerProvider):
+            if self.records:
                 return
-            end = self.provider.force_flush
-        thread = threading.Thread(target=end, name="otelexec-exit", daemon=True)
+            send: Callable[[], object] = self.provider.shutdown
+        elif self._parent[0]:
+            send = self.theirs.force_flush
+        else:  # its own exit handler does it; the children of pools leave without any
+            return
+        thread = threading.Thread(target=send, name="otelexec-exit", daemon=True)
         try:
             thread.start()
         except RuntimeError:  # the interpreter is shutting down and takes no new threads
-            end()
+            send()
             return
         thread.join(max(0.0, deadline - time.monotonic()))
 
@@ -384,7 +387,7 @@ class Runtime:
         deadline = time.monotonic() + self.settings.exit_timeout_seconds
         self.heartbeat.stop(self.settings.exit_timeout_seconds)
         if self.store is None:
-            self._shut_plain_provider(deadline)
+            self._send_plain_spans(deadline)
             return
         self.flush()
         if not self.spooling and self._process is not None:
@@ -397,6 +400,7 @@ class Runtime:
                 relay.send_rest(deadline)
         if self.relay is not None:
             self.relay.stop(max(0.0, deadline - time.monotonic()))
+        self._send_plain_spans(deadline)
         self.group.close()
         if leaves:
             _left.append(self)

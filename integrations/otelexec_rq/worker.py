@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import multiprocessing
 import os
 import signal
 import sys
@@ -240,8 +239,6 @@ def on_worker_ended(_: Any) -> None:
         supervisor.look()
         supervisor.stop(STOP_SECONDS)
     MAIN.forget()
-    if multiprocessing.parent_process() is not None:
-        _runtime.shutdown()  # a pool's worker leaves without Python's exit handlers
 
 
 class _Spawning:

@@ -54,6 +54,12 @@ async def look_async() -> dict[str, Any]:
     return look()
 
 
+def trace_a_query() -> None:
+    """Add a span of the global provider's."""
+    with trace.get_tracer("app").start_as_current_span("query"):
+        pass
+
+
 def fail(text: str = "no") -> None:
     """Raise."""
     raise ValueError(text)

@@ -24,7 +24,7 @@ from tests.integrations.rq.conftest import Fresh
 from tests.integrations.rq.stage import Stage
 from tests.integrations.rq.worker_app import INSTRUMENT
 from tests.measuring import DURATION, LATENCY, points
-from tests.records import Records, until
+from tests.records import until
 from tests.servers import free_ports
 
 CLASSES = ("Worker", "SimpleWorker", "SpawnWorker", "RoundRobinWorker", "RandomWorker", "WorkerPool")
@@ -110,17 +110,6 @@ def test_links_instead_of_parents(fresh: Fresh) -> None:
     assert said["baggage"][semconv.REQUEST_ID] == seen.record.request_id
 
 
-def test_the_workers_of_a_pool_write_what_is_left_and_say_goodbye(fresh: Fresh) -> None:
-    """They are processes of `multiprocessing`, which leave without Python's exit handlers."""
-    stage = fresh()
-    pool = stage.worker("pool", "WorkerPool", pool=2)
-    stage.result(stage.queue.enqueue(jobs.give))
-    assert pool.stop() == 0
-    records = Records(stage.path)
-    assert records.query("SELECT pid FROM process WHERE ended = 0") == [(os.getpid(),)]
-    records.close()
-
-
 @contextmanager
 def black_hole() -> Iterator[str]:
     """Take connections, read what comes, and never answer."""
@@ -193,6 +182,17 @@ def test_without_a_store_the_spans_of_horses_leave_by_the_users_own_provider(fre
         stage.worker("storeless", provider=True, environment={"OTELEXEC_STORE": "none", "OTEL_EXPORTER_OTLP_ENDPOINT": receiver.endpoint})
         job = stage.queue.enqueue(jobs.give)
         until(lambda: job.id in {span.attributes.get(semconv.MESSAGING_MESSAGE_ID) for span in receiver.spans}, 20)
+
+
+def test_what_a_job_adds_to_its_trace_leaves_by_the_users_own_provider(fresh: Fresh) -> None:
+    from otelexec.receiver import OtlpReceiver
+
+    stage = fresh()
+    with OtlpReceiver() as receiver:
+        stage.worker("provided", provider=True, environment={"OTEL_EXPORTER_OTLP_ENDPOINT": receiver.endpoint})
+        job = stage.queue.enqueue(jobs.trace_a_query)
+        (query,) = until(lambda: [span for span in receiver.spans if span.name == "query"], 20)
+        assert query.parent_span_id == stage.ended(job.id, "succeeded").attempt.span_id
 
 
 def test_without_a_store_a_provider_that_never_gets_an_answer_holds_no_horse_up(fresh: Fresh) -> None:
