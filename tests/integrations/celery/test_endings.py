@@ -309,8 +309,8 @@ def test_a_task_that_is_applied_with_its_callers_headers_is_a_child(common: Stag
 # Deaths, which take their time: all are sent at once, and each test waits for its own
 
 DEATHS: Mapping[str, tuple[str, tuple[Any, ...], Mapping[str, Any]]] = {
-    "killed": ("die", ("MARK", 1), {}),
-    "killed, late": ("die.late", ("MARK", 1), {}),
+    "killed": ("die", ("MARK", 2), {}),
+    "killed, late": ("die.late", ("MARK", 2), {}),
     "killed, late, again": ("die.again", ("MARK", 1), {}),
     "killed before the open": ("killed.early", (), {}),
     "core is killed": ("core", ("core is killed",), {}),
@@ -340,9 +340,11 @@ def deaths(common: Stage) -> Mapping[str, tuple[Any, str]]:
 @pytest.mark.parametrize("how", ["killed", "killed, late"])
 def test_a_killed_child_leaves_one_lost_attempt(common: Stage, deaths: Mapping[str, tuple[Any, str]], how: str) -> None:
     result, mark = deaths[how]
-    seen = common.ended(result.id, "lost", seconds=LOST_SECONDS)
-    attempt = seen.attempt
-    assert (seen.record.state, attempt.classification, common.runs(mark)) == ("lost", "killed", 1)
+    seen = common.ended(result.id, seconds=LOST_SECONDS)
+    # billiard runs a task once more whose child died before it was heard that it had begun, and it is killed again.
+    assert len(seen.attempts) == common.runs(mark) <= 2
+    attempt = seen.attempts[0]
+    assert (seen.record.state, set(seen.states), attempt.classification) == ("lost", {"lost"}, "killed")
     assert "SIGKILL" in (attempt.error_message or "")
     assert json.loads(attempt.progress or "{}")["message"] == "before the kill"
     assert attempt.pid == common.wait_for_run(mark)
