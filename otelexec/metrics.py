@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 import logging
-import threading
 from collections.abc import Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any, Final
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 from opentelemetry import metrics
 
 from otelexec import semconv
+from otelexec.exits import call_within
 
 if TYPE_CHECKING:
     from opentelemetry.metrics import Histogram
@@ -93,9 +93,7 @@ def flush(timeout_seconds: float) -> None:
         except Exception as error:  # the provider gives its exporters' errors back as one
             logger.debug("otelexec.metrics.failed: %s", error)
 
-    thread = threading.Thread(target=export, name="otelexec-metrics", daemon=True)
-    thread.start()
-    thread.join(timeout_seconds)
+    call_within(timeout_seconds, export, "otelexec-metrics")
 
 
 def _attributes(name: str, span_attributes: Mapping[str, Any]) -> dict[str, Any]:

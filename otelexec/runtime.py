@@ -30,6 +30,7 @@ from otelexec.context import current_execution
 from otelexec.effects import run
 from otelexec.errors import SettingsError, StoreError, StoreRejected
 from otelexec.execution import Execution
+from otelexec.exits import call_within
 from otelexec.finalize import Kept, persist
 from otelexec.freeze import for_spool
 from otelexec.heartbeat import Heartbeat as HeartbeatThread
@@ -173,13 +174,7 @@ class Runtime:
             send = self.theirs.force_flush
         else:  # its own exit handler does it; the children of pools leave without any
             return
-        thread = threading.Thread(target=send, name="otelexec-exit", daemon=True)
-        try:
-            thread.start()
-        except RuntimeError:  # the interpreter is shutting down and takes no new threads
-            send()
-            return
-        thread.join(max(0.0, deadline - time.monotonic()))
+        call_within(max(0.0, deadline - time.monotonic()), send, "otelexec-exit")
 
     @property
     def process(self) -> ProcessRow:
