@@ -163,9 +163,9 @@ class SharingContract:
     def test_a_receipt_tells_that_the_transaction_is_through(self, store: Store) -> None:
         receipt = Receipt()
         assert not receipt.committed
-        results = store.commit([opening()], durable=True, timeout_seconds=1.0, receipt=receipt)
+        results = store.commit([opening()], durable=True, timeout_seconds=10.0, receipt=receipt)
         assert receipt.committed
         assert receipt.results == results
         failed = Receipt()
-        store.commit([], durable=False, timeout_seconds=1.0, receipt=failed)
+        store.commit([], durable=False, timeout_seconds=10.0, receipt=failed)
         assert failed.results == []
