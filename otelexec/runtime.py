@@ -215,21 +215,18 @@ class Runtime:
 
     def leave(self, write: Write, *, durable: bool) -> None:
         """Commit a write without waiting for anything, or leave it for the next commit."""
-        self._leave(write, durable=durable)
+        self.group.leave(write, self._keep_if_refused, durable=durable, timeout_seconds=self.settings.finalize_timeout_seconds)
         self.group.flush(wait=False)
         self.heartbeat.nudge()
 
     def defer(self, write: Write) -> None:
-        """Leave a write for the next commit: somebody's, or the background thread's within `cancel_poll_seconds`."""
-        self._leave(write, durable=False)
+        """Leave a write for a commit that has room for it, or the background thread's within `cancel_poll_seconds`."""
+        self.group.defer(write, self._keep_if_refused, timeout_seconds=self.settings.finalize_timeout_seconds)
         self.heartbeat.ensure()
 
-    def _leave(self, write: Write, *, durable: bool) -> None:
-        def keep_if_refused(entry: Entry) -> None:
-            if entry.error is not None:
-                self.keep(entry.write, durable=durable)
-
-        self.group.leave(write, keep_if_refused, durable=durable, timeout_seconds=self.settings.finalize_timeout_seconds)
+    def _keep_if_refused(self, entry: Entry) -> None:
+        if entry.error is not None:
+            self.keep(entry.write, durable=entry.durable)
 
     def in_thread(self, loop: asyncio.AbstractEventLoop, function: Callable[[], Any]) -> asyncio.Future[Any]:
         """Call a function that may block on a thread of our own: the loop's pool may be full of the user's work."""

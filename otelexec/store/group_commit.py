@@ -32,6 +32,9 @@ logger = logging.getLogger("otelexec.store")
 MAX_GROUP = 512
 """Writes in one transaction: longer ones keep other processes waiting without saving much."""
 
+MAX_DEFERRED = 16
+"""Deferred writes that a commit without fsync leaves where they are: together they cost it less than one each time."""
+
 SLICE_SECONDS = 0.2
 """How long one transaction waits for other processes at a time: nobody waits longer than this beyond its own timeout."""
 
@@ -143,6 +146,12 @@ class _Group:
         self.stops = stops
 
 
+def _take(waiting: deque[Entry], group: _Group) -> None:
+    room = min(len(waiting), MAX_GROUP - len(group.entries))
+    with contextlib.suppress(IndexError):  # somebody withdrew
+        group.entries.extend(map(deque.popleft, repeat(waiting, room)))
+
+
 class GroupCommit:
     """
     One process's door to a store.
@@ -154,6 +163,7 @@ class GroupCommit:
     def __init__(self, store: Store) -> None:
         self.store = store
         self._pending: deque[Entry] = deque()
+        self._deferred: deque[Entry] = deque()
         self._group = _Group()
         # Who leads. A dict and not a lock: taking it twice changes nothing, and it can be asked.
         self._lead: dict[str, object] = {}
@@ -261,9 +271,20 @@ class GroupCommit:
         """
         self._pending.append(Entry(write, durable=durable, timeout_seconds=timeout_seconds, notify=notify))
 
+    def defer(self, write: Write, notify: Callable[[Entry], None], *, timeout_seconds: float) -> None:
+        """
+        Leave a write for the next commit that has an fsync to share, that finds `MAX_DEFERRED` of them, or that `flush` makes.
+
+        Args:
+            write: What to write.
+            notify: Called with the settled entry by whoever commits it.
+            timeout_seconds: How long to wait for other processes, once somebody commits it.
+        """
+        self._deferred.append(Entry(write, durable=False, timeout_seconds=timeout_seconds, notify=notify))
+
     def flush(self, *, wait: bool = True) -> None:
         """
-        Commit whatever was left behind, unless somebody is at it.
+        Commit whatever was left behind or deferred, unless somebody is at it.
 
         Args:
             wait: Whether to wait for other processes and threads; if not, what can't be written now stays.
@@ -271,8 +292,8 @@ class GroupCommit:
         call: _Call | None = _Call()
         leader = weakref.ref(call)
         try:
-            while (self._pending or self._group.entries) and self._lead.setdefault(_LEAD, leader) is leader:
-                self._commit_group(wait=wait)
+            while (self._pending or self._deferred or self._group.entries) and self._lead.setdefault(_LEAD, leader) is leader:
+                self._commit_group(wait=wait, deferred=True)
                 if not wait:
                     return
         finally:
@@ -294,15 +315,15 @@ class GroupCommit:
             return False
         return True
 
-    def _commit_group(self, *, wait: bool = True) -> None:
+    def _commit_group(self, *, wait: bool = True, deferred: bool = False) -> None:
         """Commit what waits, or finish what another leader was stopped in. Only for whoever leads."""
         group = self._group
         if not group.receipt.committed:
             if group.entries:  # left by a leader that was stopped, or had no time
                 group = self._group = _Group([entry for entry in group.entries if not entry.done], group.stops)
-            room = min(len(self._pending), MAX_GROUP - len(group.entries))
-            with contextlib.suppress(IndexError):  # somebody withdrew
-                group.entries.extend(map(deque.popleft, repeat(self._pending, room)))
+            _take(self._pending, group)
+            if deferred or len(self._deferred) >= MAX_DEFERRED or any(entry.durable for entry in group.entries):
+                _take(self._deferred, group)
             if not group.entries or not self._transact(group, wait=wait):
                 return
         for entry, result in zip(group.entries, group.receipt.results, strict=True):
