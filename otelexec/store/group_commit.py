@@ -146,6 +146,10 @@ class _Group:
         self.stops = stops
 
 
+def _answer(result: object) -> tuple[object, StoreError | None]:
+    return (None, result) if isinstance(result, StoreError) else (result, None)
+
+
 def _take(waiting: deque[Entry], group: _Group) -> None:
     room = min(len(waiting), MAX_GROUP - len(group.entries))
     with contextlib.suppress(IndexError):  # somebody withdrew
@@ -324,11 +328,14 @@ class GroupCommit:
             _take(self._pending, group)
             if deferred or len(self._deferred) >= MAX_DEFERRED or any(entry.durable for entry in group.entries):
                 _take(self._deferred, group)
-            if not group.entries or not self._transact(group, wait=wait):
+            if not group.entries:
                 return
+        # Also what is committed already: a leader that was stopped after its commit may not have seen it to the disk.
+        if not self._transact(group, wait=wait):
+            return
         for entry, result in zip(group.entries, group.receipt.results, strict=True):
             if not entry.done:
-                entry.settle(*((None, result) if isinstance(result, StoreError) else (result, None)))
+                entry.settle(*_answer(result))
         self._group = _Group()
 
     def _transact(self, group: _Group, *, wait: bool) -> bool:
@@ -342,7 +349,9 @@ class GroupCommit:
                 receipt=group.receipt,
             )
         except StoreBusy as error:
-            if wait:
+            if wait and group.receipt.committed:
+                self._fail(group, error)
+            elif wait:
                 self._expire(group, error, started)
             return False
         except StoreError as error:
@@ -350,7 +359,7 @@ class GroupCommit:
             return False
         except BaseException as error:
             group.stops += 1
-            if group.stops <= _MAX_STOPS or group.receipt.committed:
+            if group.stops <= _MAX_STOPS:
                 raise
             logger.exception("otelexec.store.commit")
             self._fail(group, _Fault(f"{type(error).__name__}: {error}"))
@@ -358,8 +367,11 @@ class GroupCommit:
         return True
 
     def _fail(self, group: _Group, error: StoreError) -> None:
+        written = iter(group.receipt.results if group.receipt.committed else ())
         for entry in group.entries:
-            entry.settle(None, error)
+            result = next(written, error)
+            if not entry.done:
+                entry.settle(*_answer(error if entry.durable else result))
         self._group = _Group()
 
     def _expire(self, group: _Group, error: StoreError, started: float) -> None:

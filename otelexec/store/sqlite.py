@@ -1,9 +1,13 @@
 """
 The embedded store: one SQLite file in WAL mode, for the processes of one machine.
 
-What SQLite alone needs stands here: one connection that writes and one that reads, `synchronous` set per transaction
-(NORMAL survives the process, FULL survives power loss; https://sqlite.org/pragma.html#pragma_synchronous), a file that
-may be deleted, replaced or damaged under a running process, and the connection that a forked child must not touch.
+What SQLite alone needs stands here: one connection that writes and one that reads, an fsync that holds no other process
+up, a file that may be deleted, replaced or damaged under a running process, and the connection that a forked child must
+not touch.
+
+A commit with `synchronous=NORMAL` survives the process, and power loss once its -wal is synced
+(https://sqlite.org/pragma.html#pragma_synchronous). With FULL, SQLite syncs it inside of the write lock, and all processes
+together get as many commits as the disk has fsyncs. Here a process syncs after the lock is free, while others commit.
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import random
 import sqlite3
 import threading
 import time
@@ -25,13 +30,20 @@ from otelexec.store.base import Receipt
 from otelexec.store.reading import SqlReader
 from otelexec.store.schema import Transaction
 from otelexec.store.sqlite_file import DAMAGE, SqliteFile, code, identity, unusable
-from otelexec.store.writes import Write
+from otelexec.store.writes import ClaimOutbox, Write
 
 logger = logging.getLogger("otelexec.store")
 
 # Result codes that are the write's own fault; with any other the store could not do its work at this time.
 _REFUSALS = frozenset({sqlite3.SQLITE_TOOBIG, sqlite3.SQLITE_CONSTRAINT, sqlite3.SQLITE_MISMATCH, sqlite3.SQLITE_RANGE})
 _LOCKED = frozenset({sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED})
+
+# A transaction takes a tenth of a millisecond; SQLite's own wait for another process's begins with a whole one.
+_LEAST_PAUSE_SECONDS = 0.0001
+_MOST_PAUSE_SECONDS = 0.002
+
+# macOS has no fdatasync.
+_sync = getattr(os, "fdatasync", os.fsync)
 
 # How long a fork waits for the commit of another thread.
 _FORK_PATIENCE_SECONDS = 2.0
@@ -77,13 +89,12 @@ class SqliteStore(SqlReader):
 
     def _reset(self) -> None:
         self._writer: sqlite3.Connection | None = None
+        self._wal: int | None = None
         self._reader: sqlite3.Connection | None = None
         self._write_lock = threading.Lock()
         self._read_lock = threading.Lock()
         self._file: tuple[int, int] | None = None
         self._read_file: tuple[int, int] | None = None
-        self._busy_ms = -1
-        self._durable: bool | None = None
         self._announced = False
         self._quiet = False
 
@@ -125,30 +136,44 @@ class SqliteStore(SqlReader):
     def _commit(self, writes: Sequence[Write], durable: bool, timeout_seconds: float, receipt: Receipt) -> None:  # noqa: FBT001 (internal)
         try:
             connection = self._writable(timeout_seconds)
-            try:
-                self._transact(connection, writes, receipt, durable=durable)
-            except (sqlite3.Error, ValueError, OverflowError, TypeError) as error:
-                if receipt.committed or not _is_refusal(error):
-                    raise
-                receipt.results.clear()
-                self._transact(connection, writes, receipt, durable=durable, apart=True)
+            if not receipt.committed:
+                try:
+                    self._transact(connection, writes, receipt, timeout_seconds)
+                except (sqlite3.Error, ValueError, OverflowError, TypeError) as error:
+                    if receipt.committed or not _is_refusal(error):
+                        raise
+                    receipt.results.clear()
+                    self._transact(connection, writes, receipt, timeout_seconds, apart=True)
+            # What a relay claims leaves, and another process may not have synced it yet.
+            if self._wal is not None and (durable or any(isinstance(write, ClaimOutbox) for write in writes)):
+                _sync(self._wal)
         except (sqlite3.Error, OSError) as error:
-            if receipt.committed or isinstance(error, TimeoutError):  # a signal handler's
+            if isinstance(error, OSError) and error.errno is None:  # a signal handler's, such as a TimeoutError
                 raise
             self._after(error)
             unavailable = StoreBusy if code(error) in _LOCKED else StoreUnavailable
             raise unavailable(f"{self.url}: {error}") from error
 
+    def _begin(self, connection: sqlite3.Connection, timeout_seconds: float) -> None:
+        deadline = time.monotonic() + timeout_seconds
+        pause = _LEAST_PAUSE_SECONDS
+        while True:
+            try:
+                connection.execute("BEGIN IMMEDIATE")
+            except sqlite3.OperationalError as error:
+                if code(error) not in _LOCKED or time.monotonic() >= deadline:
+                    raise
+            else:
+                return
+            time.sleep(pause * random.uniform(0.5, 1.5))  # noqa: S311 (so that two who wait don't meet again)
+            pause = min(pause * 1.5, _MOST_PAUSE_SECONDS)
+
     def _transact(
-        self, connection: sqlite3.Connection, writes: Sequence[Write], receipt: Receipt, *, durable: bool, apart: bool = False
+        self, connection: sqlite3.Connection, writes: Sequence[Write], receipt: Receipt, timeout_seconds: float, *, apart: bool = False
     ) -> None:
         execute = connection.execute
-        if durable is not self._durable:
-            self._durable = None
-            execute("PRAGMA synchronous = " + ("FULL" if durable else "NORMAL"))
-            self._durable = durable
         try:
-            execute("BEGIN IMMEDIATE")
+            self._begin(connection, timeout_seconds)
             tx = _Transaction(connection)
             if not self._announced:
                 for write in self.announce():
@@ -184,17 +209,17 @@ class SqliteStore(SqlReader):
             logger.warning("otelexec.store.replaced: %s is another file than before, or gone", self.path)
             self._drop_writer()
         if self._writer is None:
-            self._busy_ms = -1
-            self._durable = None
             self._announced = False
             self._file = None
-            self._writer = self._database.open(timeout_seconds)
+            writer = self._writer = self._database.open(timeout_seconds)
+            try:
+                self._wal = self._database.open_wal()
+                writer.execute("PRAGMA synchronous = " + ("FULL" if self._wal is None else "NORMAL"))
+                writer.execute("PRAGMA busy_timeout = 0")
+            except BaseException:
+                self._drop_writer()
+                raise
             self._file = identity(self.path)
-        busy_ms = max(0, int(timeout_seconds * 1000))
-        if busy_ms != self._busy_ms:
-            self._busy_ms = -1
-            self._writer.execute(f"PRAGMA busy_timeout = {busy_ms}")
-            self._busy_ms = busy_ms
         return self._writer
 
     def _after(self, error: Exception) -> None:
@@ -220,6 +245,10 @@ class SqliteStore(SqlReader):
             with contextlib.suppress(sqlite3.Error):
                 self._writer.close()
         self._writer = None
+        if self._wal is not None:
+            with contextlib.suppress(OSError):
+                os.close(self._wal)
+        self._wal = None
 
     # Reading
 
@@ -262,6 +291,8 @@ class SqliteStore(SqlReader):
     def _abandon(self) -> None:
         """Forget inherited connections without closing them, in a forked child."""
         _inherited.extend(connection for connection in (self._writer, self._reader) if connection is not None)
+        self._writer = None
+        self._drop_writer()
         self._reset()
 
     def _before_fork(self) -> None:

@@ -88,6 +88,20 @@ class SqliteFile:
         self._sides = {suffix: identity(f"{self.path}{suffix}") for suffix in _SIDES}
         return connection
 
+    def open_wal(self) -> int | None:
+        """
+        Open the -wal of an open database, for fsync only.
+
+        SQLite makes it when it opens the file, and it is the same one for as long as any connection is open.
+
+        Returns:
+            The descriptor; None where the file system can't have a -wal, and SQLite keeps a rollback journal.
+        """
+        try:
+            return os.open(f"{self.path}-wal", os.O_RDONLY)
+        except FileNotFoundError:
+            return None
+
     def _clear_leftovers(self) -> None:
         """
         Move away the side files of a store that was deleted or replaced without them.

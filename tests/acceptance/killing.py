@@ -28,6 +28,7 @@ from typing import Any, Final
 
 import otelexec
 from otelexec.store import group_commit
+from otelexec.store import sqlite as sqlite_store
 from tests import stores
 from tests.acceptance.agreement import disagreements, settle
 from tests.acceptance.scenarios import SCENARIOS, Ledger
@@ -63,14 +64,6 @@ def _statement(query: Any) -> str:
     return re.sub(r"(\([^()]*%s[^()]*\)),( ?\1,?)+", r"\1...", re.sub(r"\s+", " ", text).strip())
 
 
-class Unsynced(sqlite3.Connection):
-    """A connection without fsync: what a killed process wrote is in the kernel all the same, and a sweep takes half the time."""
-
-    def execute(self, sql: str, parameters: Any = (), /) -> sqlite3.Cursor:
-        """Run a statement."""
-        return super().execute(sql.replace("synchronous = FULL", "synchronous = NORMAL"), parameters)
-
-
 class Points:
     """
     Counts the points that this process passes, and kills it at one of them.
@@ -94,10 +87,12 @@ class Points:
         sys.settrace(self._called)
 
     def _trace_sqlite(self) -> None:
-        connect = sqlite3.connect
+        # What a killed process wrote is in the kernel all the same, and without fsync a sweep takes half the time.
+        sqlite_store._sync = lambda _: None
+        connect: Callable[..., sqlite3.Connection] = sqlite3.connect
 
         def traced_connect(*args: Any, **kwargs: Any) -> sqlite3.Connection:
-            connection = connect(*args, factory=Unsynced, **kwargs)
+            connection = connect(*args, **kwargs)
             connection.set_trace_callback(lambda text: self.hit(re.split(r"['0-9]", text, maxsplit=1)[0]))
             return connection
 

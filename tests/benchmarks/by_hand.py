@@ -20,11 +20,12 @@ class TwoCommits:
     """
 
     def __init__(self, path: Path) -> None:
-        self.connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+        self.connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=60)
         self.connection.execute("PRAGMA journal_mode = WAL")
         self.connection.execute("PRAGMA synchronous = FULL")
         self.connection.execute(
-            "CREATE TABLE run (id TEXT PRIMARY KEY, name TEXT NOT NULL, state TEXT NOT NULL, started INTEGER NOT NULL, ended INTEGER)"
+            "CREATE TABLE IF NOT EXISTS run "
+            "(id TEXT PRIMARY KEY, name TEXT NOT NULL, state TEXT NOT NULL, started INTEGER NOT NULL, ended INTEGER)"
         )
 
     def opened(self, name: str) -> str:

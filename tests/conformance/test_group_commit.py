@@ -360,6 +360,32 @@ def test_nothing_piles_up_where_writes_are_left_without_a_committer(store: Sqlit
     assert group._signal.empty()
 
 
+def test_a_deferred_write_goes_with_an_fsync(store: SqliteStore, group: GroupCommit) -> None:
+    group.defer(AddSpans(b"deferred", 1), lambda _: None, timeout_seconds=1)
+    row = opening()
+    group.commit(row)
+    assert requests(store) == []
+    group.commit(closing(row), durable=True)
+    assert requests(store) == [b"succeeded t", b"deferred"]
+
+
+def test_deferred_writes_go_together_when_there_are_enough(store: SqliteStore, group: GroupCommit) -> None:
+    for number in range(group_commit.MAX_DEFERRED):
+        group.commit(opening(f"e{number}", f"t{number}"))
+        assert requests(store) == []
+        group.defer(AddSpans(b"%d" % number, 1), lambda _: None, timeout_seconds=1)
+    group.commit(opening("last", "last"))
+    assert requests(store) == [b"%d" % number for number in range(group_commit.MAX_DEFERRED)]
+
+
+def test_a_deferred_write_goes_with_a_flush(store: SqliteStore, group: GroupCommit) -> None:
+    told: list[Entry] = []
+    group.defer(AddSpans(b"deferred", 1), told.append, timeout_seconds=1)
+    group.flush()
+    assert requests(store) == [b"deferred"]
+    assert [entry.error for entry in told] == [None]
+
+
 def test_nobody_waits_longer_than_its_own_time_while_another_process_writes(store: SqliteStore, group: GroupCommit) -> None:
     group.commit(opening())
     blocker = sqlite3.connect(store.path, isolation_level=None)
