@@ -50,12 +50,12 @@ def main() -> None:
         work(queue, stop)
 
 
-def at_end_of_input(then: Callable[[], object]) -> None:
-    """Call something once standard input ends."""
+def at_end_of_input(then: Callable[[], object], descriptor: int = 0) -> None:
+    """Call something once standard input ends, or another descriptor of it."""
 
     def wait() -> None:
         # Not sys.stdin: a daemon thread that holds its lock would abort the interpreter's exit.
-        while os.read(0, 64):
+        while os.read(descriptor, 64):
             pass
         then()
 

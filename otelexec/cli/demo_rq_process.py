@@ -45,8 +45,10 @@ def main() -> None:
     if role == "worker":
         from rq.worker_pool import WorkerPool
 
+        own = os.dup(0)  # in a worker of a pool, standard input is another one
+        os.register_at_fork(after_in_child=lambda: at_end_of_input(_give_up, own))
+        at_end_of_input(_tell_to_stop)
         pool: Any = WorkerPool([demo_rq_jobs.QUEUE], connection=demo_rq_jobs.connection, num_workers=POOL)
-        at_end_of_input(lambda: _stop(pool))
         pool.start(logging_level="WARNING")
     else:
         from rq.cron import CronScheduler
@@ -62,12 +64,11 @@ def _tell_to_stop() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _stop(pool: Any) -> None:
-    _tell_to_stop()
-    # A worker whose broker was killed with the demo sleeps up to a minute before it tries again, and heeds nothing until then.
+def _give_up() -> None:
+    # A worker whose broker was killed with the demo sleeps up to a minute before it tries again, and heeds nothing until
+    # then; a horse that is stuck in its job has no worker any more.
     time.sleep(GRACE_SECONDS)
-    for worker in list(pool.worker_dict.values()):
-        worker.process.kill()
+    os._exit(1)
 
 
 if __name__ == "__main__":
