@@ -381,8 +381,10 @@ class Runtime:
         if self.store is None:
             self._send_plain_spans(deadline)
             return
+        # A goodbye is for what is still open, and has an fsync for what had none. Else a process that ends is missed by nobody.
+        silent = leaves and not (self.executions or self.group.waits or self.collector.has_loose)
         self.flush()
-        if not self.spooling and self._process is not None:
+        if not silent and not self.spooling and self._process is not None:
             with contextlib.suppress(StoreError):
                 self.commit(Heartbeat(self.process, ended=not self.executions), durable=False, timeout_seconds=0.5)
         if self.relay is None and self.settings.relay and self._process is not None and not self._forked:

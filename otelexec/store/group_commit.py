@@ -286,6 +286,11 @@ class GroupCommit:
         """
         self._deferred.append(Entry(write, durable=False, timeout_seconds=timeout_seconds, notify=notify))
 
+    @property
+    def waits(self) -> bool:
+        """Tell whether a write is left behind or deferred."""
+        return bool(self._pending or self._deferred or self._group.entries)
+
     def flush(self, *, wait: bool = True) -> None:
         """
         Commit whatever was left behind or deferred, unless somebody is at it.
@@ -296,7 +301,7 @@ class GroupCommit:
         call: _Call | None = _Call()
         leader = weakref.ref(call)
         try:
-            while (self._pending or self._deferred or self._group.entries) and self._lead.setdefault(_LEAD, leader) is leader:
+            while self.waits and self._lead.setdefault(_LEAD, leader) is leader:
                 self._commit_group(wait=wait, deferred=True)
                 if not wait:
                     return

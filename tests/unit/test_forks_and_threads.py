@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from opentelemetry import context as otel_context
@@ -22,6 +23,7 @@ from opentelemetry import trace
 
 import otelexec
 from otelexec import runtime
+from otelexec.store.sqlite import SqliteStore
 from tests.records import Records
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
@@ -138,6 +140,36 @@ def test_a_child_that_leaves_does_not_fold_the_store_s_file_up(records: Records)
     assert in_child(child) == 0
     assert records.path.with_name(records.path.name + "-wal").stat().st_size > 0
     assert records.one().state == "succeeded"
+
+
+@pytest.mark.parametrize("sends", [False, True])
+def test_a_child_that_leaves_says_goodbye_only_if_there_is_more_to_write(
+    records: Records, monkeypatch: pytest.MonkeyPatch, sends: bool
+) -> None:
+    commits: list[object] = []
+    inner = SqliteStore.commit
+
+    def counted(self: SqliteStore, *args: Any, **kwargs: Any) -> list[object]:
+        commits.append(self)
+        return inner(self, *args, **kwargs)
+
+    def child() -> None:
+        with otelexec.execution("job"):
+            pass
+        assert len(commits) == 2
+        if sends:
+            with otelexec.publish("later"):
+                pass
+            commits.clear()
+        otelexec.shutdown(leaves=True)
+        assert len(commits) == 2
+
+    otelexec.configure()
+    monkeypatch.setattr(SqliteStore, "commit", counted)
+    assert in_child(child) == 0
+    spans = {span.name for span in records.spans()}
+    assert spans == ({"job", "send"} if sends else {"job"})
+    assert records.query("SELECT ended FROM process") == [(int(sends),)]
 
 
 def test_a_child_s_spans_and_ids_never_repeat_the_parent_s(records: Records) -> None:
