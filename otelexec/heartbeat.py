@@ -14,6 +14,7 @@ import time
 from typing import TYPE_CHECKING
 
 from otelexec.errors import OtelexecError, StoreError
+from otelexec.importing import importing
 from otelexec.store.writes import Heartbeat as HeartbeatWrite
 
 if TYPE_CHECKING:
@@ -166,8 +167,9 @@ class Heartbeat:
 
     def make_relay(self) -> Relay | None:
         """Make the relay of this process; None where it has nothing to send or can't."""
-        from otelexec.reconcile import dead_relays
-        from otelexec.relay import Relay
+        with importing:
+            from otelexec.reconcile import dead_relays
+            from otelexec.relay import Relay
 
         runtime = self._runtime
         store = runtime.store
@@ -183,7 +185,8 @@ class Heartbeat:
         return runtime.relay
 
     def _reconcile(self) -> None:
-        from otelexec.reconcile import Reconciler
+        with importing:
+            from otelexec.reconcile import Reconciler
 
         runtime = self._runtime
         if runtime.store is None:

@@ -11,6 +11,7 @@ import asyncio
 import atexit
 import concurrent.futures
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -136,6 +137,7 @@ class Runtime:
         self.heartbeat = HeartbeatThread(self)
         self.collector = Collector(settings.max_collected_spans, self.heartbeat.nudge, forked=forked)
         self.store = open_store(settings)
+        _watch_forks()
         self.records = self.store is not None
         self.provider = spans.make_provider(settings.service_name, current_collector, self.theirs, collects=self.records)
         if not self.records:
@@ -529,5 +531,11 @@ def _at_exit() -> None:
     shutdown()
 
 
-os.register_at_fork(before=_before_fork, after_in_child=_after_fork)
+@functools.cache
+def _watch_forks() -> None:
+    # Once the store's module has: what is to happen before a fork happens in reverse order, and this writes to the store,
+    # which the store's own hook closes.
+    os.register_at_fork(before=_before_fork, after_in_child=_after_fork)
+
+
 atexit.register(_at_exit)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import gzip
+import netrc  # noqa: F401 (requests imports it with its first request, at which no fork would wait: `importing`)
 import time
 import zlib
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 import requests
 from opentelemetry import context as otel_context
 from urllib3.exceptions import NewConnectionError
+
+from otelexec.importing import importing
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -156,11 +159,12 @@ class GrpcTransport:
         Returns:
             What became of it; the endpoint never makes this raise.
         """
-        import grpc  # type: ignore[import-untyped] # ships no types
+        with importing:  # gRPC imports more of itself when it makes a channel
+            import grpc  # type: ignore[import-untyped] # ships no types
 
-        if self._channel is None:
-            self._channel = self._open(grpc)
-            self._export = self._channel.unary_unary(EXPORT)
+            if self._channel is None:
+                self._channel = self._open(grpc)
+                self._export = self._channel.unary_unary(EXPORT)
         try:
             with _untraced():
                 text = self._export(body, timeout=self._endpoint.timeout_seconds, metadata=tuple(self._endpoint.headers.items()) or None)
@@ -222,7 +226,8 @@ def _grpc_reply(error: Any) -> Reply:
 def _accepted(text: bytes) -> Reply:
     if not text:
         return Reply(Verdict.ACCEPTED)
-    from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceResponse
+    with importing:
+        from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceResponse
 
     try:
         partial = ExportTraceServiceResponse.FromString(text).partial_success
@@ -233,7 +238,8 @@ def _accepted(text: bytes) -> Reply:
 
 def _status_message(text: bytes) -> str:
     """Give the message of a google.rpc.Status, the body of an OTLP/HTTP error."""
-    from google.rpc.status_pb2 import Status  # type: ignore[import-untyped] # ships no types
+    with importing:
+        from google.rpc.status_pb2 import Status  # type: ignore[import-untyped] # ships no types
 
     try:
         return str(Status.FromString(text).message)
@@ -243,8 +249,9 @@ def _status_message(text: bytes) -> str:
 
 def _retry_info(error: Any) -> float | None:
     """Give the seconds of a RetryInfo in the status details; None without one."""
-    from google.rpc.error_details_pb2 import RetryInfo  # type: ignore[import-untyped] # ships no types
-    from google.rpc.status_pb2 import Status
+    with importing:
+        from google.rpc.error_details_pb2 import RetryInfo  # type: ignore[import-untyped] # ships no types
+        from google.rpc.status_pb2 import Status
 
     for key, value in error.trailing_metadata() or ():
         if key == "grpc-status-details-bin":

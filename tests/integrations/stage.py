@@ -65,7 +65,10 @@ class WorkerProcess:
         if self.process.poll() is None:
             self.process.send_signal(number)
         try:
-            return self.process.wait(seconds)
+            code = self.process.wait(seconds)
+            if code:
+                print(self.text()[-4000:])  # noqa: T201 (with a failure, pytest shows it)
+            return code
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(self.pid, signal.SIGKILL)

@@ -193,6 +193,46 @@ def test_a_child_s_spans_and_ids_never_repeat_the_parent_s(records: Records) -> 
     assert len({span.trace_id for span in spans}) == 80
 
 
+_FORK_AMID_AN_IMPORT = """
+import os, signal, sys, threading, time
+import otelexec
+
+class Slow:
+    def find_spec(self, name, path=None, target=None):
+        if name == "otelexec.relay":
+            reached.set()
+            time.sleep(0.5)
+
+reached = threading.Event()
+sys.meta_path.insert(0, Slow())
+otelexec.configure(store=sys.argv[1], relay=True)
+with otelexec.execution("parent"):
+    pass
+assert reached.wait(30)
+pid = os.fork()
+if pid == 0:
+    signal.alarm(10)
+    import otelexec.relay
+    os._exit(0)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+"""
+
+
+def test_a_fork_waits_for_what_a_background_thread_imports(tmp_path: Path) -> None:
+    """The child has the import lock of a thread that it has not, and would wait for it for ever."""
+    command = [sys.executable, "-c", _FORK_AMID_AN_IMPORT, f"sqlite:///{tmp_path}/fork.db"]
+    assert subprocess.run(command, timeout=60, check=False).returncode == 0
+
+
+def test_a_span_that_is_open_at_a_fork_is_in_the_store_before_it(records: Records, caplog: pytest.LogCaptureFixture) -> None:
+    def child() -> None:
+        assert records.query("SELECT COUNT(*) FROM open_span") == [(1,)]
+
+    with otelexec.execution("job"), trace.get_tracer("app").start_as_current_span("around the fork"):
+        assert in_child(child) == 0
+    assert [record.message for record in caplog.records if record.levelname != "INFO"] == []
+
+
 def test_a_scope_s_id_is_not_handed_out_twice_over_a_fork(records: Records) -> None:
     with otelexec.correlate(source="x", execution_id="e"):
         assert in_child(otelexec.execution("job")(lambda: None)) == 0

@@ -48,7 +48,7 @@ def test_a_worker_killed_with_its_horse_leaves_no_attempt_open(fresh: Fresh) -> 
     until(lambda: reconciled(stage))
     seen = stage.ended(job.id, "lost")
     assert (seen.record.state, seen.attempt.pid) == ("lost", horse)
-    assert job.get_status() == "failed"
+    until(lambda: job.get_status() == "failed")
     stage.check_agreement()
 
 

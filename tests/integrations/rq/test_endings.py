@@ -38,7 +38,7 @@ def test_an_exception_is_the_functions_own(common: Stage) -> None:
     assert (seen.attempt.error_type, seen.attempt.error_message, seen.attempt.classification) == ("ValueError", "told you", None)
     [event] = [event for event in seen.consumer().events if event.name == "exception"]
     assert "in fail" in str(event.attributes[semconv.EXCEPTION_STACKTRACE])
-    assert job.get_status() == "failed"
+    until(lambda: job.get_status() == "failed")
 
 
 def test_an_exit_is_a_failed_attempt(common: Stage) -> None:
@@ -90,7 +90,7 @@ def test_retries_that_are_returned_without_end_are_used_up(common: Stage) -> Non
     job = common.queue.enqueue(jobs.ask_for_ever)
     seen = common.ended(job.id, "failed", "failed")
     assert seen.record.state == "failed"
-    assert job.get_status() == "failed"
+    until(lambda: job.get_status() == "failed")
 
 
 def test_a_job_that_forgets_its_meta_keeps_its_execution(common: Stage) -> None:
