@@ -13,6 +13,7 @@ together get as many commits as the disk has fsyncs. Here a process syncs after 
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import random
@@ -96,6 +97,7 @@ class SqliteStore(SqlReader):
         self._file: tuple[int, int] | None = None
         self._read_file: tuple[int, int] | None = None
         self._announced = False
+        self._in_doubt = False
         self._quiet = False
 
     @property
@@ -146,13 +148,28 @@ class SqliteStore(SqlReader):
                     self._transact(connection, writes, receipt, timeout_seconds, apart=True)
             # What a relay claims leaves, and another process may not have synced it yet.
             if self._wal is not None and (durable or any(isinstance(write, ClaimOutbox) for write in writes)):
-                _sync(self._wal)
+                self._make_durable(connection, self._wal)
         except (sqlite3.Error, OSError) as error:
             if isinstance(error, OSError) and error.errno is None:  # a signal handler's, such as a TimeoutError
                 raise
             self._after(error)
             unavailable = StoreBusy if code(error) in _LOCKED else StoreUnavailable
             raise unavailable(f"{self.url}: {error}") from error
+
+    def _make_durable(self, connection: sqlite3.Connection, wal: int) -> None:
+        if self._in_doubt:
+            # After a failed fsync the kernel takes the pages for written (https://lwn.net/Articles/752063/), and the next one
+            # succeeds. A checkpoint writes them anew, into the database.
+            busy, frames, moved = connection.execute("PRAGMA wal_checkpoint(FULL)").fetchone()
+            if busy or frames != moved:
+                raise OSError(errno.EIO, "an fsync has failed, and others keep what was written from being written again")
+            self._in_doubt = False
+        try:
+            _sync(wal)
+        except OSError as error:
+            if error.errno is not None:
+                self._in_doubt = True
+            raise
 
     def _begin(self, connection: sqlite3.Connection, timeout_seconds: float) -> None:
         deadline = time.monotonic() + timeout_seconds

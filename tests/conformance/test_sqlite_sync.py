@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import sqlite3
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -99,6 +100,27 @@ def test_a_close_that_could_not_be_synced_is_no_durable_one_and_the_next_try_is_
     assert isinstance(again, Closed)
     assert again.won
     assert outbox(store) == [b"succeeded t"]
+
+
+def test_after_a_failed_fsync_the_next_one_is_not_believed(store: SqliteStore, path: Path, disk: Disk, tmp_path: Path) -> None:
+    row = opening()
+    opened(store, row)
+    disk.at_next.append(disk.fail)
+    with pytest.raises(StoreUnavailable):
+        store.commit([closing(row)], durable=True, timeout_seconds=10)
+    reader = sqlite3.connect(path)
+    reader.execute("BEGIN")
+    assert reader.execute("SELECT state FROM attempt").fetchone() == ("succeeded",)
+    opened(store, opening("later", "later"))
+    with pytest.raises(StoreUnavailable, match="others keep"):
+        store.commit([closing(row)], durable=True, timeout_seconds=10)
+    reader.close()
+    assert closed(store, closing(row)).won
+    # Without its -wal: what was in there and in doubt is in the database now.
+    shutil.copy(path, tmp_path / "alone.db")
+    alone = SqliteStore(tmp_path / "alone.db")
+    assert record(alone).state == "succeeded"
+    alone.close()
 
 
 def test_who_asked_for_no_fsync_has_its_answer_although_the_groups_failed(store: SqliteStore, disk: Disk) -> None:
