@@ -18,15 +18,15 @@ FORK_PATIENCE_SECONDS: Final = 10.0
 importing: Final = threading.Lock()
 """To be held around imports in background threads."""
 
-_waited: list[bool] = []
+_here = threading.local()  # two threads may fork at the same time
 
 
 def _before_fork() -> None:
-    _waited[:] = [importing.acquire(timeout=FORK_PATIENCE_SECONDS)]
+    _here.held = importing.acquire(timeout=FORK_PATIENCE_SECONDS)
 
 
 def _after_fork() -> None:
-    if _waited.pop():
+    if _here.held:
         importing.release()
 
 
