@@ -383,7 +383,7 @@ class Runtime:
         if self.store is None:
             self._send_plain_spans(deadline)
             return
-        # A goodbye is for what is still open, and has an fsync for what had none. Else a process that ends is missed by nobody.
+        # A goodbye is for what is still open or was left to write. Else a process that ends is missed by nobody.
         silent = leaves and not (self.executions or self.group.waits or self.collector.has_loose)
         self.flush()
         if not silent and not self.spooling and self._process is not None:

@@ -300,9 +300,12 @@ class GroupCommit:
         """
         call: _Call | None = _Call()
         leader = weakref.ref(call)
+        # Into the queue, since whoever leads now would leave them where they are; with suppress, as it may take them meanwhile.
+        with contextlib.suppress(IndexError):
+            self._pending.extend(map(deque.popleft, repeat(self._deferred, len(self._deferred))))
         try:
             while self.waits and self._lead.setdefault(_LEAD, leader) is leader:
-                self._commit_group(wait=wait, deferred=True)
+                self._commit_group(wait=wait)
                 if not wait:
                     return
         finally:
@@ -324,14 +327,14 @@ class GroupCommit:
             return False
         return True
 
-    def _commit_group(self, *, wait: bool = True, deferred: bool = False) -> None:
+    def _commit_group(self, *, wait: bool = True) -> None:
         """Commit what waits, or finish what another leader was stopped in. Only for whoever leads."""
         group = self._group
         if not group.receipt.committed:
             if group.entries:  # left by a leader that was stopped, or had no time
                 group = self._group = _Group([entry for entry in group.entries if not entry.done], group.stops)
             _take(self._pending, group)
-            if deferred or len(self._deferred) >= MAX_DEFERRED or any(entry.durable for entry in group.entries):
+            if len(self._deferred) >= MAX_DEFERRED or any(entry.durable for entry in group.entries):
                 _take(self._deferred, group)
             if not group.entries:
                 return

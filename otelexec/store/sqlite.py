@@ -150,7 +150,7 @@ class SqliteStore(SqlReader):
             if self._wal is not None and (durable or any(isinstance(write, ClaimOutbox) for write in writes)):
                 self._make_durable(connection, self._wal)
         except (sqlite3.Error, OSError) as error:
-            if isinstance(error, OSError) and error.errno is None:  # a signal handler's, such as a TimeoutError
+            if isinstance(error, TimeoutError) or (isinstance(error, OSError) and error.errno is None):  # a signal handler's
                 raise
             self._after(error)
             unavailable = StoreBusy if code(error) in _LOCKED else StoreUnavailable
@@ -159,19 +159,25 @@ class SqliteStore(SqlReader):
     def _make_durable(self, connection: sqlite3.Connection, wal: int) -> None:
         if self._in_doubt:
             # After a failed fsync the kernel takes the pages for written (https://lwn.net/Articles/752063/), and the next one
-            # succeeds. A checkpoint writes them anew, into the database.
-            busy, frames, moved = connection.execute("PRAGMA wal_checkpoint(FULL)").fetchone()
-            if busy or frames != moved:
+            # succeeds. A checkpoint writes them anew, into the database, and leaves no -wal with a hole, which would be played back.
+            connection.execute("PRAGMA busy_timeout = 1000")
+            try:
+                busy = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
+            finally:
+                connection.execute("PRAGMA busy_timeout = 0")
+            if busy:
                 raise OSError(errno.EIO, "an fsync has failed, and others keep what was written from being written again")
             self._in_doubt = False
         try:
             _sync(wal)
         except OSError as error:
-            if error.errno is not None:
+            if error.errno is not None and not isinstance(error, TimeoutError):
                 self._in_doubt = True
             raise
 
     def _begin(self, connection: sqlite3.Connection, timeout_seconds: float) -> None:
+        if self._wal is None:  # a rollback journal: COMMIT waits for readers, and must not let go of its PENDING lock
+            connection.execute(f"PRAGMA busy_timeout = {max(0, int(timeout_seconds * 1000))}")
         deadline = time.monotonic() + timeout_seconds
         pause = _LEAST_PAUSE_SECONDS
         while True:
@@ -276,6 +282,13 @@ class SqliteStore(SqlReader):
     def up_since_unix_ns(self) -> int:
         """Give 0: a file needs no server that could have been away."""
         return 0
+
+    def ingested(self, segment: str) -> int:
+        """Give how far a spool segment has been taken in, as far as power loss can't take it back: the segment is deleted then."""
+        done = super().ingested(segment)
+        if done:
+            self.commit([], durable=True, timeout_seconds=5.0)
+        return done
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[_Transaction]:

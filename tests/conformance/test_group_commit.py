@@ -378,6 +378,15 @@ def test_deferred_writes_go_together_when_there_are_enough(store: SqliteStore, g
     assert requests(store) == [b"%d" % number for number in range(group_commit.MAX_DEFERRED)]
 
 
+def test_a_flush_while_another_leads_leaves_no_write_deferred(store: SqliteStore, group: GroupCommit) -> None:
+    group.defer(AddSpans(b"deferred", 1), lambda _: None, timeout_seconds=1)
+    group._lead[group_commit._LEAD] = "another"
+    group.flush()
+    del group._lead[group_commit._LEAD]
+    group.commit(opening())
+    assert requests(store) == [b"deferred"]
+
+
 def test_a_deferred_write_goes_with_a_flush(store: SqliteStore, group: GroupCommit) -> None:
     told: list[Entry] = []
     group.defer(AddSpans(b"deferred", 1), told.append, timeout_seconds=1)

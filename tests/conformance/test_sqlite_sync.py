@@ -16,7 +16,7 @@ from otelexec.store import sqlite as sqlite_store
 from otelexec.store.group_commit import Entry, GroupCommit
 from otelexec.store.sqlite import SqliteStore
 from otelexec.store.sqlite_file import SqliteFile
-from otelexec.store.writes import AddSpans, ClaimOutbox, Closed, Opened
+from otelexec.store.writes import AddSpans, ClaimOutbox, Closed, Ingested, Opened
 from otelexec.testing.rows import closed, closing, opened, opening, outbox, record, write
 
 
@@ -116,11 +116,20 @@ def test_after_a_failed_fsync_the_next_one_is_not_believed(store: SqliteStore, p
         store.commit([closing(row)], durable=True, timeout_seconds=10)
     reader.close()
     assert closed(store, closing(row)).won
-    # Without its -wal: what was in there and in doubt is in the database now.
+    # What was in the -wal and in doubt is in the database now, and no -wal is left to be played back over it.
+    assert Path(f"{path}-wal").stat().st_size == 0
     shutil.copy(path, tmp_path / "alone.db")
     alone = SqliteStore(tmp_path / "alone.db")
     assert record(alone).state == "succeeded"
     alone.close()
+
+
+def test_a_spool_segment_counts_as_taken_in_when_that_is_on_the_disk(store: SqliteStore, path: Path, disk: Disk) -> None:
+    other = SqliteStore(path)
+    write(other, Ingested("segment", 7))
+    other.close()
+    assert (store.ingested("unknown"), disk.synced) == (0, 0)
+    assert (store.ingested("segment"), disk.synced) == (7, 1)
 
 
 def test_who_asked_for_no_fsync_has_its_answer_although_the_groups_failed(store: SqliteStore, disk: Disk) -> None:
