@@ -65,7 +65,7 @@ class Store(Protocol):
             durable: Whether the transaction must survive power loss; all of them survive the process.
             timeout_seconds: How long to wait for other writers; 0: not at all, not even for other threads.
             receipt: A new one to fill in; None: nobody asks. With one that is filled in, the transaction is not made
-                again, but as durable as is asked.
+                again, but as durable as is asked; an error that leaves it filled in says: committed, not durably.
 
         Returns:
             One result per write; a write that the store refused by itself has a StoreRejected in its place, and the
@@ -73,7 +73,7 @@ class Store(Protocol):
 
         Raises:
             StoreBusy: Other writers were at it all the time; nothing was committed.
-            StoreUnavailable: Nothing was committed, or, where the receipt says so, not durably; another try may succeed.
+            StoreUnavailable: Nothing was committed, and another try may succeed.
             StoreVersionError: The schema is newer than this library.
         """
         ...

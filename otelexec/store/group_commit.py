@@ -304,7 +304,7 @@ class GroupCommit:
         with contextlib.suppress(IndexError):
             self._pending.extend(map(deque.popleft, repeat(self._deferred, len(self._deferred))))
         try:
-            while self.waits and self._lead.setdefault(_LEAD, leader) is leader:
+            while (self._pending or self._group.entries) and self._lead.setdefault(_LEAD, leader) is leader:
                 self._commit_group(wait=wait)
                 if not wait:
                     return

@@ -268,10 +268,14 @@ class SqliteStore(SqlReader):
             with contextlib.suppress(sqlite3.Error):
                 self._writer.close()
         self._writer = None
-        if self._wal is not None:
+        self._close_wal()
+
+    def _close_wal(self) -> None:
+        # Forgotten first: after a signal handler that raises in between, its number may be another file's.
+        wal, self._wal = self._wal, None
+        if wal is not None:
             with contextlib.suppress(OSError):
-                os.close(self._wal)
-        self._wal = None
+                os.close(wal)
 
     # Reading
 
@@ -321,8 +325,7 @@ class SqliteStore(SqlReader):
     def _abandon(self) -> None:
         """Forget inherited connections without closing them, in a forked child."""
         _inherited.extend(connection for connection in (self._writer, self._reader) if connection is not None)
-        self._writer = None
-        self._drop_writer()
+        self._close_wal()
         self._reset()
 
     def _before_fork(self) -> None:

@@ -387,6 +387,18 @@ def test_a_flush_while_another_leads_leaves_no_write_deferred(store: SqliteStore
     assert requests(store) == [b"deferred"]
 
 
+def test_a_flush_ends_although_more_is_deferred_meanwhile(store: SqliteStore, group: GroupCommit) -> None:
+    def defer_another(_: Entry) -> None:
+        group.defer(AddSpans(b"another", 1), lambda _: None, timeout_seconds=1)
+
+    group.defer(AddSpans(b"deferred", 1), defer_another, timeout_seconds=1)
+    group.flush()
+    assert requests(store) == [b"deferred"]
+    assert group.waits
+    group.flush()
+    assert requests(store) == [b"deferred", b"another"]
+
+
 def test_a_deferred_write_goes_with_a_flush(store: SqliteStore, group: GroupCommit) -> None:
     told: list[Entry] = []
     group.defer(AddSpans(b"deferred", 1), told.append, timeout_seconds=1)
