@@ -38,11 +38,20 @@ def takes_boundaries() -> bool:
     return "explicit_bucket_boundaries_advisory" in inspect.signature(metrics.Meter.create_histogram).parameters
 
 
-@cache
 def _histogram(name: str, description: str, boundaries: tuple[float, ...]) -> Histogram:
     advice: dict[str, Any] = {"explicit_bucket_boundaries_advisory": boundaries} if takes_boundaries() else {}
     return metrics.get_meter(semconv.SCOPE_NAME, schema_url=semconv.SCHEMA_URL).create_histogram(
         name, unit="s", description=description, **advice
+    )
+
+
+@cache
+def instruments() -> tuple[Histogram, Histogram]:
+    """Give the histograms of waiting and of working, made once; a process that forks for each job makes them before."""
+    waiting = "Time from sending, or from when it was due, to the opening of the attempt."
+    return (
+        _histogram(semconv.METRIC_QUEUE_LATENCY, waiting, _WAIT_BOUNDARIES),
+        _histogram(semconv.METRIC_PROCESS_DURATION, "Duration of processing operation.", _BOUNDARIES),
     )
 
 
@@ -55,9 +64,7 @@ def waited(seconds: float, name: str, span_attributes: Mapping[str, Any]) -> Non
         name: Name of its execution.
         span_attributes: Those of the CONSUMER span, of which the few that don't multiply series are kept.
     """
-    description = "Time from sending, or from when it was due, to the opening of the attempt."
-    histogram = _histogram(semconv.METRIC_QUEUE_LATENCY, description, _WAIT_BOUNDARIES)
-    histogram.record(seconds, _attributes(name, span_attributes))
+    instruments()[0].record(seconds, _attributes(name, span_attributes))
 
 
 def took(seconds: float, name: str, span_attributes: Mapping[str, Any], ending: Ending) -> None:
@@ -73,7 +80,7 @@ def took(seconds: float, name: str, span_attributes: Mapping[str, Any], ending: 
     attributes = {**_attributes(name, span_attributes), semconv.OUTCOME: ending.state}
     if ending.error_type is not None:
         attributes[semconv.ERROR_TYPE] = ending.error_type
-    _histogram(semconv.METRIC_PROCESS_DURATION, "Duration of processing operation.", _BOUNDARIES).record(seconds, attributes)
+    instruments()[1].record(seconds, attributes)
 
 
 def flush(timeout_seconds: float) -> None:

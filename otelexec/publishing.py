@@ -139,7 +139,7 @@ class publish(Block[Message]):  # noqa: N801 (read as a verb: `with publish(...)
         spans = AddSpans(execution_id=correlation.execution_id, process_id=runtime.process_id)
         if row is not None and isinstance(span, ReadableSpan):
             spans = AddSpans(
-                recorded=((row, request_of((span,))),),
+                recorded=((row, request_of((span,), runtime.resource)),),
                 execution_id=correlation.execution_id,
                 process_id=runtime.process_id,
             )

@@ -37,7 +37,7 @@ from otelexec.freeze import for_spool
 from otelexec.heartbeat import Heartbeat as HeartbeatThread
 from otelexec.ids import mint_nonce
 from otelexec.settings import Settings
-from otelexec.spans import Collector, SecureIdGenerator
+from otelexec.spans import CollectingProvider, Collector, SecureIdGenerator
 from otelexec.store import spool as _spool
 from otelexec.store.base import Store
 from otelexec.store.group_commit import Entry, GroupCommit
@@ -59,6 +59,7 @@ from otelexec.store.writes import (
 if TYPE_CHECKING:
     from opentelemetry.context import Context
     from opentelemetry.sdk.trace.export import SpanExporter
+    from opentelemetry.trace import Tracer
 
     from otelexec.relay import Relay
 
@@ -125,24 +126,31 @@ class Runtime:
     Args:
         settings: Its settings.
         provider: The user's tracer provider; None means the global one if it is not ours.
-        forked: Whether this process is the child of one that had a runtime.
+        parent: The runtime of the process that this one was forked from; None if there was none.
     """
 
-    def __init__(self, settings: Settings, provider: TracerProvider | None = None, *, forked: bool = False) -> None:
+    def __init__(self, settings: Settings, provider: TracerProvider | None = None, *, parent: Runtime | None = None) -> None:
         self.settings = settings
-        self._forked = forked
+        self._forked = parent is not None
         self.process_id = identity.mint_process_id()
         self.id_generator = SecureIdGenerator()
         self.theirs = provider or spans.foreign_provider()
         self.heartbeat = HeartbeatThread(self)
-        self.collector = Collector(settings.max_collected_spans, self.heartbeat.nudge, forked=forked)
+        self.resource = spans.make_resource(settings.service_name, self.theirs)
+        self.collector = Collector(self.resource, settings.max_collected_spans, self.heartbeat.nudge, forked=self._forked)
         self.store = open_store(settings)
         _watch_forks()
         self.records = self.store is not None
-        self.provider = spans.make_provider(settings.service_name, current_collector, self.theirs, collects=self.records)
-        if not self.records:
-            self._plain_provider()
-        self.tracer = self.provider.get_tracer(semconv.SCOPE_NAME, schema_url=semconv.SCHEMA_URL)
+        self.provider: TracerProvider
+        self.tracer: Tracer
+        if self.records and parent is not None and parent.theirs is self.theirs and isinstance(parent.provider, CollectingProvider):
+            self.provider, self.tracer = parent.provider, parent.tracer
+            parent.provider.inherited_by(self.resource, self.tracer)
+        else:
+            self.provider = spans.make_provider(self.resource, current_collector, self.theirs, collects=self.records)
+            if not self.records:
+                self._plain_provider()
+            self.tracer = self.provider.get_tracer(semconv.SCOPE_NAME, schema_url=semconv.SCHEMA_URL)
         self._process: ProcessRow | None = None
         self._parent = (0, 0)
         self.executions: dict[str, Execution] = {}
@@ -182,12 +190,11 @@ class Runtime:
     def process(self) -> ProcessRow:
         """This process, as the store knows it."""
         if self._process is None:
-            scope = self.provider.get_tracer(semconv.SCOPE_NAME, schema_url=semconv.SCHEMA_URL)
             self._process = identity.this_process(
                 self.process_id,
                 lease_seconds=self.settings.lease_seconds,
-                resource=otlp.encode_resource(self.provider.resource),
-                scope=otlp.encode_scope(getattr(scope, "_instrumentation_scope", None)),
+                resource=otlp.encode_resource(self.resource),
+                scope=otlp.encode_scope(getattr(self.tracer, "_instrumentation_scope", None)),
                 parent=self._parent,
             )
         return self._process
@@ -434,7 +441,7 @@ def _make(settings: Settings | None, provider: TracerProvider | None) -> Runtime
         before, _current = _current, None
         if before is not None:
             before.shutdown()
-        runtime = Runtime(settings, provider, forked=bool(_inherited))
+        runtime = Runtime(settings, provider, parent=_inherited[-1] if _inherited else None)
         _current, _template = runtime, (settings, provider)
         spans.offer_as_global(runtime.provider)
         logs.install()

@@ -29,7 +29,7 @@ from opentelemetry.sdk.resources import (
     OTELResourceDetector,
     Resource,
 )
-from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor, TracerProvider
+from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor, Tracer, TracerProvider
 from opentelemetry.sdk.trace import Span as SdkSpan
 from opentelemetry.sdk.trace.id_generator import IdGenerator
 
@@ -87,13 +87,18 @@ def row_of(span: trace.Span) -> SpanRow | None:
     return SpanRow(trace_id_hex(span), span_id_hex(span), otlp.encode_start(span))
 
 
-def request_of(spans: Iterable[ReadableSpan]) -> bytes:
-    """Encode ended spans as one request."""
-    groups: dict[int, tuple[Resource, dict[bytes, list[bytes]]]] = {}
+def request_of(spans: Iterable[ReadableSpan], resource: Resource) -> bytes:
+    """
+    Encode ended spans as one request.
+
+    Args:
+        spans: The spans.
+        resource: That of the process. A span's own is its tracer's, which a forked child has from its parent.
+    """
+    scopes: dict[bytes, list[bytes]] = {}
     for span in spans:
-        _, scopes = groups.setdefault(id(span.resource), (span.resource, {}))
         scopes.setdefault(otlp.encode_scope(span.instrumentation_scope), []).append(otlp.encode_span(span))
-    return b"".join(otlp.wrap(otlp.encode_resource(resource), scopes) for resource, scopes in groups.values())
+    return otlp.wrap(otlp.encode_resource(resource), scopes)
 
 
 class _OpenSpan:
@@ -123,12 +128,14 @@ class Collector:
     What this process has of spans that are not yet in the store.
 
     Args:
+        resource: That of this process; its spans go out with it, whoever made their tracer.
         max_collected: Ended children that one execution may keep in memory.
         overflowing: Called when there is something that should be written soon; must not block.
         forked: Whether this process is the child of one that had open spans: those are the parent's to end.
     """
 
-    def __init__(self, max_collected: int, overflowing: Callable[[], None], *, forked: bool = False) -> None:
+    def __init__(self, resource: Resource, max_collected: int, overflowing: Callable[[], None], *, forked: bool = False) -> None:
+        self.resource = resource
         self.max_collected = max_collected
         self._forked = forked
         self._overflowing = overflowing
@@ -202,14 +209,16 @@ class Collector:
     def _pack(self, taken: list[_Ended], process_id: str, execution_id: str | None) -> AddSpans:
         plain = [span for span, known in taken if known is None or not known.recorded]
         recorded = tuple(
-            (known.row, request_of((span,))) for span, known in taken if known is not None and known.recorded and known.row is not None
+            (known.row, request_of((span,), self.resource))
+            for span, known in taken
+            if known is not None and known.recorded and known.row is not None
         )
         opened: list[SpanRow] = []
         for span, _ in taken:
             if span.parent is not None:
                 opened += self._chain(span.parent.span_id)
         return AddSpans(
-            request=request_of(plain) if plain else b"",
+            request=request_of(plain, self.resource) if plain else b"",
             count=len(plain),
             recorded=recorded,
             opened=tuple(opened),
@@ -262,28 +271,34 @@ class CaptureProcessor(SpanProcessor):
             logger.exception("otelexec.spans.on_end")
 
 
-class _CollectingProvider(TracerProvider):
+class CollectingProvider(TracerProvider):
+    """A provider whose spans are the collector's."""
+
     def _handle_fork(self) -> None:
         # The SDK's hook asks the resource detectors anew, in threads, before anything else of a child runs. Spans of this
-        # provider take the resource of the process that collects them, which is that of the child's own provider.
+        # provider take the resource of the process that collects them.
         self._tracers_lock = threading.Lock()
 
+    def inherited_by(self, resource: Resource, tracer: trace.Tracer) -> None:
+        """
+        Go on in a forked child: a new provider and tracer would cost a horse that runs one job some milliseconds.
 
-def make_provider(
-    service_name: str | None,
-    collector: Callable[[], Collector | None],
-    theirs: trace.TracerProvider | None,
-    *,
-    collects: bool = True,
-) -> TracerProvider:
+        Args:
+            resource: The child's.
+            tracer: The one for execution spans.
+        """
+        self._resource = resource
+        if isinstance(tracer, Tracer):
+            tracer.resource = resource
+
+
+def make_resource(service_name: str | None, theirs: trace.TracerProvider | None) -> Resource:
     """
-    Make the provider of execution spans.
+    Make the resource of this process.
 
     Args:
         service_name: `service.name`; None leaves it to OTEL_SERVICE_NAME and the SDK's default.
-        collector: Gives the current collector.
-        theirs: The user's provider, whose resource, sampler and `on_start` processors are taken over; None without one.
-        collects: Whether the collector takes the spans; else they leave with the provider's resource.
+        theirs: The user's provider, whose resource goes before ours; None without one.
     """
     own: dict[str, str | int] = {
         semconv.HOST_NAME: socket.gethostname(),
@@ -292,13 +307,30 @@ def make_provider(
     }
     given = Resource({semconv.SERVICE_NAME: service_name} if service_name is not None else {})
     if isinstance(theirs, TracerProvider):
-        resource, sampler = Resource(own).merge(theirs.resource).merge(given), theirs.sampler
+        return Resource(own).merge(theirs.resource).merge(given)
+    # What is detected has OTEL_RESOURCE_ATTRIBUTES in it, whose host name is the user's word and goes before ours.
+    return _with_detected(Resource(own)).merge(given)
+
+
+def make_provider(
+    resource: Resource, collector: Callable[[], Collector | None], theirs: trace.TracerProvider | None, *, collects: bool = True
+) -> TracerProvider:
+    """
+    Make the provider of execution spans.
+
+    Args:
+        resource: That of this process.
+        collector: Gives the current collector.
+        theirs: The user's provider, whose sampler and `on_start` processors are taken over; None without one.
+        collects: Whether the collector takes the spans; else they leave with the provider's resource.
+    """
+    if isinstance(theirs, TracerProvider):
+        sampler = theirs.sampler
         processor = CaptureProcessor(collector, lambda: getattr(theirs, "_active_span_processor", None))
     else:
-        # What is detected has OTEL_RESOURCE_ATTRIBUTES in it, whose host name is the user's word and goes before ours.
-        resource, sampler = _with_detected(Resource(own)).merge(given), None
+        sampler = None
         processor = CaptureProcessor(collector)
-    kind = _CollectingProvider if collects else TracerProvider
+    kind = CollectingProvider if collects else TracerProvider
     provider = kind(resource=resource, sampler=sampler, id_generator=SecureIdGenerator(), shutdown_on_exit=False)
     provider.add_span_processor(processor)
     return provider

@@ -19,6 +19,7 @@ from typing import Any, Final
 from rq.job import JobStatus
 from rq.timeouts import HorseMonitorTimeoutException
 
+from otelexec import metrics
 from otelexec import runtime as _runtime
 from otelexec.endings import Ending
 from otelexec.execution import INTERRUPTED
@@ -226,6 +227,7 @@ def on_force_stop(*_: Any, **__: Any) -> None:
 
 def on_worker_started(_: Any) -> None:
     """Relay and reconcile here for the horses, and have the store open before the first of them."""
+    metrics.instruments()
     runtime = _runtime.get()
     if runtime.records:
         runtime.write(Heartbeat(runtime.process))

@@ -104,6 +104,24 @@ def test_a_child_s_own_executions_are_children_of_the_one_it_was_forked_in(recor
     assert records.span_named("query").parent_span_id == attempt.span_id
 
 
+def test_spans_of_a_tracer_from_before_the_fork_have_the_resource_of_the_child(records: Records) -> None:
+    """A worker's modules get their tracers when they are imported, which is in its parent."""
+    otelexec.configure(service_name="billing")
+    tracer = trace.get_tracer("theirs")
+
+    def child() -> None:
+        with tracer.start_as_current_span("before any execution"):
+            pass
+        with otelexec.execution("job"), tracer.start_as_current_span("query"):
+            pass
+
+    assert in_child(child) == 0
+    resources = [records.span_named(name).resource for name in ("before any execution", "job", "query")]
+    assert resources[0]["process.pid"] == records.named("job").attempts[0].pid
+    assert resources[0]["service.name"] == "billing"
+    assert all(resource == resources[0] for resource in resources)
+
+
 def test_a_child_has_a_resource_of_its_own_and_starts_no_thread_to_detect_it(records: Records, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OTEL_RESOURCE_ATTRIBUTES", "deployment=blue")
     otelexec.configure(service_name="billing")

@@ -36,9 +36,9 @@ def reader(monkeypatch: pytest.MonkeyPatch) -> Iterator[InMemoryMetricReader]:
     made = InMemoryMetricReader()
     provider = MeterProvider(metric_readers=[made], shutdown_on_exit=False)
     monkeypatch.setattr(otel_metrics, "get_meter", provider.get_meter)
-    metrics._histogram.cache_clear()
+    metrics.instruments.cache_clear()
     yield made
-    metrics._histogram.cache_clear()
+    metrics.instruments.cache_clear()
     provider.shutdown()
 
 
