@@ -29,7 +29,7 @@ from otelexec.errors import ExecutionBusy, ExecutionCancelled, StoreError
 from otelexec.execution import Execution, Options
 from otelexec.finalize import finalize, persist
 from otelexec.ids import random_word
-from otelexec.spans import row_of
+from otelexec.spans import keep_attributes, row_of
 from otelexec.store.writes import Busy, ExecutionRow, OpenAttempt, Opened
 
 if TYPE_CHECKING:
@@ -245,5 +245,5 @@ def _start_span(execution: Execution, runtime: Runtime, scope: Scope | None, bas
         set_status_on_exception=False,
     )
     if runtime.theirs is not None:
-        span.set_attributes(attributes)  # a sampler of the user's may have left them out
+        keep_attributes(span, attributes)
     return span

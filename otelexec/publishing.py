@@ -22,7 +22,7 @@ from otelexec.execution import Execution, Options, current_execution
 from otelexec.finalize import finalize, persist
 from otelexec.lifecycle import Call, Steps, begin, execution_row
 from otelexec.propagation import outgoing
-from otelexec.spans import request_of, row_of
+from otelexec.spans import keep_attributes, request_of, row_of
 from otelexec.store.writes import CANCELLED, REJECTED, AddSpans, Cancellation, Outcome, RecordQueued, RefuseQueued, RequestCancel
 from otelexec.w3c import clean
 
@@ -109,16 +109,17 @@ class publish(Block[Message]):  # noqa: N801 (read as a verb: `with publish(...)
         correlation = outgoing(base, retry=self._retry)
         started = time.time_ns()
         clock = time.perf_counter_ns()
+        attributes = {**correlation.members(), **self._attributes}
         span = runtime.tracer.start_span(
             self._span_name,
             base,
             SpanKind.PRODUCER,
-            {**correlation.members(), **self._attributes},
+            attributes,
             self._links,
             started,
         )
         if runtime.theirs is not None:
-            span.set_attributes(correlation.members())  # a sampler of the user's may have left them out
+            keep_attributes(span, attributes)
         patience = runtime.settings.open_timeout_seconds
         row = row_of(span) if runtime.records else None
         if runtime.records:

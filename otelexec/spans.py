@@ -15,7 +15,7 @@ import socket
 import threading
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -85,6 +85,12 @@ def row_of(span: trace.Span) -> SpanRow | None:
     if not isinstance(span, ReadableSpan):
         return None
     return SpanRow(trace_id_hex(span), span_id_hex(span), otlp.encode_start(span))
+
+
+def keep_attributes(span: trace.Span, attributes: Mapping[str, Any]) -> None:
+    """Set the attributes that a span was started with once more, if a sampler of the user's has left some out."""
+    if not isinstance(span, ReadableSpan) or not attributes.keys() <= otlp.attributes_of(span).keys():
+        span.set_attributes(attributes)
 
 
 def request_of(spans: Iterable[ReadableSpan], resource: Resource) -> bytes:

@@ -81,18 +81,21 @@ def test_a_user_s_provider_lends_resource_sampler_and_processors_and_never_sees_
         otelexec.configure(tracer_provider=theirs)
     with otelexec.execution("job") as run, theirs.get_tracer("app").start_as_current_span("query"):
         pass
-    with otelexec.publish("next"):
+    with otelexec.publish("next", destination="invoices"):
         pass
+    sent = records.span_named("send invoices").attributes
+    assert (sent["sampled.by"], sent["otelexec.source"], sent["messaging.destination.name"]) == ("tagging", "direct", "invoices")
     span = records.span_named("job")
+    assert span.attributes["otelexec.execution_id"] == run.id
     assert (span.resource["service.name"], span.resource["team"]) == ("theirs", "a")
     assert span.resource["host.name"] == socket.gethostname()
     assert (span.attributes["sampled.by"], span.attributes["tenant"]) == ("tagging", "acme")
-    assert processor.started == ["job", "query", "send"]
+    assert processor.started == ["job", "query", "send invoices"]
     assert processor.ended == ["query"]
     (theirs_span,) = exporter.get_finished_spans()
     assert theirs_span.parent is not None
     assert theirs_span.parent.span_id == run.span.get_span_context().span_id
-    assert {span.name for span in records.spans()} == {"job", "send"}
+    assert {span.name for span in records.spans()} == {"job", "send invoices"}
     if how == "global":
         assert trace.get_tracer_provider() is theirs
 
