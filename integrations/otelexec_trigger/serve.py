@@ -7,14 +7,11 @@ of servers may serve one, and one that is killed is simply started again.
 
 from __future__ import annotations
 
-import hashlib
 import hmac
 import json
 import logging
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final
-from urllib.parse import quote
 
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
@@ -25,36 +22,20 @@ from starlette.routing import Route
 from otelexec import semconv
 from otelexec.errors import SettingsError, StoreError, StoreRejected
 from otelexec.store import run_statements as statements
-from otelexec.store.runs import PutPacket, RunRecord
+from otelexec.store.runs import RunRecord
 from otelexec_trigger import engine, wire
+from otelexec_trigger.packets import Packets
+from otelexec_trigger.parsing import Refused, indexed_item, item_of, mapping, number, operated, read_lines, read_object, run_filter
 from otelexec_trigger.rendering import as_json
 from otelexec_trigger.runs import InvalidRequest, RunNotFound, TriggerError
 
 logger = logging.getLogger("otelexec.trigger")
 
-_UPLOAD_SECONDS: Final = 3600
-_MAX_LINE_BYTES: Final = wire.MAX_BODY_BYTES + 64 * 1024
-"""A line of a batch is a whole run, with its options."""
-_MAX_UPLOAD_BYTES: Final = 64 * 1024 * 1024
 _PAGE: Final = 20
 _MAX_PAGE: Final = 100
 _KEY_HEADER: Final = "x-trigger-request-idempotency-key"
 
 Handler = Callable[[Request], Awaitable[Response]]
-
-
-class Refused(Exception):
-    """
-    A request gets an error for an answer.
-
-    Args:
-        status: The HTTP status.
-        message: What is wrong with it.
-    """
-
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
-        self.status = status
 
 
 class _Json(JSONResponse):
@@ -83,6 +64,7 @@ class Server:
 
     def app(self) -> Starlette:
         """Give the ASGI application."""
+        packets = Packets(self._key)
         routes = [
             ("POST", "/api/v1/tasks/{task:path}/trigger", self.trigger),
             ("POST", "/api/v2/tasks/batch", self.batch),
@@ -100,15 +82,15 @@ class Server:
             ("GET", "/api/v1/runs/{run}/metadata", self.get_metadata),
             ("PUT", "/api/v1/runs/{run}/metadata", self.put_metadata),
             ("POST", "/api/v1/idempotencyKeys/{key}/reset", self.reset_key),
-            ("PUT", "/api/v2/packets/{name:path}", self.create_packet),
-            ("PUT", "/api/v1/packets/{name:path}", self.create_packet),
-            ("GET", "/api/v1/packets/{name:path}", self.find_packet),
+            ("PUT", "/api/v2/packets/{name:path}", packets.create),
+            ("PUT", "/api/v1/packets/{name:path}", packets.create),
+            ("GET", "/api/v1/packets/{name:path}", packets.find),
         ]
         guarded = [Route(path, self._guarded(handler), methods=[method]) for method, path, handler in routes]
         # What is signed needs no key: that is what a presigned URL is for.
         open_ = [
-            Route("/packets/{name:path}", _answered(self.upload), methods=["PUT"]),
-            Route("/packets/{name:path}", _answered(self.download), methods=["GET"]),
+            Route("/packets/{name:path}", _answered(packets.upload), methods=["PUT"]),
+            Route("/packets/{name:path}", _answered(packets.download), methods=["GET"]),
             Route("/health", _health, methods=["GET"]),
         ]
         return Starlette(routes=[*guarded, *open_], exception_handlers={404: _not_found, 405: _not_allowed})
@@ -129,8 +111,8 @@ class Server:
         task = request.path_params["task"]
         if not task:
             raise Refused(404, "a run is of a task")
-        body = await _json_object(request, wire.MAX_BODY_BYTES)
-        options = dict(_mapping(body, "options"))
+        body = await read_object(request, wire.MAX_BODY_BYTES)
+        options = dict(mapping(body, "options"))
         for header, name in (("idempotency-key", "idempotencyKey"), ("idempotency-key-ttl", "idempotencyKeyTTL")):
             if header in request.headers:
                 options[name] = request.headers[header]
@@ -177,10 +159,10 @@ class Server:
     async def list_runs(self, request: Request) -> Response:
         """`GET /api/v1/runs`, in pages by run id."""
         query = request.query_params
-        size = _number(query.get("page[size]"), _PAGE)
+        size = number(query.get("page[size]"), _PAGE)
         if not 1 <= size <= _MAX_PAGE:
             raise Refused(400, f"page[size] is 1 to {_MAX_PAGE}")
-        wanted = _filter(query)
+        wanted = run_filter(query)
         tasks = [task for task in query.get("filter[taskIdentifier]", "").split(",") if task]
         batch = query.get("filter[batch]")
 
@@ -213,7 +195,7 @@ class Server:
 
     async def reschedule(self, request: Request) -> Response:
         """`POST /api/v1/runs/{run}/reschedule`."""
-        delay = (await _json_object(request)).get("delay")
+        delay = (await read_object(request)).get("delay")
         if not isinstance(delay, str):
             raise Refused(400, "delay is a duration such as '2h30m' or a date in ISO 8601")
         return _Json(as_json(await run_in_threadpool(lambda: engine.reschedule(request.path_params["run"], delay))))
@@ -233,7 +215,7 @@ class Server:
 
     async def add_tags(self, request: Request) -> Response:
         """`POST /api/v1/runs/{run}/tags`."""
-        tags = (await _json_object(request)).get("tags")
+        tags = (await read_object(request)).get("tags")
         if not isinstance(tags, str | list):
             raise Refused(400, "tags is a string or a list of strings")
         await run_in_threadpool(lambda: engine.add_tags(request.path_params["run"], tags))
@@ -245,7 +227,7 @@ class Server:
 
     async def put_metadata(self, request: Request) -> Response:
         """`PUT /api/v1/runs/{run}/metadata`."""
-        body = await _json_object(request, 2 * 1024 * 1024)
+        body = await read_object(request, 2 * 1024 * 1024)
         if body.get("parentOperations") or body.get("rootOperations"):
             raise Refused(400, "runs of the local engine have neither a parent nor a root")
         operations = body.get("operations") or []
@@ -255,7 +237,7 @@ class Server:
         def change(before: Any) -> Any:
             metadata = body.get("metadata", before)
             for operation in operations:
-                metadata = _operated(metadata, operation)
+                metadata = operated(metadata, operation)
             return metadata
 
         metadata = await run_in_threadpool(lambda: engine.change_metadata(request.path_params["run"], change))
@@ -263,7 +245,7 @@ class Server:
 
     async def reset_key(self, request: Request) -> Response:
         """`POST /api/v1/idempotencyKeys/{key}/reset`."""
-        task = (await _json_object(request)).get("taskIdentifier")
+        task = (await read_object(request)).get("taskIdentifier")
         key = request.path_params["key"]
         if not isinstance(task, str):
             raise Refused(400, "taskIdentifier is the id of the key's task")
@@ -275,14 +257,14 @@ class Server:
 
     async def batch(self, request: Request) -> Response:
         """`POST /api/v2/tasks/batch`, in one phase."""
-        body = await _json_object(request, wire.MAX_BODY_BYTES)
+        body = await read_object(request, wire.MAX_BODY_BYTES)
         items = body.get("items")
         if not isinstance(items, list) or not 0 < len(items) <= 500:  # noqa: PLR2004 (the server's limit for this call)
             raise Refused(400, "items is a list of 1 to 500 runs")
         headers, key = dict(request.headers), request.headers.get(_KEY_HEADER)
 
         def enqueue() -> str:
-            checked = [_item(item) for item in items]
+            checked = [item_of(item) for item in items]
             for task, payload, options in checked:  # so that the whole is refused, and not what comes after the first ones
                 text, kind, _ = self._read(payload, options)
                 engine.check(engine.Request(task, text, kind, options))
@@ -295,7 +277,7 @@ class Server:
 
     async def create_batch(self, request: Request) -> Response:
         """`POST /api/v3/batches`: the first of two phases; the trace of this call is that of every item."""
-        body = await _json_object(request)
+        body = await read_object(request)
         count, key = body.get("runCount"), body.get("idempotencyKey")
         if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= wire.MAX_BATCH:
             raise Refused(400, f"runCount is 1 to {wire.MAX_BATCH}")
@@ -320,8 +302,8 @@ class Server:
             raise Refused(404, f"There is no batch {batch_id}.")
         headers = json.loads(batch.carrier)
         accepted = repeated = 0
-        async for line in _lines(request):
-            index, (task, payload, options) = _indexed(line, batch.run_count)
+        async for line in read_lines(request):
+            index, (task, payload, options) = indexed_item(line, batch.run_count)
             enqueued = await run_in_threadpool(self._enqueue, task, payload, options, headers, None, batch_id=batch_id, batch_index=index)
             if enqueued.created or enqueued.cached:
                 accepted += 1
@@ -373,51 +355,6 @@ class Server:
 
         return _Json(await run_in_threadpool(find))
 
-    # Large payloads
-
-    async def create_packet(self, request: Request) -> Response:
-        """`PUT /api/v2/packets/{name}`: where to upload a payload."""
-        name = request.path_params["name"]
-        return _Json({"presignedUrl": self._signed(request, name, "PUT"), "storagePath": name})
-
-    async def find_packet(self, request: Request) -> Response:
-        """`GET /api/v1/packets/{name}`: where to download it."""
-        return _Json({"presignedUrl": self._signed(request, request.path_params["name"], "GET")})
-
-    async def upload(self, request: Request) -> Response:
-        """Take what is uploaded to a presigned URL."""
-        name = self._checked(request, "PUT")
-        content = (await _body(request, _MAX_UPLOAD_BYTES)).decode("utf-8", "strict")
-        kind = request.headers.get("content-type", wire.JSON).partition(";")[0].strip()
-        await run_in_threadpool(lambda: engine.commit(PutPacket(name, content, kind, time.time_ns())))
-        return Response(status_code=200)
-
-    async def download(self, request: Request) -> Response:
-        """Give what was uploaded."""
-        name = self._checked(request, "GET")
-        found = await run_in_threadpool(lambda: engine.read(lambda tx: statements.find_packet(tx, name)))
-        if found is None:
-            raise Refused(404, "nothing was uploaded here")
-        return Response(found[0], media_type=found[1])
-
-    def _signed(self, request: Request, name: str, method: str) -> str:
-        expires = int(time.time()) + _UPLOAD_SECONDS
-        # The SDK's names have the task's id in them.
-        url = request.url.replace(path=f"/packets/{quote(name, safe='')}", query="")
-        return str(url.include_query_params(method=method, expires=expires, signature=self._signature(method, name, str(expires))))
-
-    def _checked(self, request: Request, method: str) -> str:
-        name, query = request.path_params["name"], request.query_params
-        expires = query.get("expires", "")
-        if not hmac.compare_digest(query.get("signature", "").encode("utf-8", "replace"), self._signature(method, name, expires).encode()):
-            raise Refused(403, "the URL is not signed")
-        if not expires.isdigit() or int(expires) < time.time():
-            raise Refused(403, "the URL has expired")
-        return str(name)
-
-    def _signature(self, method: str, name: str, expires: str) -> str:
-        return hmac.digest(self._key, f"{method}\n{name}\n{expires}".encode("utf-8", "replace"), hashlib.sha256).hex()
-
 
 # --- Answers -----------------------------------------------------------------------------------------------------
 
@@ -460,74 +397,7 @@ async def _not_allowed(_: Request, __: Exception) -> Response:
     return _error(405, "Method not allowed")
 
 
-# --- Requests ----------------------------------------------------------------------------------------------------
-
-
-async def _body(request: Request, limit: int) -> bytes:
-    """Read a body; one that is too large is not read to its end."""
-    length = request.headers.get("content-length", "")
-    if length.isdigit() and int(length) > limit:
-        raise Refused(413, f"the body has more than {limit} bytes")
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > limit:
-            raise Refused(413, f"the body has more than {limit} bytes")
-    return bytes(body)
-
-
-async def _json_object(request: Request, limit: int = 256 * 1024) -> dict[str, Any]:
-    body = await _body(request, limit)
-    if not body.strip():
-        return {}
-    return _object(body)
-
-
-def _object(text: bytes) -> dict[str, Any]:
-    try:
-        value = wire.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise Refused(400, f"the body is no JSON: {str(error)[:200]}") from None
-    if not isinstance(value, dict):
-        raise Refused(400, "the body is a JSON object")
-    return value
-
-
-def _mapping(body: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    value = body.get(name)
-    if value is None:
-        return {}
-    if not isinstance(value, Mapping):
-        raise Refused(400, f"{name} is an object")
-    return value
-
-
-def _item(item: Any) -> tuple[str, Any, dict[str, Any]]:
-    if not isinstance(item, Mapping) or not isinstance(item.get("task"), str) or not item["task"]:
-        raise Refused(400, "every item names its task")
-    return item["task"], item.get("payload"), dict(_mapping(item, "options"))
-
-
-def _indexed(line: bytes, count: int) -> tuple[int, tuple[str, Any, dict[str, Any]]]:
-    item = _object(line)
-    index = item.get("index")
-    if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < count:
-        raise Refused(400, f"the index of an item is 0 to {count - 1}, not {str(index)[:32]}")
-    return index, _item(item)
-
-
-async def _lines(request: Request) -> AsyncIterator[bytes]:
-    """Give the lines of a body, one at a time: a whole batch may be larger than what a request may be."""
-    rest = b""
-    async for chunk in request.stream():
-        *lines, rest = (rest + chunk).split(b"\n")
-        for line in lines:
-            if line.strip():
-                yield line
-        if len(rest) > _MAX_LINE_BYTES:
-            raise Refused(413, f"an item has more than {wire.MAX_BODY_BYTES} bytes")
-    if rest.strip():
-        yield rest
+# --- Runs that requests name --------------------------------------------------------------------------------------
 
 
 async def _run(request: Request) -> RunRecord:
@@ -545,94 +415,3 @@ def _place(run_id: str | None) -> int | None:
     if run is None:
         raise Refused(400, f"There is no run {run_id[:64]}.")
     return run.seq
-
-
-def _number(text: str | None, default: int) -> int:
-    if text is None:
-        return default
-    try:
-        return int(text)
-    except ValueError:
-        raise Refused(400, f"{text[:32]!r} is no whole number") from None
-
-
-def _filter(query: Mapping[str, str]) -> Callable[[RunRecord], bool]:
-    unknown = [name for name in query if name.startswith("filter[") and name not in _FILTERS]
-    if unknown:
-        raise Refused(400, f"the local engine does not filter by {unknown[0][:64]}: it would give runs that are not meant")
-    statuses = {status for status in query.get("filter[status]", "").split(",") if status}
-    unknown = sorted(statuses - wire.STATES.keys())
-    if unknown:
-        raise Refused(400, f"filter[status]: there is no status {', '.join(unknown)[:64]}")
-    tags = {tag for tag in query.get("filter[tag]", "").split(",") if tag}
-    test = query.get("filter[isTest]")
-    if test not in (None, "true", "false"):
-        raise Refused(400, "filter[isTest] is true or false")
-    since = _milliseconds(query.get("filter[createdAt][from]"), 0) * 1_000_000
-    until = _milliseconds(query.get("filter[createdAt][to]"), 2**42) * 1_000_000
-    period = query.get("filter[createdAt][period]")
-    if period is not None:
-        since = max(since, time.time_ns() - int(wire.seconds_of(period) * 1e9))
-
-    def wanted(run: RunRecord) -> bool:
-        return (
-            (not statuses or engine.status_of(run) in statuses)
-            and (not tags or not tags.isdisjoint(json.loads(run.tags)))
-            and (test is None or bool(json.loads(run.options).get("test", False)) is (test == "true"))
-            and since <= run.created_unix_ns <= until
-        )
-
-    return wanted
-
-
-_FILTERS: Final = frozenset(
-    f"filter[{name}]"
-    for name in ("status", "taskIdentifier", "tag", "batch", "isTest", "createdAt][from", "createdAt][to", "createdAt][period")
-)
-
-
-def _milliseconds(text: str | None, default: int) -> int:
-    """Read a time since 1970: in milliseconds, or as a date."""
-    try:
-        return _number(text, default)
-    except Refused:
-        return wire.due_unix_ns(str(text), 0) // 1_000_000
-
-
-def _operated(metadata: Any, operation: Any) -> Any:
-    """Give metadata after one operation on it."""
-    if not isinstance(operation, Mapping):
-        raise Refused(400, "an operation is an object")
-    kind, key, value = str(operation.get("type")), operation.get("key"), operation.get("value")
-    if kind == "update" and isinstance(value, Mapping):
-        return dict(value)
-    known = dict(metadata) if isinstance(metadata, Mapping) else {}
-    if kind not in _OPERATIONS or not isinstance(key, str):
-        raise Refused(400, f"there is no operation {kind[:32]!r} of this form")
-    name = key.removeprefix("$.")
-    if kind == "delete":
-        known.pop(name, None)
-        return known
-    return known | {name: _OPERATIONS[kind](known.get(name), value)}
-
-
-def _list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [] if value is None else [value]
-
-
-def _sum(before: Any, value: Any) -> Any:
-    if not isinstance(value, int | float):
-        raise Refused(400, "an increment is a number")
-    try:
-        return (before if isinstance(before, int | float) else 0) + value
-    except OverflowError:  # of a fraction and a whole number that is larger than any fraction
-        raise Refused(400, "the sum is too large") from None
-
-
-_OPERATIONS: Final[Mapping[str, Callable[[Any, Any], Any]]] = {
-    "set": lambda _, value: value,
-    "append": lambda before, value: [*_list(before), value],
-    "remove": lambda before, value: [each for each in _list(before) if each != value],
-    "increment": _sum,
-    "delete": lambda _, __: None,
-}
