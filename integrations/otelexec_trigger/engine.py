@@ -12,7 +12,6 @@ import secrets
 import string
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Final, TypeVar
 
 from opentelemetry import context as otel_context
@@ -47,50 +46,21 @@ from otelexec.store.schema import Transaction
 from otelexec.store.writes import CANCELLED, FAILED, LOST, PAUSED, QUEUED, RETRYING, RUNNING, SUCCEEDED, TIMED_OUT
 from otelexec.w3c import decode_trace
 from otelexec_trigger import wire
+from otelexec_trigger.asking import MOST_SECONDS, RunRequest, key_name, keys_of, metadata_text, row_of
 from otelexec_trigger.runs import InvalidRequest, RunNotFound
 
-MAX_ATTEMPTS: Final = 3
-"""How many attempts a run has unless the call says otherwise."""
 EXPIRED: Final = "expired"
 """Classification of a run that nobody began in time."""
 RUN_ID: Final = "run_id"
 """The correlation field that names the run on its record, its spans and in its baggage."""
 
 _PATIENCE_SECONDS: Final = 5.0
-_MOST_SECONDS: Final = 10 * 365 * 86_400
-"""Ten years: what is longer is a mistake, and a time in nanoseconds must fit into 63 bits."""
-_MOST_ATTEMPTS: Final = 2**31 - 1
-"""The columns are 32 bits wide in PostgreSQL."""
 _ID_CHARS: Final = string.ascii_lowercase + string.digits
 _ID_LENGTH: Final = 25
 _CHANGES: Final = 20
 _PAGE: Final = 200
 
 Found = TypeVar("Found")
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """
-    What a caller asks for.
-
-    Attributes:
-        task: The task's id.
-        payload: The payload as text; None without one.
-        payload_type: Its media type.
-        options: The options of the wire contract, by their names there.
-        request_key: Names this very call, so that a repetition gets the same answer; None: a repetition is another call.
-        batch_id: The batch that the run belongs to; None without one.
-        batch_index: Its place in the batch; None without one.
-    """
-
-    task: str
-    payload: str | None = None
-    payload_type: str = wire.JSON
-    options: Mapping[str, Any] = field(default_factory=dict)
-    request_key: str | None = None
-    batch_id: str | None = None
-    batch_index: int | None = None
 
 
 def new_run_id() -> str:
@@ -110,18 +80,18 @@ def _mint(prefix: str) -> str:
 # --- Asking ------------------------------------------------------------------------------------------------------
 
 
-def check(request: Request) -> None:
+def check(request: RunRequest) -> None:
     """
     Check what `enqueue` would.
 
     Raises:
         InvalidRequest: An option can't be used.
     """
-    _row(request, "")
-    _keys(request)
+    row_of(request, "")
+    keys_of(request)
 
 
-def enqueue(request: Request, correlation: Correlation, context: Context, *, run_id: str | None = None) -> Enqueued:
+def enqueue(request: RunRequest, correlation: Correlation, context: Context, *, run_id: str | None = None) -> Enqueued:
     """
     Ask for a run; it is durable when this returns.
 
@@ -135,8 +105,8 @@ def enqueue(request: Request, correlation: Correlation, context: Context, *, run
         InvalidRequest: An option can't be used; nothing was written.
         StoreUnavailable: The store could not take it.
     """
-    row = _row(request, run_id or new_run_id())
-    result = commit(EnqueueRun(row, _executions(row, correlation, context), _keys(request)))
+    row = row_of(request, run_id or new_run_id())
+    result = commit(EnqueueRun(row, _executions(row, correlation, context), keys_of(request)))
     if not isinstance(result, Enqueued):
         raise StoreUnavailable(f"the run of {request.task} was not written: {result}")
     return result
@@ -173,107 +143,6 @@ def origin(headers: object, payload: Any) -> tuple[Correlation, Context]:
     return scope.correlation, context
 
 
-def _row(request: Request, run_id: str) -> RunRow:
-    options = request.options
-    now = time.time_ns()
-    delay = _option(options, "delay", str)
-    due = now if delay is None else max(now, wire.due_unix_ns(delay, now))
-    priority = _option(options, "priority", int, float) or 0
-    if not 0 <= priority <= _MOST_SECONDS:
-        raise InvalidRequest(f"priority is a number of seconds, 0 to {_MOST_SECONDS}, not {priority}", status=400)
-    ttl = _option(options, "ttl", str, int)
-    queue = _option(options, "queue", Mapping) or {}
-    key = _option(options, "concurrencyKey", str, int, float)
-    limit = queue.get("concurrencyLimit")
-    if limit is not None and (not isinstance(limit, int) or not 1 <= limit <= _MOST_ATTEMPTS):
-        raise InvalidRequest(f"queue.concurrencyLimit is a whole number above 0, not {limit!r}", status=400)
-    name = _option(queue, "name", str) or f"task/{request.task}"
-    lane = None
-    if key is not None:
-        lane = f"{name}/{key}"
-    elif limit is not None:
-        lane = name
-    attempts = _option(options, "maxAttempts", int)
-    if attempts is not None and not 1 <= attempts <= _MOST_ATTEMPTS:
-        raise InvalidRequest(f"maxAttempts is 1 to {_MOST_ATTEMPTS}, not {attempts}", status=400)
-    duration = _option(options, "maxDuration", int, float)
-    if duration is not None and not 0 < duration <= _MOST_SECONDS:
-        raise InvalidRequest(f"maxDuration is a number of seconds above 0, up to {_MOST_SECONDS}, not {duration}", status=400)
-    waits = (wire.seconds_of(ttl) if isinstance(ttl, str) else ttl) if ttl else None
-    if due > now + _MOST_SECONDS * 1e9 or (waits is not None and not 0 <= waits <= _MOST_SECONDS):
-        raise InvalidRequest(f"delay and ttl are 0 to {_MOST_SECONDS} seconds", status=400)
-    return RunRow(
-        run_id=run_id,
-        task=request.task,
-        payload=request.payload,
-        payload_type=request.payload_type,
-        options=json.dumps(dict(options)),
-        tags=json.dumps(wire.checked_tags(options.get("tags"))),
-        metadata=_metadata(options.get("metadata")),
-        lane=lane,
-        lane_limit=limit or 1,
-        max_attempts=attempts or MAX_ATTEMPTS,
-        max_seconds=None if duration is None else float(duration),
-        created_unix_ns=now,
-        # As if it had been asked for so much earlier; a run with a delay is due when that is over, and not before.
-        due_unix_ns=due if delay is not None else due - int(priority * 1e9),
-        expires_unix_ns=None if waits is None else due + int(waits * 1e9),
-        batch_id=request.batch_id,
-        batch_index=request.batch_index,
-    )
-
-
-def _option(options: Mapping[str, Any], name: str, *kinds: type) -> Any:
-    value = options.get(name)
-    if value is None:
-        return None
-    if not isinstance(value, kinds) or isinstance(value, bool):
-        raise InvalidRequest(f"{name} can't be {str(value)[:64]!r}", status=400)
-    return value
-
-
-def _metadata(value: Any) -> str | None:
-    if value is None:
-        return None
-    try:
-        text = value if isinstance(value, str) else json.dumps(value, separators=(",", ":"), allow_nan=False)
-    except ValueError as error:  # a number that grew too large
-        raise InvalidRequest(f"metadata can't be written as JSON: {error}", status=400) from None
-    try:
-        wire.loads(text)
-    except (ValueError, RecursionError):
-        text = json.dumps(value)
-    if len(text.encode("utf-8", "replace")) > wire.MAX_METADATA_BYTES:
-        raise InvalidRequest(f"metadata has at most {wire.MAX_METADATA_BYTES} bytes", status=413)
-    return text
-
-
-def _keys(request: Request) -> tuple[RunKey, ...]:
-    now = time.time_ns()
-    keys = []
-    if request.request_key is not None:
-        keys.append(RunKey(f"request/{request.task}/{request.request_key}", now + int(wire.REQUEST_KEY_SECONDS * 1e9), exact=True))
-    key = _option(request.options, "idempotencyKey", str)
-    if key:
-        if len(key) > wire.MAX_KEY_CHARS:
-            raise InvalidRequest(f"an idempotency key has at most {wire.MAX_KEY_CHARS} characters, not {len(key)}", status=400)
-        keys.append(RunKey(key_name(request.task, key), now + int(_key_seconds(request.options.get("idempotencyKeyTTL")) * 1e9)))
-    return tuple(keys)
-
-
-def _key_seconds(ttl: object) -> float:
-    # The server ignores a text that it can't read, too.
-    try:
-        return min(wire.seconds_of(ttl), _MOST_SECONDS) if isinstance(ttl, str) else wire.KEY_SECONDS
-    except InvalidRequest:
-        return wire.KEY_SECONDS
-
-
-def key_name(task: str, key: str) -> str:
-    """Give the name under which the store holds a task's idempotency key."""
-    return f"key/{task}/{key}"
-
-
 def create_batch(run_count: int, carrier: Mapping[str, str], *, key: str | None = None, request_key: str | None = None) -> tuple[str, bool]:
     """
     Announce a batch.
@@ -282,7 +151,7 @@ def create_batch(run_count: int, carrier: Mapping[str, str], *, key: str | None 
         run_count: How many runs it will have.
         carrier: The caller's trace headers, which every run of it takes over.
         key: An idempotency key; None without one.
-        request_key: As in `Request`.
+        request_key: As in `RunRequest`.
 
     Returns:
         The batch's id, and whether an earlier call with the same key had announced it.
@@ -420,7 +289,7 @@ def replay(run_id: str, headers: object = None, *, request_key: str | None = Non
     Args:
         run_id: The run to repeat.
         headers: Those of the call; without a trace in them the new run belongs to the trace of the old one's call.
-        request_key: As in `Request`.
+        request_key: As in `RunRequest`.
 
     Raises:
         RunNotFound: There is no such run.
@@ -435,7 +304,7 @@ def replay(run_id: str, headers: object = None, *, request_key: str | None = Non
     remote = decode_trace(call.traceparent, call.tracestate) if call.traceparent else None
     if remote is not None:
         context = trace.set_span_in_context(trace.NonRecordingSpan(remote), context)
-    request = Request(run.task, run.payload, run.payload_type, {**options, "replayedFrom": run.run_id}, request_key)
+    request = RunRequest(run.task, run.payload, run.payload_type, {**options, "replayedFrom": run.run_id}, request_key)
     return enqueue(request, correlation, context)
 
 
@@ -453,8 +322,8 @@ def reschedule(run_id: str, delay: str) -> RunRecord:
     """
     now = time.time_ns()
     due = max(now, wire.due_unix_ns(delay, now))
-    if due > now + _MOST_SECONDS * 1e9:
-        raise InvalidRequest(f"a delay is {_MOST_SECONDS} seconds at most", status=400)
+    if due > now + MOST_SECONDS * 1e9:
+        raise InvalidRequest(f"a delay is {MOST_SECONDS} seconds at most", status=400)
     answer = commit(RescheduleRun(run_id, due, now))
     if answer is False:
         raise InvalidRequest(f"{run_id} is {status_of(_found(find(run_id), run_id))}: only a DELAYED run can be rescheduled", status=400)
@@ -495,7 +364,7 @@ def change_metadata(run_id: str, change: Callable[[Any], Any]) -> Any:
     for _ in range(_CHANGES):
         run = _found(find(run_id), run_id)
         new = change(None if run.metadata is None else json.loads(run.metadata))
-        if commit(SetRunMetadata(run_id, _metadata(new), run.metadata, time.time_ns())):
+        if commit(SetRunMetadata(run_id, metadata_text(new), run.metadata, time.time_ns())):
             return new
     raise StoreUnavailable(f"the metadata of {run_id} is being changed by others all the time")
 

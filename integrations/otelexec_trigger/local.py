@@ -16,6 +16,7 @@ from opentelemetry import context as otel_context
 from otelexec.errors import StoreError, StoreRejected
 from otelexec.publishing import Message, publish
 from otelexec_trigger import engine, wire
+from otelexec_trigger.asking import RunRequest
 from otelexec_trigger.backend import AsyncTriggerBackend, Delay, Operations, Trigger, TriggerBackend
 from otelexec_trigger.calls import Do, Steps, published
 from otelexec_trigger.rendering import as_json, run_of
@@ -42,7 +43,7 @@ class LocalOperations(Operations):
         def send(message: Message) -> Steps[str]:
             context = otel_context.get_current()
             # Who calls again after an unknown answer does so with the same execution, and gets the same run.
-            request = engine.Request(wanted.task, payload, payload_type, options, request_key=message.correlation.execution_id)
+            request = RunRequest(wanted.task, payload, payload_type, options, request_key=message.correlation.execution_id)
             enqueued = yield Do(lambda: _enqueue(request, message, context, new_id))
             found: str = enqueued.run_id
             message.set_message_id(found)
@@ -57,9 +58,9 @@ class LocalOperations(Operations):
         prepared = [(each, options_of(each), *encode(each.payload)) for each in wanted]
         batch_id, _ = yield Do(lambda: engine.create_batch(len(wanted), {}))
         for index, (each, options, payload, payload_type) in enumerate(prepared):
-            request = engine.Request(each.task, payload, payload_type, options, batch_id=batch_id, batch_index=index)
+            request = RunRequest(each.task, payload, payload_type, options, batch_id=batch_id, batch_index=index)
 
-            def send(message: Message, request: engine.Request = request) -> Steps[str]:
+            def send(message: Message, request: RunRequest = request) -> Steps[str]:
                 context = otel_context.get_current()
                 enqueued = yield Do(lambda: _enqueue(request, message, context, engine.new_run_id()))
                 message.set_message_id(enqueued.run_id)
@@ -116,7 +117,7 @@ def _block(wanted: Trigger) -> publish:
     return publish(wanted.task, destination=wanted.queue or wanted.task, system=SYSTEM, operation="trigger")
 
 
-def _enqueue(request: engine.Request, message: Message, context: Any, run_id: str) -> Any:
+def _enqueue(request: RunRequest, message: Message, context: Any, run_id: str) -> Any:
     try:
         return engine.enqueue(request, message.correlation, context, run_id=run_id)
     except StoreRejected as error:

@@ -24,6 +24,7 @@ from otelexec.errors import SettingsError, StoreError, StoreRejected
 from otelexec.store import run_statements as statements
 from otelexec.store.runs import RunRecord
 from otelexec_trigger import engine, wire
+from otelexec_trigger.asking import RunRequest
 from otelexec_trigger.packets import Packets
 from otelexec_trigger.parsing import Refused, indexed_item, item_of, mapping, number, operated, read_lines, read_object, run_filter
 from otelexec_trigger.rendering import as_json
@@ -123,7 +124,7 @@ class Server:
     def _enqueue(self, task: str, payload: Any, options: dict[str, Any], headers: Mapping[str, str], key: str | None, **batch: Any) -> Any:
         text, kind, decoded = self._read(payload, options)
         correlation, context = engine.origin(headers, decoded)
-        return engine.enqueue(engine.Request(task, text, kind, options, key, **batch), correlation, context)
+        return engine.enqueue(RunRequest(task, text, kind, options, key, **batch), correlation, context)
 
     def _read(self, payload: Any, options: Mapping[str, Any]) -> tuple[str | None, str, Any]:
         """Give a payload's text, its media type, and what it means."""
@@ -267,7 +268,7 @@ class Server:
             checked = [item_of(item) for item in items]
             for task, payload, options in checked:  # so that the whole is refused, and not what comes after the first ones
                 text, kind, _ = self._read(payload, options)
-                engine.check(engine.Request(task, text, kind, options))
+                engine.check(RunRequest(task, text, kind, options))
             batch_id, _ = engine.create_batch(len(items), {}, request_key=key)
             for index, (task, payload, options) in enumerate(checked):
                 self._enqueue(task, payload, options, headers, None, batch_id=batch_id, batch_index=index)

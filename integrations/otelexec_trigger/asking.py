@@ -1,0 +1,164 @@
+"""What a caller asks of the local engine, checked, and as the row that the store gets."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from otelexec.store.runs import RunKey, RunRow
+from otelexec_trigger import wire
+from otelexec_trigger.runs import InvalidRequest
+
+MAX_ATTEMPTS: Final = 3
+"""How many attempts a run has unless the call says otherwise."""
+
+MOST_SECONDS: Final = 10 * 365 * 86_400
+"""Ten years: what is longer is a mistake, and a time in nanoseconds must fit into 63 bits."""
+_MOST_ATTEMPTS: Final = 2**31 - 1
+"""The columns are 32 bits wide in PostgreSQL."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunRequest:
+    """
+    What a caller asks for.
+
+    Attributes:
+        task: The task's id.
+        payload: The payload as text; None without one.
+        payload_type: Its media type.
+        options: The options of the wire contract, by their names there.
+        request_key: Names this very call, so that a repetition gets the same answer; None: a repetition is another call.
+        batch_id: The batch that the run belongs to; None without one.
+        batch_index: Its place in the batch; None without one.
+    """
+
+    task: str
+    payload: str | None = None
+    payload_type: str = wire.JSON
+    options: Mapping[str, Any] = field(default_factory=dict)
+    request_key: str | None = None
+    batch_id: str | None = None
+    batch_index: int | None = None
+
+
+def row_of(request: RunRequest, run_id: str) -> RunRow:
+    """
+    Give the run that is asked for.
+
+    Raises:
+        InvalidRequest: An option can't be used.
+    """
+    options = request.options
+    now = time.time_ns()
+    delay = _option(options, "delay", str)
+    due = now if delay is None else max(now, wire.due_unix_ns(delay, now))
+    priority = _option(options, "priority", int, float) or 0
+    if not 0 <= priority <= MOST_SECONDS:
+        raise InvalidRequest(f"priority is a number of seconds, 0 to {MOST_SECONDS}, not {priority}", status=400)
+    ttl = _option(options, "ttl", str, int)
+    queue = _option(options, "queue", Mapping) or {}
+    key = _option(options, "concurrencyKey", str, int, float)
+    limit = queue.get("concurrencyLimit")
+    if limit is not None and (not isinstance(limit, int) or not 1 <= limit <= _MOST_ATTEMPTS):
+        raise InvalidRequest(f"queue.concurrencyLimit is a whole number above 0, not {limit!r}", status=400)
+    name = _option(queue, "name", str) or f"task/{request.task}"
+    lane = None
+    if key is not None:
+        lane = f"{name}/{key}"
+    elif limit is not None:
+        lane = name
+    attempts = _option(options, "maxAttempts", int)
+    if attempts is not None and not 1 <= attempts <= _MOST_ATTEMPTS:
+        raise InvalidRequest(f"maxAttempts is 1 to {_MOST_ATTEMPTS}, not {attempts}", status=400)
+    duration = _option(options, "maxDuration", int, float)
+    if duration is not None and not 0 < duration <= MOST_SECONDS:
+        raise InvalidRequest(f"maxDuration is a number of seconds above 0, up to {MOST_SECONDS}, not {duration}", status=400)
+    waits = (wire.seconds_of(ttl) if isinstance(ttl, str) else ttl) if ttl else None
+    if due > now + MOST_SECONDS * 1e9 or (waits is not None and not 0 <= waits <= MOST_SECONDS):
+        raise InvalidRequest(f"delay and ttl are 0 to {MOST_SECONDS} seconds", status=400)
+    return RunRow(
+        run_id=run_id,
+        task=request.task,
+        payload=request.payload,
+        payload_type=request.payload_type,
+        options=json.dumps(dict(options)),
+        tags=json.dumps(wire.checked_tags(options.get("tags"))),
+        metadata=metadata_text(options.get("metadata")),
+        lane=lane,
+        lane_limit=limit or 1,
+        max_attempts=attempts or MAX_ATTEMPTS,
+        max_seconds=None if duration is None else float(duration),
+        created_unix_ns=now,
+        # As if it had been asked for so much earlier; a run with a delay is due when that is over, and not before.
+        due_unix_ns=due if delay is not None else due - int(priority * 1e9),
+        expires_unix_ns=None if waits is None else due + int(waits * 1e9),
+        batch_id=request.batch_id,
+        batch_index=request.batch_index,
+    )
+
+
+def _option(options: Mapping[str, Any], name: str, *kinds: type) -> Any:
+    value = options.get(name)
+    if value is None:
+        return None
+    if not isinstance(value, kinds) or isinstance(value, bool):
+        raise InvalidRequest(f"{name} can't be {str(value)[:64]!r}", status=400)
+    return value
+
+
+def metadata_text(value: Any) -> str | None:
+    """
+    Give metadata as JSON text; None without any.
+
+    Raises:
+        InvalidRequest: There is too much of it, or it can't be written.
+    """
+    if value is None:
+        return None
+    try:
+        text = value if isinstance(value, str) else json.dumps(value, separators=(",", ":"), allow_nan=False)
+    except ValueError as error:  # a number that grew too large
+        raise InvalidRequest(f"metadata can't be written as JSON: {error}", status=400) from None
+    try:
+        wire.loads(text)
+    except (ValueError, RecursionError):
+        text = json.dumps(value)
+    if len(text.encode("utf-8", "replace")) > wire.MAX_METADATA_BYTES:
+        raise InvalidRequest(f"metadata has at most {wire.MAX_METADATA_BYTES} bytes", status=413)
+    return text
+
+
+def keys_of(request: RunRequest) -> tuple[RunKey, ...]:
+    """
+    Give the keys under which a repetition finds the run.
+
+    Raises:
+        InvalidRequest: The idempotency key is none.
+    """
+    now = time.time_ns()
+    keys = []
+    if request.request_key is not None:
+        keys.append(RunKey(f"request/{request.task}/{request.request_key}", now + int(wire.REQUEST_KEY_SECONDS * 1e9), exact=True))
+    key = _option(request.options, "idempotencyKey", str)
+    if key:
+        if len(key) > wire.MAX_KEY_CHARS:
+            raise InvalidRequest(f"an idempotency key has at most {wire.MAX_KEY_CHARS} characters, not {len(key)}", status=400)
+        keys.append(RunKey(key_name(request.task, key), now + int(_key_seconds(request.options.get("idempotencyKeyTTL")) * 1e9)))
+    return tuple(keys)
+
+
+def _key_seconds(ttl: object) -> float:
+    # The server ignores a text that it can't read, too.
+    try:
+        return min(wire.seconds_of(ttl), MOST_SECONDS) if isinstance(ttl, str) else wire.KEY_SECONDS
+    except InvalidRequest:
+        return wire.KEY_SECONDS
+
+
+def key_name(task: str, key: str) -> str:
+    """Give the name under which the store holds a task's idempotency key."""
+    return f"key/{task}/{key}"
