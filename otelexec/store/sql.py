@@ -8,11 +8,12 @@ and use nothing but `execute` and the store's clock; placeholders are `?`.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
-from otelexec.store import run_statements
+from otelexec.store import outbox_statements, run_statements
+from otelexec.store.outbox_statements import add_row
 from otelexec.store.schema import Transaction
 from otelexec.store.writes import (
     CANCELLED,
@@ -28,34 +29,25 @@ from otelexec.store.writes import (
     AmendAttempt,
     Busy,
     Cancellation,
-    ClaimOutbox,
     CloseAttempt,
     Closed,
     CloseLost,
     CloseOuter,
     Contribute,
-    ForgetNonces,
     Heartbeat,
     Ingested,
     OpenAttempt,
     Opened,
-    OutboxRow,
     Outcome,
-    Prune,
     ReadContributions,
     RecordObserved,
     RecordProgress,
     RecordQueued,
     RefuseQueued,
-    ReleaseClaims,
     RequestCancel,
-    RetryParked,
-    SettleOutbox,
     SpanRow,
     Write,
 )
-
-_MAX_PARAMETERS = 512  # with the others of a statement still below 999, SQLite's limit before 3.32
 
 _TERMINAL = "state = 'succeeded' OR sticky = 1"
 
@@ -116,8 +108,6 @@ QUEUED_AGAIN = """ON CONFLICT (execution_id) DO UPDATE SET
     queued_unix_ns = COALESCE(execution.queued_unix_ns, excluded.queued_unix_ns),
     producer_trace_id = COALESCE(execution.producer_trace_id, excluded.producer_trace_id),
     producer_span_id = COALESCE(execution.producer_span_id, excluded.producer_span_id)"""
-
-_ADD = "INSERT INTO outbox (request, count, execution_id, written_unix_ns) VALUES (?, ?, ?, ?)"
 
 
 def _span(span: SpanRow | None) -> tuple[str | None, str | None, bytes | None]:
@@ -234,7 +224,7 @@ def close_attempt(tx: Transaction, write: CloseAttempt) -> Closed:
     _end_execution(tx, execution_id, number, outcome, duplicate=bool(duplicate))
     spans = write.spans
     if frozen.request:
-        _add(tx, frozen.request + spans.request, 1 + spans.count, execution_id)
+        add_row(tx, frozen.request + spans.request, 1 + spans.count, execution_id)
         add_spans(tx, spans, counted=True)
     else:
         add_spans(tx, spans)
@@ -298,7 +288,7 @@ def record_observed(tx: Transaction, write: RecordObserved) -> None:
         (json.dumps(observed), execution_id, write.attempt.token),
     ).rowcount
     if changed and write.frozen.request:
-        _add(tx, write.frozen.request, 1, execution_id)
+        add_row(tx, write.frozen.request, 1, execution_id)
 
 
 def close_lost(tx: Transaction, write: CloseLost) -> bool:
@@ -314,7 +304,7 @@ def close_lost(tx: Transaction, write: CloseLost) -> bool:
         outcome = replace(outcome, retrying=True)
     _end_execution(tx, write.execution_id, row[0], outcome, duplicate=bool(row[1]))
     if write.frozen.request:
-        _add(tx, write.frozen.request, 1, write.execution_id)
+        add_row(tx, write.frozen.request, 1, write.execution_id)
     return True
 
 
@@ -366,7 +356,7 @@ def close_outer(tx: Transaction, write: CloseOuter) -> bool:
         ),
     ).fetchall()
     if rows and write.frozen.request:
-        _add(tx, write.frozen.request, 1, write.execution_id)
+        add_row(tx, write.frozen.request, 1, write.execution_id)
     if rows and write.retrying:
         tx.execute(
             f"""UPDATE execution SET state = '{RETRYING}', ended_unix_ns = NULL
@@ -416,10 +406,6 @@ def refuse_queued(tx: Transaction, write: RefuseQueued) -> None:
     add_spans(tx, write.spans)
 
 
-def _add(tx: Transaction, request: bytes, count: int, execution_id: str | None) -> None:
-    tx.execute(_ADD, (request, count, execution_id, tx.now_unix_ns()))
-
-
 def _record_open(tx: Transaction, spans: Iterable[SpanRow], process_id: str, execution_id: str | None) -> None:
     for span in spans:
         tx.execute(
@@ -435,10 +421,10 @@ def add_spans(tx: Transaction, write: AddSpans, *, counted: bool = False) -> Non
         return
     first = counted or _is_first(tx, write.nonce)
     if write.count and not counted and first:
-        _add(tx, write.request, write.count, write.execution_id)
+        add_row(tx, write.request, write.count, write.execution_id)
     for span, request in write.recorded:
         if tx.execute("DELETE FROM open_span WHERE trace_id = ? AND span_id = ?", (span.trace_id, span.span_id)).rowcount:
-            _add(tx, request, 1, write.execution_id)
+            add_row(tx, request, 1, write.execution_id)
     if first:
         _record_open(tx, write.opened, write.process_id, write.execution_id)
     if write.last_end_unix_ns and write.execution_id is not None:
@@ -518,119 +504,6 @@ def ingested(tx: Transaction, write: Ingested) -> None:
     )
 
 
-def claim_outbox(tx: Transaction, write: ClaimOutbox) -> list[OutboxRow]:
-    """Claim the oldest rows that nobody has in hand; of two that claim one row at once, the second goes without."""
-    now = tx.now_unix_ns()
-    found = tx.execute(
-        f"""SELECT o.id, LENGTH(o.request) FROM outbox o LEFT JOIN claim c ON c.id = o.id
-            WHERE (c.id IS NULL OR c.until_unix_ns < ?) AND o.id <= ? ORDER BY o.id LIMIT ? {tx.skip_locked}""",
-        (now, write.not_after if write.not_after is not None else 2**62, write.max_rows),
-    ).fetchall()
-    wanted: list[int] = []
-    size = 0
-    for row_id, length in found:
-        size += length
-        if wanted and size > write.max_bytes:
-            break
-        wanted.append(row_id)
-    until = now + int(write.lease_seconds * 1e9)
-    claimed: list[OutboxRow] = []
-    for among, ids in _chunks(tx, wanted):
-        mine = tx.execute(
-            f"""INSERT INTO claim (id, owner, until_unix_ns) SELECT id, ?, ? FROM outbox WHERE id {among}
-                ON CONFLICT (id) DO UPDATE SET owner = excluded.owner, until_unix_ns = excluded.until_unix_ns
-                WHERE claim.until_unix_ns < ? RETURNING id""",
-            (write.owner, until, *ids, now),
-        ).fetchall()
-        for which, taken in _chunks(tx, [row[0] for row in mine]):
-            rows = tx.execute(f"SELECT id, request, count, failures FROM outbox WHERE id {which} ORDER BY id", taken).fetchall()
-            claimed += [OutboxRow(row[0], bytes(row[1]), row[2], row[3]) for row in rows]
-    return claimed
-
-
-def settle_outbox(tx: Transaction, write: SettleOutbox) -> None:
-    """Delete what was accepted, give back what was not, set aside what never will be."""
-    for row_id, reason in write.parked:
-        tx.execute(
-            """INSERT INTO parked (id, request, count, execution_id, reason, parked_unix_ns)
-               SELECT id, request, count, execution_id, ?, ? FROM outbox WHERE id = ?""",
-            (reason, tx.now_unix_ns(), row_id),
-        )
-    gone = (*write.delivered, *(row_id for row_id, _ in write.parked))
-    for among, ids in _chunks(tx, gone):
-        tx.execute(f"DELETE FROM outbox WHERE id {among}", ids)
-    for among, ids in _chunks(tx, write.failed):
-        tx.execute(f"UPDATE outbox SET failures = failures + 1 WHERE id {among}", ids)
-    for among, ids in _chunks(tx, (*gone, *write.released, *write.failed)):
-        tx.execute(f"DELETE FROM claim WHERE owner = ? AND id {among}", (write.owner, *ids))
-
-
-def _chunks(tx: Transaction, ids: Sequence[Any]) -> Iterator[tuple[str, Sequence[Any]]]:
-    """Give ids in lists that one statement can take, each as the end of a condition with its parameters."""
-    for start in range(0, len(ids), _MAX_PARAMETERS):
-        yield tx.among(ids[start : start + _MAX_PARAMETERS])
-
-
-def release_claims(tx: Transaction, write: ReleaseClaims) -> int:
-    """Free what dead relays had in hand."""
-    return sum(tx.execute("DELETE FROM claim WHERE owner = ?", (owner,)).rowcount for owner in write.owners)
-
-
-def retry_parked(tx: Transaction, _: RetryParked) -> int:
-    """Put parked rows back at the end of the outbox; of two that do so at once, each takes what the other has not."""
-    moved = 0
-    while True:
-        rows = tx.execute(
-            "DELETE FROM parked WHERE id IN (SELECT id FROM parked ORDER BY id LIMIT ?) RETURNING id, request, count, execution_id",
-            (_MAX_PARAMETERS,),
-        ).fetchall()
-        if not rows:
-            return moved
-        for _id, request, count, execution_id in sorted(rows, key=lambda row: row[0]):
-            _add(tx, bytes(request), count, execution_id)
-        moved += len(rows)
-
-
-def forget_nonces(tx: Transaction, write: ForgetNonces) -> None:
-    """Forget what nobody repeats any more."""
-    tx.execute("DELETE FROM written WHERE nonce < ?", (write.before,))
-
-
-def prune(tx: Transaction, write: Prune) -> int:
-    """Delete a batch of old ended executions; what is undelivered, parked or open keeps its execution."""
-    rows = tx.execute(
-        f"""SELECT o.execution_id FROM execution o WHERE o.ended_unix_ns < ?
-            AND NOT EXISTS (SELECT 1 FROM attempt a WHERE a.execution_id = o.execution_id
-                            AND (a.state = 'running' OR (a.outer_token IS NOT NULL AND a.outer_outcome IS NULL)))
-            AND NOT EXISTS (SELECT 1 FROM outbox w WHERE w.execution_id = o.execution_id)
-            AND NOT EXISTS (SELECT 1 FROM parked w WHERE w.execution_id = o.execution_id)
-            ORDER BY o.ended_unix_ns LIMIT ? {tx.skip_locked}""",
-        (write.ended_before_unix_ns, write.limit),
-    ).fetchall()
-    for among, ids in _chunks(tx, [row[0] for row in rows]):
-        tx.execute(f"DELETE FROM cancellation WHERE execution_id IN (SELECT token FROM attempt WHERE execution_id {among})", ids)
-        for table in ("attempt", "cancellation", "contribution", "run", "execution"):
-            tx.execute(f"DELETE FROM {table} WHERE execution_id {among}", ids)
-    tx.execute(
-        """DELETE FROM process WHERE heartbeat_unix_ns < ?
-           AND NOT EXISTS (SELECT 1 FROM attempt a WHERE a.process_id = process.process_id AND a.state = 'running')
-           AND NOT EXISTS (SELECT 1 FROM attempt a WHERE a.process_id = process.process_id
-                           AND a.outer_token IS NOT NULL AND a.outer_outcome IS NULL)
-           AND NOT EXISTS (SELECT 1 FROM open_span s WHERE s.process_id = process.process_id)
-           AND NOT EXISTS (SELECT 1 FROM claim c WHERE c.owner = process.process_id)""",
-        (write.ended_before_unix_ns,),
-    )
-    tx.execute("DELETE FROM ingested WHERE at_unix_ns < ?", (write.ended_before_unix_ns,))
-    tx.execute("DELETE FROM run_packet WHERE at_unix_ns < ?", (write.ended_before_unix_ns,))
-    tx.execute("DELETE FROM run_key WHERE expires_unix_ns < ?", (write.ended_before_unix_ns,))
-    tx.execute(
-        """DELETE FROM run_batch WHERE created_unix_ns < ?
-           AND NOT EXISTS (SELECT 1 FROM run r WHERE r.batch_id = run_batch.batch_id)""",
-        (write.ended_before_unix_ns,),
-    )
-    return len(rows)
-
-
 _APPLY: dict[type, Callable[[Transaction, Any], object]] = {
     OpenAttempt: open_attempt,
     CloseAttempt: close_attempt,
@@ -647,12 +520,7 @@ _APPLY: dict[type, Callable[[Transaction, Any], object]] = {
     Heartbeat: heartbeat,
     RequestCancel: request_cancel,
     Ingested: ingested,
-    ClaimOutbox: claim_outbox,
-    SettleOutbox: settle_outbox,
-    ReleaseClaims: release_claims,
-    RetryParked: retry_parked,
-    ForgetNonces: forget_nonces,
-    Prune: prune,
+    **outbox_statements.APPLY,
     **run_statements.APPLY,
 }
 
