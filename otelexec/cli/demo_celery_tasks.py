@@ -8,13 +8,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from celery import Celery
-from opentelemetry import trace
 
 import otelexec
+from otelexec.cli import demo_work
 from otelexec.cli.demo_celery import BROKER
-from otelexec.cli.demo_stories import SCHEDULE, SCHEDULE_SECONDS, SCHEDULED, SEGMENTS
+from otelexec.cli.demo_stories import SCHEDULE, SCHEDULE_SECONDS, SCHEDULED
 
-STUCK_SECONDS = 30.0
 SURVIVES = {"acks_late": True, "reject_on_worker_lost": True}
 """What makes Celery deliver a task once more when its worker dies with it."""
 
@@ -26,7 +25,6 @@ app.conf.update(
     worker_lost_wait=1.0,
     worker_prefetch_multiplier=1,
 )
-tracer = trace.get_tracer("shop")
 
 
 @app.task(name="order.import")
@@ -38,21 +36,8 @@ def import_order(order: int, items: Sequence[str]) -> int:
 @otelexec.execution("order.import", core=True)
 def run_import(order: int, items: Sequence[str]) -> int:
     """Be the job: it knows nothing of Celery. Its end is the attempt's, whatever the task around it does then."""
-    run = otelexec.current_execution()
-    with tracer.start_as_current_span("GET /inventory", kind=trace.SpanKind.CLIENT):
-        time.sleep(0.12)
-    for count, item in enumerate(items, start=1):
-        reserve_stock(item)
-        run.progress(f"reserved {item}", done=count, total=len(items))
-    run.set_output({"reserved": len(items)})
+    otelexec.current_execution().set_output({"reserved": demo_work.reserve(items)})
     return order
-
-
-@otelexec.execution("stock.reserve")
-def reserve_stock(item: str) -> None:
-    """Be a child execution of whatever calls it: a record and a span of its own."""
-    otelexec.current_execution().set_output(item)
-    time.sleep(0.08)
 
 
 @app.task(name="receipt.send")
@@ -65,39 +50,25 @@ def send_receipt(order: int) -> int:
 @app.task(name="video.encode", **SURVIVES)
 def encode_video() -> None:
     """Get stuck in the middle of the first attempt, where the demo kills the process."""
-    run = otelexec.current_execution()
-    with tracer.start_as_current_span("encode segments"):
-        for segment in range(1, SEGMENTS + 1):
-            stuck = run.attempt == 1 and segment > SEGMENTS / 2
-            encode_segment(STUCK_SECONDS if stuck else 0.2)
-            run.progress(f"segment {segment}", done=segment, total=SEGMENTS)
-
-
-@otelexec.execution("video.segment")
-def encode_segment(seconds: float) -> None:
-    """Take so many seconds."""
-    time.sleep(seconds)
+    demo_work.encode()
 
 
 @app.task(name="card.charge")
 def charge_card(card: str) -> None:
     """Fail."""
-    time.sleep(0.1)
-    raise ValueError(f"card ending in {card} declined")
+    demo_work.decline(card)
 
 
 @app.task(name="report.render", autoretry_for=(ConnectionError,), retry_kwargs={"countdown": 0})
 def render_report() -> None:
     """Fail once with an error that Celery retries."""
-    time.sleep(0.1)
-    if otelexec.current_execution().attempt == 1:
-        raise ConnectionError("the report server hung up")
+    demo_work.hang_up_once()
 
 
 @app.task(name="feed.sync", soft_time_limit=1)
 def sync_feed() -> None:
     """Wait for a server that never answers, until the time limit."""
-    time.sleep(STUCK_SECONDS)
+    time.sleep(demo_work.STUCK_SECONDS)
 
 
 @app.task(name="export.build")

@@ -7,38 +7,18 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from opentelemetry import trace
-
 import otelexec
-from otelexec.cli import demo_queue
+from otelexec.cli import demo_queue, demo_work
 from otelexec.cli.demo_queue import Queue
-from otelexec.cli.demo_stories import SEGMENTS
 
-STUCK_SECONDS = 10.0
 TIMEOUT_SECONDS = 0.4
-
-tracer = trace.get_tracer("shop")
 
 
 @otelexec.execution("order.import", core=True)
 def import_order(payload: Mapping[str, Any], queue: Queue) -> None:
     """Succeed, with a plain OpenTelemetry span, child executions, and a message for another worker."""
-    run = otelexec.current_execution()
-    with tracer.start_as_current_span("GET /inventory", kind=trace.SpanKind.CLIENT):
-        time.sleep(0.12)
-    items = payload["items"]
-    for count, item in enumerate(items, start=1):
-        reserve_stock(item)
-        run.progress(f"reserved {item}", done=count, total=len(items))
+    otelexec.current_execution().set_output({"reserved": demo_work.reserve(payload["items"])})
     publish("receipt.send", {"order": payload["order"]}, queue)
-    run.set_output({"reserved": len(items)})
-
-
-@otelexec.execution("stock.reserve")
-def reserve_stock(item: str) -> None:
-    """Be a child execution of whatever calls it: a record and a span of its own."""
-    otelexec.current_execution().set_output(item)
-    time.sleep(0.08)
 
 
 @otelexec.execution("receipt.send", core=True)
@@ -50,16 +30,13 @@ def send_receipt(_payload: Mapping[str, Any], _queue: Queue) -> None:
 @otelexec.execution("card.charge", core=True)
 def charge_card(payload: Mapping[str, Any], _queue: Queue) -> None:
     """Fail."""
-    time.sleep(0.1)
-    raise ValueError(f"card ending in {payload['card']} declined")
+    demo_work.decline(payload["card"])
 
 
 @otelexec.execution("report.render", core=True)
 def render_report(_payload: Mapping[str, Any], _queue: Queue) -> None:
     """Fail once with an error that the worker retries."""
-    time.sleep(0.1)
-    if otelexec.current_execution().attempt == 1:
-        raise ConnectionError("the report server hung up")
+    demo_work.hang_up_once()
 
 
 @otelexec.execution("feed.sync", core=True, timeout=TIMEOUT_SECONDS)
@@ -91,18 +68,7 @@ async def build_export(payload: Mapping[str, Any], _queue: Queue) -> None:
 @otelexec.execution("video.encode", core=True)
 def encode_video(_payload: Mapping[str, Any], _queue: Queue) -> None:
     """Get stuck in the middle of the first attempt, where the demo kills the worker."""
-    run = otelexec.current_execution()
-    with tracer.start_as_current_span("encode segments"):
-        for segment in range(1, SEGMENTS + 1):
-            stuck = run.attempt == 1 and segment > SEGMENTS / 2
-            encode_segment(STUCK_SECONDS if stuck else 0.2)
-            run.progress(f"segment {segment}", done=segment, total=SEGMENTS)
-
-
-@otelexec.execution("video.segment")
-def encode_segment(seconds: float) -> None:
-    """Take so many seconds."""
-    time.sleep(seconds)
+    demo_work.encode()
 
 
 @otelexec.execution("newsletter.send", core=True)

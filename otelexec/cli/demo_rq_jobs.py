@@ -8,45 +8,30 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from opentelemetry import trace
 from redis import Redis
 from rq import Queue, Retry
 from rq.cron import CronJob
 
 import otelexec
+from otelexec.cli import demo_work
 from otelexec.cli.demo_celery import BROKER
-from otelexec.cli.demo_stories import SCHEDULE, SCHEDULE_SECONDS, SCHEDULED, SEGMENTS
+from otelexec.cli.demo_stories import SCHEDULE, SCHEDULE_SECONDS, SCHEDULED
 
 QUEUE = "jobs"
 INTERVAL = int(SCHEDULE_SECONDS)
 NAMED: Mapping[str, Any] = {"name": SCHEDULE} if "name" in inspect.signature(CronJob).parameters else {}
 """An entry's name, where RQ gives it one; else it is called as its function."""
-STUCK_SECONDS = 30.0
 
 connection = Redis.from_url(os.environ.get(BROKER, "redis://127.0.0.1"))
 jobs = Queue(QUEUE, connection=connection)
-tracer = trace.get_tracer("shop")
 
 
 @otelexec.execution("order.import", core=True)
 def import_order(order: int, items: Sequence[str]) -> int:
     """Be the job: its end is the attempt's. What it enqueues is its child."""
-    run = otelexec.current_execution()
-    with tracer.start_as_current_span("GET /inventory", kind=trace.SpanKind.CLIENT):
-        time.sleep(0.12)
-    for count, item in enumerate(items, start=1):
-        reserve_stock(item)
-        run.progress(f"reserved {item}", done=count, total=len(items))
-    run.set_output({"reserved": len(items)})
+    otelexec.current_execution().set_output({"reserved": demo_work.reserve(items)})
     jobs.enqueue(send_receipt, order)
     return order
-
-
-@otelexec.execution("stock.reserve")
-def reserve_stock(item: str) -> None:
-    """Be a child execution of whatever calls it: a record and a span of its own."""
-    otelexec.current_execution().set_output(item)
-    time.sleep(0.08)
 
 
 @otelexec.execution("receipt.send", core=True)
@@ -59,39 +44,25 @@ def send_receipt(order: int) -> int:
 @otelexec.execution("video.encode", core=True)
 def encode_video() -> None:
     """Get stuck in the middle of the first attempt, where the demo kills the horse."""
-    run = otelexec.current_execution()
-    with tracer.start_as_current_span("encode segments"):
-        for segment in range(1, SEGMENTS + 1):
-            stuck = run.attempt == 1 and segment > SEGMENTS / 2
-            encode_segment(STUCK_SECONDS if stuck else 0.2)
-            run.progress(f"segment {segment}", done=segment, total=SEGMENTS)
-
-
-@otelexec.execution("video.segment")
-def encode_segment(seconds: float) -> None:
-    """Take so many seconds."""
-    time.sleep(seconds)
+    demo_work.encode()
 
 
 @otelexec.execution("card.charge", core=True)
 def charge_card(card: str) -> None:
     """Fail."""
-    time.sleep(0.1)
-    raise ValueError(f"card ending in {card} declined")
+    demo_work.decline(card)
 
 
 @otelexec.execution("report.render", core=True)
 def render_report() -> None:
     """Fail once, with a retry left."""
-    time.sleep(0.1)
-    if otelexec.current_execution().attempt == 1:
-        raise ConnectionError("the report server hung up")
+    demo_work.hang_up_once()
 
 
 @otelexec.execution("feed.sync", core=True)
 def sync_feed() -> None:
     """Wait for a server that never answers, until the job's timeout."""
-    time.sleep(STUCK_SECONDS)
+    time.sleep(demo_work.STUCK_SECONDS)
 
 
 @otelexec.execution("export.build", core=True)

@@ -7,38 +7,22 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from opentelemetry import trace
 from otelexec_trigger import LocalBackend, TriggerBackend, task
 
 import otelexec
-from otelexec.cli.demo_stories import RATE_LIMITED, SCHEDULED, SEGMENTS
+from otelexec.cli import demo_work
+from otelexec.cli.demo_stories import RATE_LIMITED, SCHEDULED
 
-STUCK_SECONDS = 30.0
 ATTEMPTS: Mapping[str, int] = {"video.encode": 2, "report.render": 2}
 """How many attempts a task has; all others have one."""
-
-tracer = trace.get_tracer("shop")
 
 
 @task("order.import")
 def import_order(payload: Mapping[str, Any]) -> dict[str, int]:
     """Be the run. What it triggers is its child."""
-    run = otelexec.current_execution()
-    with tracer.start_as_current_span("GET /inventory", kind=trace.SpanKind.CLIENT):
-        time.sleep(0.12)
-    items = payload["items"]
-    for count, item in enumerate(items, start=1):
-        reserve_stock(item)
-        run.progress(f"reserved {item}", done=count, total=len(items))
+    reserved = demo_work.reserve(payload["items"])
     LocalBackend().trigger("receipt.send", {"order": payload["order"]})
-    return {"reserved": len(items)}
-
-
-@otelexec.execution("stock.reserve")
-def reserve_stock(item: str) -> None:
-    """Be a child execution of whatever calls it: a record and a span of its own."""
-    otelexec.current_execution().set_output(item)
-    time.sleep(0.08)
+    return {"reserved": reserved}
 
 
 @task("receipt.send")
@@ -51,40 +35,26 @@ def send_receipt(payload: Mapping[str, Any]) -> Any:
 @task("video.encode")
 def encode_video(_: object) -> None:
     """Get stuck in the middle of the first attempt, where the demo kills the worker's process."""
-    run = otelexec.current_execution()
-    with tracer.start_as_current_span("encode segments"):
-        for segment in range(1, SEGMENTS + 1):
-            stuck = run.attempt == 1 and segment > SEGMENTS / 2
-            encode_segment(STUCK_SECONDS if stuck else 0.2)
-            run.progress(f"segment {segment}", done=segment, total=SEGMENTS)
-
-
-@otelexec.execution("video.segment")
-def encode_segment(seconds: float) -> None:
-    """Take so many seconds."""
-    time.sleep(seconds)
+    demo_work.encode()
 
 
 @task("card.charge")
 def charge_card(payload: Mapping[str, Any]) -> None:
     """Fail."""
-    time.sleep(0.1)
-    raise ValueError(f"card ending in {payload['card']} declined")
+    demo_work.decline(payload["card"])
 
 
 @task("report.render")
 def render_report(_: object) -> None:
     """Fail once, with an attempt left."""
-    time.sleep(0.1)
-    if otelexec.current_execution().attempt == 1:
-        raise ConnectionError("the report server hung up")
+    demo_work.hang_up_once()
 
 
 @task("feed.sync")
 @otelexec.execution("feed.sync", core=True, timeout=1)
 async def sync_feed(_: object) -> None:
     """Wait for a server that never answers, until the job's own timeout."""
-    await asyncio.sleep(STUCK_SECONDS)
+    await asyncio.sleep(demo_work.STUCK_SECONDS)
 
 
 @task("export.build")
