@@ -11,6 +11,8 @@ import otelexec
 from otelexec.cli import demo_queue, demo_work
 from otelexec.cli.demo_queue import Queue
 
+STUCK_SECONDS = 10.0
+"""A worker whose demo was killed ends when its job does."""
 TIMEOUT_SECONDS = 0.4
 
 
@@ -68,7 +70,7 @@ async def build_export(payload: Mapping[str, Any], _queue: Queue) -> None:
 @otelexec.execution("video.encode", core=True)
 def encode_video(_payload: Mapping[str, Any], _queue: Queue) -> None:
     """Get stuck in the middle of the first attempt, where the demo kills the worker."""
-    demo_work.encode()
+    demo_work.encode(STUCK_SECONDS)
 
 
 @otelexec.execution("newsletter.send", core=True)

@@ -35,13 +35,13 @@ def reserve_stock(item: str) -> None:
     time.sleep(0.08)
 
 
-def encode() -> None:
+def encode(stuck_seconds: float = STUCK_SECONDS) -> None:
     """Get stuck in the middle of the first attempt, where the demo kills the process."""
     run = otelexec.current_execution()
     with tracer.start_as_current_span("encode segments"):
         for segment in range(1, SEGMENTS + 1):
             stuck = run.attempt == 1 and segment > SEGMENTS / 2
-            encode_segment(STUCK_SECONDS if stuck else 0.2)
+            encode_segment(stuck_seconds if stuck else 0.2)
             run.progress(f"segment {segment}", done=segment, total=SEGMENTS)
 
 
