@@ -13,6 +13,9 @@ from otelexec.store.writes import ProcessRow
 
 _DEAD_STATES = frozenset("ZXx")
 
+_MAX_BYTES = 4096
+"""More than any of the one-line files of /proc that are read here."""
+
 
 @cache
 def _boot_id() -> str:
@@ -28,9 +31,15 @@ def _pid_namespace() -> str:
 
 def _read(path: str) -> str:
     try:
-        return Path(path).read_text(encoding="ascii", errors="replace")
+        descriptor = os.open(path, os.O_RDONLY)
     except OSError:
         return ""
+    try:
+        return os.read(descriptor, _MAX_BYTES).decode("ascii", "replace")  # a work horse asks, whose every job pays for a file object
+    except OSError:  # the process has ended since
+        return ""
+    finally:
+        os.close(descriptor)
 
 
 def _state_and_start(pid: int) -> tuple[str, int]:

@@ -136,21 +136,17 @@ class Runtime:
         self.id_generator = SecureIdGenerator()
         self.theirs = provider or spans.foreign_provider()
         self.heartbeat = HeartbeatThread(self)
-        self.resource = spans.make_resource(settings.service_name, self.theirs)
-        self.collector = Collector(self.resource, settings.max_collected_spans, self.heartbeat.nudge, forked=self._forked)
         self.store = open_store(settings)
         _watch_forks()
         self.records = self.store is not None
-        self.provider: TracerProvider
+        self.provider = self._recording_provider(parent) if self.records else self._plain_provider()
+        self.resource = self.provider.resource
         self.tracer: Tracer
-        if self.records and parent is not None and parent.theirs is self.theirs and isinstance(parent.provider, CollectingProvider):
-            self.provider, self.tracer = parent.provider, parent.tracer
-            parent.provider.inherited_by(self.resource, self.tracer)
+        if parent is not None and parent.provider is self.provider:
+            self.tracer = parent.tracer
         else:
-            self.provider = spans.make_provider(self.resource, current_collector, self.theirs, collects=self.records)
-            if not self.records:
-                self._plain_provider()
             self.tracer = self.provider.get_tracer(semconv.SCOPE_NAME, schema_url=semconv.SCHEMA_URL)
+        self.collector = Collector(self.resource, settings.max_collected_spans, self.heartbeat.nudge, forked=self._forked)
         self._process: ProcessRow | None = None
         self._parent = (0, 0)
         self.executions: dict[str, Execution] = {}
@@ -165,14 +161,24 @@ class Runtime:
             self.group = GroupCommit(self.store)
             self.spool = Spool(spool_folder(settings, self.store), lambda: self.process)
 
-    def _plain_provider(self) -> None:
+    def _recording_provider(self, parent: Runtime | None) -> TracerProvider:
+        """Give the provider whose spans are committed with their records."""
+        resource = spans.make_resource(self.settings.service_name, self.theirs)
+        if parent is not None and parent.theirs is self.theirs and isinstance(parent.provider, CollectingProvider):
+            parent.provider.inherited_by(resource, parent.tracer)
+            return parent.provider
+        return spans.make_provider(resource, current_collector, self.theirs)
+
+    def _plain_provider(self) -> TracerProvider:
         """Without a store, spans go the usual way: through the user's provider, or to the SDK's own exporter."""
         if isinstance(self.theirs, TracerProvider):
-            self.provider = self.theirs
-            return
+            return self.theirs
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
-        self.provider.add_span_processor(BatchSpanProcessor(_stock_exporter(self.settings)))
+        resource = spans.make_resource(self.settings.service_name, self.theirs)
+        provider = spans.make_provider(resource, current_collector, self.theirs, collects=False)
+        provider.add_span_processor(BatchSpanProcessor(_stock_exporter(self.settings)))
+        return provider
 
     def _send_plain_spans(self, deadline: float) -> None:
         """Send the spans that are not the relay's to send, as long as an exit may take; the SDK alone would retry for much longer."""
