@@ -51,7 +51,8 @@ class _Executor(wrapt.FunctionWrapper):  # type: ignore[type-arg] # as above
     wrapt refuses both, and process pools send the function that they are to call.
     """
 
-    __bound_function_wrapper__: Any = _BoundExecutor
+    # Without an annotation: the class would have `__annotations__` of its own, before the function's that wrapt shows.
+    __bound_function_wrapper__ = _BoundExecutor
 
     def __copy__(self) -> Any:
         return self
@@ -182,10 +183,10 @@ def execution(
     Raises:
         SettingsError: An option can't be used.
     """
-    if callable(name):
+    if callable(name) or isinstance(name, classmethod):
         return ExecutionDecorator(Options(""))(name)
-    options = Options(
-        name=name or "",
+    options = _options(
+        name,
         core=core,
         timeout=timeout,
         kind=kind,
@@ -196,6 +197,18 @@ def execution(
         cancel_wins=cancel_wins,
     )
     return ExecutionDecorator(options)
+
+
+def _options(name: Any, **options: Any) -> Options:
+    """Check what would else fail where the executor is called."""
+    kinds: dict[str, Any] = {"attributes": Mapping, "kind": SpanKind, "links": tuple | list, "classify": Callable}
+    if not isinstance(name, str | None):
+        raise SettingsError(f"An execution's name is text, not {name!r}.")
+    for option, kind in kinds.items():
+        value = options.get(option)
+        if value is not None and not isinstance(value, kind):
+            raise SettingsError(f"{option} of an execution can't be {value!r}.")
+    return Options(name or "", **options)
 
 
 class WrappedExecutor:
@@ -272,4 +285,4 @@ def wrap_executor(target: str, *, name: str | None = None, **options: Any) -> Wr
     Raises:
         SettingsError: The target is malformed, or its module is there and has no such name.
     """
-    return WrappedExecutor(target, Options(name or "", **options))
+    return WrappedExecutor(target, _options(name, **options))

@@ -18,8 +18,10 @@ from otelexec.context import EXECUTION_KEY, SCOPE_KEY
 from otelexec.correlation import Correlation, Scope, with_ambient
 from otelexec.effects import run
 from otelexec.endings import describe
+from otelexec.errors import CorrelationError
 from otelexec.execution import Execution, Options, current_execution
 from otelexec.finalize import finalize, persist
+from otelexec.ids import normalize_id
 from otelexec.lifecycle import Call, Steps, begin, execution_row
 from otelexec.propagation import outgoing
 from otelexec.spans import keep_attributes, request_of, row_of
@@ -205,7 +207,14 @@ def request_cancel(execution_id: str, *, terminate: bool | None = None) -> str |
 
     Returns:
         The execution's state; None when nobody has heard of it yet.
+
+    Raises:
+        CorrelationError: This is no execution id.
     """
+    given: object = execution_id  # from code without types it may be the None of a search that found nothing
+    if not isinstance(given, str) or not given:
+        raise CorrelationError(f"request_cancel() takes an execution id, not {execution_id!r}")
+    execution_id, _ = normalize_id(execution_id)
     runtime = _runtime.get()
     if not runtime.records:
         return None

@@ -10,12 +10,14 @@ import subprocess
 import sys
 import threading
 import time
+from typing import Any
 
 import pytest
 
 import otelexec
 from otelexec import runtime
 from otelexec.decorators import ExecutionDecorator
+from otelexec.errors import CorrelationError
 from otelexec.execution import Options
 from otelexec.store.writes import Cancellation, RequestCancel
 from tests.records import Records, until
@@ -218,6 +220,19 @@ def test_an_interruption_that_nobody_asked_for_is_left_by_the_next_attempt(recor
 def test_without_a_store_a_wish_goes_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OTELEXEC_STORE", "none")
     assert otelexec.request_cancel("e") is None
+
+
+@pytest.mark.parametrize("given", [None, 5, ""])
+def test_what_is_no_id_is_refused(records: Records, given: Any) -> None:
+    """A search that found nothing gives None, and a wish for that would be nobody's."""
+    with pytest.raises(CorrelationError, match="takes an execution id"):
+        otelexec.request_cancel(given)
+
+
+def test_an_id_that_had_to_be_hashed_is_known_by_the_text_it_was_made_of(records: Records) -> None:
+    with otelexec.correlate(source="legacy", execution_id="Auftrag Nº 7"), otelexec.execution("job") as run:
+        otelexec.request_cancel("Auftrag Nº 7")
+        assert run.cancel_requested
 
 
 def test_a_thread_is_told(records: Records) -> None:

@@ -11,6 +11,7 @@ import pickle
 import signal
 import time
 import traceback
+import typing
 from collections.abc import Callable
 from typing import Any
 
@@ -144,7 +145,10 @@ def test_a_signature_stays_as_it_was(records: Records) -> None:
     def work(a: int, /, b: str = "x", *args: int, c: bool, **kwargs: float) -> bytes:
         return b""
 
-    assert inspect.signature(otelexec.execution("x")(work)) == inspect.signature(work)
+    decorated = otelexec.execution("x")(work)
+    assert inspect.signature(decorated) == inspect.signature(work)
+    assert decorated.__annotations__ == work.__annotations__  # what FastAPI, pydantic and typer ask for
+    assert typing.get_type_hints(decorated) == typing.get_type_hints(work) != {}
 
 
 class Engine:
@@ -171,6 +175,11 @@ class Engine:
         return value
 
     @otelexec.execution
+    @classmethod
+    def bare(cls) -> str:
+        return cls.__name__
+
+    @otelexec.execution
     def __call__(self) -> int:
         return self.factor
 
@@ -184,9 +193,11 @@ def test_methods_of_every_kind_are_called_with_what_they_expect(records: Records
     assert isinstance(Turbo.of(1), Turbo)
     assert Turbo.inside() == "Turbo"
     assert (Engine.static(4), Engine(1).static(5)) == (4, 5)
+    assert Turbo.bare() == "Turbo"
     assert Engine(9)() == 9
     names = ["engine.class", "engine.method", "engine.class", "engine.class.inside", "engine.static", "engine.static"]
-    assert [record.name for record in records.all()] == [*names, f"{__name__}.Engine.__call__"]
+    unnamed = [f"{__name__}.Engine.bare", f"{__name__}.Engine.__call__"]
+    assert [record.name for record in records.all()] == [*names, *unnamed]
 
 
 def test_a_partial_and_a_callable_object_can_be_executors(records: Records) -> None:
@@ -283,6 +294,21 @@ def test_a_block_gives_its_execution_and_serves_once_at_a_time(records: Records)
     with block:
         pass
     assert [record.state for record in records.all()] == ["succeeded", "succeeded"]
+
+
+@pytest.mark.parametrize("options", [{"attributes": 5}, {"kind": "consumer"}, {"links": 5}, {"classify": "ValueError"}])
+def test_an_option_of_the_wrong_kind_is_refused_where_it_is_given(options: dict[str, Any]) -> None:
+    (name,) = options
+    with pytest.raises(SettingsError, match=f"^{name} of an execution can't be"):
+        otelexec.execution("job", **options)
+    with pytest.raises(SettingsError, match=f"^{name} of an execution can't be"):
+        otelexec.wrap_executor("json:dumps", **options)
+
+
+def test_a_name_is_text() -> None:
+    wrong: Any = 5
+    with pytest.raises(SettingsError, match=r"^An execution's name is text, not 5"):
+        otelexec.execution(wrong)
 
 
 def test_a_block_without_a_name_is_refused_before_anything_is_recorded(records: Records) -> None:
