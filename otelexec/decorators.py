@@ -133,6 +133,10 @@ def execution(name: Callable[P, R], /) -> Callable[P, R]: ...
 
 
 @overload
+def execution(name: classmethod[Any, P, R], /) -> classmethod[Any, P, R]: ...
+
+
+@overload
 def execution(
     name: str | None = None,
     /,
@@ -184,7 +188,8 @@ def execution(
         SettingsError: An option can't be used.
     """
     if callable(name) or isinstance(name, classmethod):
-        return ExecutionDecorator(Options(""))(name)
+        decorate: Any = ExecutionDecorator(Options(""))
+        return decorate(name)
     options = _options(
         name,
         core=core,
