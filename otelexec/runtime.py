@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opentelemetry import context as otel_context
+from opentelemetry import trace
 from opentelemetry.sdk.trace import TracerProvider
 
 from otelexec import identity, logs, otlp, semconv, spans
@@ -477,6 +478,9 @@ def configure(
     Raises:
         SettingsError: A setting is wrong. A store that can't be reached is no such error: the work goes on.
     """
+    given: object = tracer_provider
+    if given is not None and not isinstance(given, trace.TracerProvider):
+        raise SettingsError(f"tracer_provider: must be a TracerProvider of OpenTelemetry, not {type(given).__name__}")
     _make(_settings.load(service_name=service_name, store=store, otlp_endpoint=otlp_endpoint, **settings), tracer_provider)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 import otelexec
@@ -37,3 +39,9 @@ def test_signing_keys_are_split_and_an_empty_variable_is_none(monkeypatch: pytes
     assert settings.load(signing_key="new, old").signing_keys == (b"new", b"old")
     monkeypatch.setenv("OTELEXEC_SIGNING_KEY", "")
     assert settings.load().signing_keys == ()
+
+
+def test_a_provider_that_is_none_is_refused_at_configure() -> None:
+    wrong: Any = "a provider"
+    with pytest.raises(SettingsError, match=r"^tracer_provider: must be a TracerProvider of OpenTelemetry, not str"):
+        otelexec.configure(tracer_provider=wrong)
