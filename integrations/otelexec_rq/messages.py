@@ -95,9 +95,13 @@ def name_of(job: Any, *, unpickle: bool = True) -> str:
     if not unpickle:
         return str(job.description or "unread job")
     try:
-        return str(job.func_name)
+        instance, name = job.instance, str(job.func_name)
     except Exception:  # its data is pickled, and may hold anything
         return str(job.description or "unreadable job")
+    if instance is None:
+        return name
+    owner: Any = instance if isinstance(instance, type) else type(instance)  # RQ names a method without its class
+    return f"{owner.__module__}.{owner.__qualname__}.{name}"
 
 
 def links_of(found: Mapping[str, Any]) -> tuple[trace.Link, ...]:

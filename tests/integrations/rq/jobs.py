@@ -54,6 +54,24 @@ async def look_async() -> dict[str, Any]:
     return look()
 
 
+class Press:
+    """Has jobs of every kind that RQ takes from an object or a class."""
+
+    def run(self) -> None:
+        """Be a job."""
+
+    @classmethod
+    def make(cls) -> None:
+        """Be a job."""
+
+    @staticmethod
+    def count() -> None:
+        """Be a job."""
+
+    def __call__(self) -> None:
+        """Be a job."""
+
+
 def trace_a_query() -> None:
     """Add a span of the global provider's."""
     with trace.get_tracer("app").start_as_current_span("query"):

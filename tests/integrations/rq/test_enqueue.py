@@ -87,6 +87,13 @@ def test_each_way_of_enqueueing_carries_ids_and_trace(common: Stage, way: str) -
     assert 0 <= latency < 30
 
 
+def test_a_method_is_named_with_its_class(common: Stage) -> None:
+    press = jobs.Press()
+    made = [common.queue.enqueue(function) for function in (press.run, jobs.Press.make, jobs.Press.count, press)]
+    names = [common.ended(job.id, "succeeded").record.name for job in made]
+    assert names == [f"tests.integrations.rq.jobs.Press.{name}" for name in ("run", "make", "count", "__call__")]
+
+
 def test_the_meta_key_holds_plain_strings_beside_the_users_own(common: Stage) -> None:
     own = {"user": 1}
     job = common.queue.enqueue(jobs.give, meta=own)
