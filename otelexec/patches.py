@@ -71,11 +71,15 @@ class Guard:
     Args:
         is_active: Whether the adapter is on; wrappers that could not be removed do nothing otherwise.
         logger: Where what went wrong is said.
+        passes: Tells exceptions that are not ours to keep away: by default those that a signal handler raised.
     """
 
-    def __init__(self, is_active: Callable[[], bool], logger: logging.Logger) -> None:
+    def __init__(
+        self, is_active: Callable[[], bool], logger: logging.Logger, passes: Callable[[BaseException], bool] = raised_by_signal_handler
+    ) -> None:
         self._is_active = is_active
         self._logger = logger
+        self._passes = passes
 
     def guarded(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Make a function of ours that gives None when the adapter is off, or when something goes wrong in it."""
@@ -87,7 +91,7 @@ class Guard:
             try:
                 return function(*args, **kwargs)
             except Exception as error:
-                if raised_by_signal_handler(error):
+                if self._passes(error):
                     raise
                 self._logger.exception("%s.failed: %s", self._logger.name, function.__name__)
                 return None

@@ -26,6 +26,7 @@ except ModuleNotFoundError as error:
     raise
 from opentelemetry.instrumentation.instrumentor import BaseInstrumentor  # type: ignore[attr-defined] # untyped
 from rq import worker as rq_worker
+from rq.intermediate_queue import IntermediateQueue
 from rq.job import Job
 from rq.queue import Queue
 from rq.registry import StartedJobRegistry
@@ -122,6 +123,7 @@ def _patch_sending(patches: Patches) -> None:
 
 def _patch_running(patches: Patches) -> None:
     patches.replace(Job, "perform", consume.wrap_perform)
+    patches.replace(Job, "save_meta", consume.wrap_save_meta)
     patches.replace(Job, "cancel", worker.wrap_cancel)
     _patch_workers(patches, "perform_job", consume.wrap_perform_job)
     _patch_workers(patches, "handle_execution_ended", consume.wrap_execution_ended)
@@ -144,6 +146,7 @@ def _patch_worker(patches: Patches) -> None:
     _patch_workers(patches, "register_birth", worker.after(worker.on_worker_started))
     _patch_workers(patches, "register_death", worker.after(worker.on_worker_ended))
     patches.replace(StartedJobRegistry, "cleanup", worker.wrap_cleanup)
+    patches.replace(IntermediateQueue, "cleanup", worker.wrap_intermediate_cleanup)
     patches.on_undo(worker.MAIN.forget)
 
 

@@ -16,7 +16,9 @@ from otelexec import semconv
 from otelexec.context import current_scope
 from otelexec.endings import describe
 from otelexec_rq.consume import CONTEXT
+from otelexec_rq.endings import passes
 from otelexec_rq.messages import last_attempt, open_context
+from otelexec_rq.publish import SENDING
 from otelexec_rq.settings import CHOICES
 
 logger = logging.getLogger("otelexec.rq")
@@ -43,12 +45,14 @@ def wrapper(kind: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
                 return original(job, *args, **kwargs)
             span, context = _begin(kind, str(name), job)
             token = otel_context.attach(context)
+            sending = SENDING.set(None)  # what a callback enqueues is its own, also inside the call of a synchronous queue
             try:
                 return original(job, *args, **kwargs)
             except BaseException as error:
                 _note(span, error)
                 raise
             finally:
+                SENDING.reset(sending)
                 otel_context.detach(token)
                 span.end()
 
@@ -64,7 +68,9 @@ def _begin(kind: str, name: str, job: Any) -> tuple[trace.Span, Context]:
         tracer = _runtime.get().provider.get_tracer(SCOPE, schema_url=semconv.SCHEMA_URL)
         span = tracer.start_span(f"on_{kind} {name}", context, attributes={semconv.CODE_FUNCTION_NAME: name})
         return span, trace.set_span_in_context(span, context)
-    except Exception:
+    except Exception as error:
+        if passes(error):
+            raise
         logger.exception("otelexec.rq.failed: span of on_%s of job %s", kind, job.id)
         return trace.INVALID_SPAN, otel_context.get_current()
 

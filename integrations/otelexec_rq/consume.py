@@ -23,11 +23,11 @@ from opentelemetry import context as otel_context
 from opentelemetry.context import Context
 from opentelemetry.sdk.trace import ReadableSpan
 from rq.exceptions import InvalidJobOperation
+from rq.job import Job
 
 from otelexec import metrics, semconv
 from otelexec import runtime as _runtime
 from otelexec.drivers import advance, expect
-from otelexec.endings import raised_by_signal_handler
 from otelexec.errors import ExecutionCancelled
 from otelexec.execution import Execution
 from otelexec.lifecycle import Steps, lifecycle
@@ -66,7 +66,7 @@ class Run:
 
     __slots__ = (
         *("_attributes", "_error", "_found", "_may_retry", "_runtime", "_steps", "_value"),
-        *("before", "context", "execution", "job", "performed", "stopped"),
+        *("before", "context", "execution", "job", "performed", "performing", "stopped"),
     )
 
     context: Context
@@ -75,7 +75,7 @@ class Run:
     def __init__(self, job: Any, token: str | None, around: Context | None = None) -> None:
         self.job = job
         self.before = otel_context.get_current()
-        self.performed = False
+        self.performed = self.performing = False
         self.stopped = False
         self._value: Any = None
         self._error: BaseException | None = None
@@ -115,6 +115,7 @@ class Run:
 
     def perform(self, original: Callable[[Any], Any]) -> Any:
         """Call the function, and note how it ended."""
+        self.performing = True
         try:
             value = original(self.job)
         except BaseException as error:
@@ -138,12 +139,17 @@ class Run:
             self.execution.ending = endings.returned(self.job, self._value, may_retry=self._may_retry) if error is None else None
         if self.execution.ending is None:
             self.execution.ending = self.execution.classify(error)
-        self._keep_stamp(retrying=self.execution.ending.retrying)
+        self._stamp_for_retry(retrying=self.execution.ending.retrying)
         seconds = (time.perf_counter_ns() - self.execution.clock_started_ns) / 1e9
         metrics.took(seconds, self.execution.name, self._attributes, self.execution.ending)
         advance(self._runtime, steps, error)
 
-    def _keep_stamp(self, *, retrying: bool) -> None:
+    def keep_stamp(self, job: Any) -> None:
+        """Put what this run's job carries back where a job has lost it."""
+        if self._found and not carrier.find(job):
+            carrier.stamp(job, self._found)
+
+    def _stamp_for_retry(self, *, retrying: bool) -> None:
         """Have a retry, which RQ saves with the meta that it finds here, come from this attempt, whatever the job made of its meta."""
         if not self._found:
             return
@@ -199,7 +205,7 @@ def _guarded(function: Callable[[], Any]) -> None:
     try:
         function()
     except Exception as error:
-        if raised_by_signal_handler(error):
+        if endings.passes(error):
             raise
         logger.exception("otelexec.rq.failed")
 
@@ -210,11 +216,14 @@ def _perform(original: Callable[[], Any], worker: Any, job: Any, execution: Any)
     except ExecutionCancelled:
         return _cancel(worker, job, execution)
     except Exception as error:
-        if raised_by_signal_handler(error):
+        if endings.passes(error):
             raise
         logger.exception("otelexec.rq.open: job %s runs without a record", job.id)
         return original()
     RUNNING[job.id] = run
+    overridden = type(job).perform
+    if overridden is not Job.perform:
+        job.perform = functools.partial(run.perform, overridden)
     token = _run.set(run)
     otel_context.attach(run.context)
     try:
@@ -224,11 +233,25 @@ def _perform(original: Callable[[], Any], worker: Any, job: Any, execution: Any)
         raise
     finally:
         run.close(RuntimeError("the job ended before its function"))
+        vars(job).pop("perform", None)
         _run.reset(token)
         RUNNING.pop(job.id, None)
         # By value: others may have attached and detached in between, in any order.
         otel_context.attach(run.before)
     return result
+
+
+def wrap_save_meta(original: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Wrap `Job.save_meta`: where a job replaces its meta, whoever finds it abandoned must still find what it carries."""
+
+    @functools.wraps(original)
+    def save_meta(self: Any) -> Any:
+        run = RUNNING.get(self.id)
+        if run is not None and CHOICES.active:
+            _guarded(functools.partial(run.keep_stamp, self))
+        return original(self)
+
+    return save_meta
 
 
 def wrap_execution_ended(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -241,7 +264,7 @@ def wrap_execution_ended(original: Callable[..., Any]) -> Callable[..., Any]:
             try:
                 run.close(sys.exc_info()[1])
             except Exception as error:
-                if raised_by_signal_handler(error):
+                if endings.passes(error):
                     raise
                 logger.exception("otelexec.rq.failed: closing job %s", job.id)
         return original(self, job, *args, **kwargs)
@@ -257,9 +280,10 @@ def wrap_perform(original: Callable[[Any], Any]) -> Callable[[Any], Any]:
         if not CHOICES.active:
             return original(self)
         run = _run.get()
-        if run is not None and run.job is self and not run.performed:
-            return run.perform(original)
-        return _perform_alone(original, self)
+        if run is None or run.job is not self:
+            return _perform_alone(original, self)
+        # A subclass may call it in a `perform` of its own, whose outcome is the one that counts, and more than once.
+        return original(self) if run.performing else run.perform(original)
 
     return perform
 
@@ -272,7 +296,7 @@ def _perform_alone(original: Callable[[Any], Any], job: Any) -> Any:
     except ExecutionCancelled:
         raise
     except Exception as error:
-        if raised_by_signal_handler(error):
+        if endings.passes(error):
             raise
         logger.exception("otelexec.rq.open: job %s runs without a record", job.id)
         return original(job)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from rq.job import Retry
-from rq.timeouts import JobTimeoutException
+from rq.timeouts import BaseTimeoutException, JobTimeoutException
 
 from otelexec.endings import Classifier, Ending, describe, raised_by_signal_handler
 from otelexec.execution import INTERRUPTED, INTERRUPTIONS
@@ -40,13 +40,14 @@ def classifier(job: Any, is_stopped: Callable[[], bool], *, may_retry: bool = Tr
         if isinstance(error, JobTimeoutException):
             error_type, message = describe(error, _MAX_CHARS)
             return Ending(TIMED_OUT, earned.classification or TIMEOUT, error_type, message, error, retrying=earned.retrying)
-        if _is_shutdown(error):
+        interrupted = isinstance(error, INTERRUPTIONS) or (isinstance(error, SystemExit) and not _is_exit(error))
+        if _is_shutdown(error) or (interrupted and earned.retrying):
             error_type, message = describe(error, _MAX_CHARS)
             return Ending(CANCELLED, INTERRUPTED, error_type, message, error, retrying=earned.retrying, depends_on_cancellation=True)
-        if not earned.retrying or not _is_failure(error):
+        if interrupted or not (earned.retrying or _is_exit(error)):
             return None
         error_type, message = describe(error, _MAX_CHARS)
-        return Ending(FAILED, RETRY, error_type, message, error, retrying=True)
+        return Ending(FAILED, earned.classification, error_type, message, error, retrying=earned.retrying)
 
     return classify
 
@@ -94,11 +95,14 @@ def abandoned() -> tuple[str, str, str]:
     return ABANDONED, _ABANDONED_TYPE, "the worker that ran it is gone"
 
 
-def _is_failure(error: BaseException) -> bool:
-    """Tell whether an exception, all of which RQ retries, is a failure: not an exit that is none, and no interruption."""
-    if isinstance(error, SystemExit):
-        return error.code not in (None, 0) and not raised_by_signal_handler(error)
-    return not isinstance(error, INTERRUPTIONS)
+def passes(error: BaseException) -> bool:
+    """Tell what must get out of our code: what a signal handler raised, and a timeout, which `TimerDeathPenalty` raises without one."""
+    return isinstance(error, BaseTimeoutException) or raised_by_signal_handler(error)
+
+
+def _is_exit(error: BaseException) -> bool:
+    """Tell whether the job itself wanted to exit, which RQ takes for a failure, with code 0 as well."""
+    return isinstance(error, SystemExit) and not raised_by_signal_handler(error)
 
 
 def _is_shutdown(error: BaseException) -> bool:

@@ -93,7 +93,7 @@ def name_of(job: Any, *, unpickle: bool = True) -> str:
     if found is not None:
         return found
     if not unpickle:
-        return str(job.description or "unread job")
+        return str(job.description or "unread job").partition("(")[0]  # without the arguments of the call
     try:
         instance, name = job.instance, str(job.func_name)
     except Exception:  # its data is pickled, and may hold anything

@@ -22,11 +22,10 @@ from redis import exceptions as redis_errors
 
 from otelexec.context import EXECUTION_KEY, SCOPE_KEY
 from otelexec.correlation import Correlation, Scope, with_ambient
-from otelexec.endings import raised_by_signal_handler
 from otelexec.propagation import entries, incoming, outgoing
 from otelexec.publishing import Message, publish
 from otelexec.w3c import decode_trace
-from otelexec_rq import carrier
+from otelexec_rq import carrier, endings
 from otelexec_rq.messages import name_of
 from otelexec_rq.settings import CHOICES, SYSTEM
 
@@ -245,7 +244,7 @@ def _guarded(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     try:
         return function(*args, **kwargs)
     except Exception as error:
-        if raised_by_signal_handler(error):  # the job's timeout, inside a job that enqueues another
+        if endings.passes(error):  # the job's timeout, inside a job that enqueues another
             raise
         logger.exception("otelexec.rq.failed: %s", function.__name__)
         return None

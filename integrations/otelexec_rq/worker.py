@@ -44,7 +44,7 @@ OVERDUE_SECONDS: Final = 60
 _QUEUED: Final = ("queued", "deferred", "scheduled", "rate_limited", "ready_to_enqueue", "created")
 """States of a job that no worker has."""
 
-_GUARD = Guard(lambda: CHOICES.active, logger)
+_GUARD = Guard(lambda: CHOICES.active, logger, endings.passes)
 guarded, before, after = _GUARD.guarded, _GUARD.before, _GUARD.after
 
 
@@ -316,13 +316,53 @@ def wrap_cancel(original: Callable[..., Any]) -> Callable[..., Any]:
         status = None if stored is None else _status_of(stored)
         running = guarded(self.execution_registry.get_execution_ids)() if status == "started" else None
         result = original(self, *args, **kwargs)
-        if status in _QUEUED:
-            guarded(_on_cancelled)(stored)
-        for execution_id in running or ():
-            guarded(_tell)(execution_id)
+
+        def record() -> None:
+            if status in _QUEUED:
+                guarded(_on_cancelled)(stored)
+            for execution_id in running or ():
+                guarded(_tell)(execution_id)
+
+        pipeline = args[0] if args else kwargs.get("pipeline")
+        if pipeline is None:
+            record()
+        else:
+            _Executed(pipeline, record)
         return result
 
     return cancel
+
+
+class _Executed:
+    """
+    Waits for a pipeline of the caller's: what was cancelled in it is cancelled when it is executed, and not if it is discarded.
+
+    Args:
+        pipeline: The pipeline.
+        then: What to do then.
+    """
+
+    def __init__(self, pipeline: Any, then: Callable[[], None]) -> None:
+        self._pipeline = pipeline
+        self._then = then
+        self._execute, self._reset = pipeline.execute, pipeline.reset
+        pipeline.execute, pipeline.reset = self.execute, self.reset
+
+    def execute(self, *args: Any, **kwargs: Any) -> Any:
+        """Execute it."""
+        self._leave()
+        result = self._execute(*args, **kwargs)
+        self._then()
+        return result
+
+    def reset(self, *args: Any, **kwargs: Any) -> Any:
+        """Discard it."""
+        self._leave()
+        return self._reset(*args, **kwargs)
+
+    def _leave(self) -> None:
+        for name in ("execute", "reset"):
+            vars(self._pipeline).pop(name, None)
 
 
 def _stored(job: Any) -> Any:
@@ -360,6 +400,37 @@ def wrap_cleanup(original: Callable[..., Any]) -> Callable[..., Any]:
     return cleanup
 
 
+def wrap_intermediate_cleanup(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `IntermediateQueue.cleanup`, which fails the jobs that a worker took and did not live to begin."""
+
+    @functools.wraps(original)
+    def cleanup(self: Any, worker: Any, *args: Any, **kwargs: Any) -> Any:
+        return original(self, _Failing(worker), *args, **kwargs)
+
+    return cleanup
+
+
+class _Failing:
+    """
+    A worker whose failed jobs nobody has begun.
+
+    Args:
+        worker: The worker.
+    """
+
+    def __init__(self, worker: Any) -> None:
+        self._worker = worker
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._worker, name)
+
+    def handle_job_failure(self, job: Any, *args: Any, **kwargs: Any) -> Any:
+        """Fail a job."""
+        result = self._worker.handle_job_failure(job, *args, **kwargs)
+        guarded(_on_abandoned)(job, None)
+        return result
+
+
 def _expired(registry: Any, timestamp: float | None) -> list[tuple[Any, str]]:
     """Give the jobs that a registry holds as started although their time is over, with RQ's execution id of that run."""
     score = time.time() if timestamp is None else timestamp
@@ -375,11 +446,15 @@ def _expired(registry: Any, timestamp: float | None) -> list[tuple[Any, str]]:
     ]
 
 
-def _on_abandoned(job: Any, execution_id: str) -> None:
+def _on_abandoned(job: Any, execution_id: str | None) -> None:
     """
     Close the attempt of a job that no worker holds any more, if its horse died before it could open one.
 
     An open attempt is its own process's as long as that lives, and the reconciler's after that.
+
+    Args:
+        job: The job.
+        execution_id: RQ's execution id; None where its worker died before RQ gave it one.
     """
     runtime = _runtime.get()
     delivery = delivery_of(job, execution_id)

@@ -11,6 +11,7 @@ from typing import Any
 
 from opentelemetry import baggage, trace
 from rq import Queue, Retry, get_current_job
+from rq.job import Job
 from rq.version import VERSION as RQ_VERSION
 
 import otelexec
@@ -70,6 +71,38 @@ class Press:
 
     def __call__(self) -> None:
         """Be a job."""
+
+
+class Lenient(Job):
+    """A job that makes a value of a failure, after a second try."""
+
+    def perform(self) -> Any:
+        """Run the function twice at most."""
+        try:
+            return super().perform()
+        except ValueError:
+            try:
+                return super().perform()
+            except ValueError:
+                return "default"
+
+
+class Strict(Job):
+    """A job that fails although its function has returned."""
+
+    def perform(self) -> Any:
+        """Run the function, and fail in what comes after it."""
+        super().perform()
+        raise RuntimeError("teardown")
+
+
+def replace_meta(mark: str) -> None:
+    """Save another meta in place of the one that was there, and run until killed."""
+    job: Any = get_current_job()
+    job.meta = {"mine": 1}
+    job.save_meta()
+    count(mark)
+    time.sleep(60)
 
 
 def trace_a_query() -> None:
@@ -230,6 +263,11 @@ def on_failure(job: Any, _: Any, *__: Any) -> None:
 def on_stopped(job: Any, _: Any) -> None:
     """Say that it was called."""
     _log("stopped", job)
+
+
+def on_success_enqueues(job: Any, connection: Any, _: Any) -> None:
+    """Enqueue another job."""
+    Queue("of-callbacks", connection=connection).enqueue(give)
 
 
 def on_success_raises(*_: Any) -> None:

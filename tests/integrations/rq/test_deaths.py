@@ -7,7 +7,8 @@ import signal
 import time
 
 import pytest
-from rq import Retry
+from rq import Retry, Worker
+from rq.intermediate_queue import IntermediateQueue
 from rq.job import Job
 from rq.registry import StartedJobRegistry
 
@@ -62,6 +63,41 @@ def test_a_job_that_was_abandoned_before_its_attempt_was_opened_is_lost(fresh: F
     abandon(stage)
     seen = stage.ended(job.id, "lost")
     assert (seen.attempt.classification, seen.attempt.error_type) == ("abandoned", "rq.exceptions.AbandonedJobError")
+    stage.check_agreement()
+
+
+@pytest.mark.parametrize("retries", [0, 1])
+def test_a_job_that_a_worker_took_and_did_not_live_to_begin_is_lost(fresh: Fresh, retries: int) -> None:
+    """RQ finds it in the queue's intermediate one after a minute."""
+    stage = fresh()
+    queue, connection = stage.queue, stage.connection
+    job = queue.enqueue(jobs.give, retry=Retry(max=retries) if retries else None)
+    connection.lmove(queue.key, queue.intermediate_queue_key)
+    intermediate = IntermediateQueue(queue.key, connection)
+    intermediate.set_first_seen(job.id)
+    connection.set(intermediate.get_first_seen_key(job.id), time.time() - 120)
+    intermediate.cleanup(Worker([queue], connection=connection), queue)
+    seen = stage.ended(job.id, "lost")
+    assert seen.attempt.classification == "abandoned"
+    assert job.get_status() == ("queued" if retries else "failed")
+    if retries:
+        stage.worker("next")
+        assert stage.ended(job.id, "lost", "succeeded").states == ["lost", "succeeded"]
+    stage.check_agreement()
+
+
+def test_an_abandoned_job_that_replaced_its_meta_is_one_execution(fresh: Fresh) -> None:
+    stage = fresh()
+    worker = stage.worker("doomed")
+    mark = stage.mark()
+    job = stage.queue.enqueue(jobs.replace_meta, mark)
+    stage.wait_for_run(mark)
+    assert Job.fetch(job.id, connection=stage.connection).meta["mine"] == 1
+    worker.kill()
+    until(lambda: reconciled(stage))
+    abandon(stage)
+    assert stage.ended(job.id, "lost").record.state == "lost"
+    assert len(stage.records()) == 1
     stage.check_agreement()
 
 

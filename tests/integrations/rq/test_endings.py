@@ -7,9 +7,13 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from rq import Callback, Repeat, Retry
+from otelexec_rq import consume, publish, worker
+from otelexec_rq.settings import CHOICES
+from redis import WatchError
+from rq import Callback, Queue, Repeat, Retry
 from rq.command import send_stop_job_command
 from rq.job import Job, JobStatus
+from rq.timeouts import JobTimeoutException
 
 import otelexec
 from otelexec import semconv
@@ -44,6 +48,48 @@ def test_an_exception_is_the_functions_own(common: Stage) -> None:
 def test_an_exit_is_a_failed_attempt(common: Stage) -> None:
     job = common.queue.enqueue(jobs.leave, 3)
     assert common.ended(job.id, "failed").attempt.error_type == "SystemExit"
+
+
+def test_so_is_one_with_code_0_which_rq_fails_and_runs_again(common: Stage) -> None:
+    job = common.queue.enqueue(jobs.leave, 0, retry=Retry(max=1))
+    until(lambda: job.get_status() == "failed", 25)
+    seen = common.ended(job.id, "failed", "failed")
+    assert [attempt.classification for attempt in seen.attempts] == ["retry", None]
+    assert seen.record.state == "failed"
+
+
+@pytest.mark.parametrize(
+    ("kind", "function", "state", "status"), [("Lenient", jobs.fail, "succeeded", "finished"), ("Strict", jobs.give, "failed", "failed")]
+)
+def test_where_a_class_of_jobs_decides_how_they_end_its_word_counts(
+    fresh: Fresh, kind: str, function: Callable[..., Any], state: str, status: str
+) -> None:
+    stage = fresh()
+    stage.worker("own", job_class=f"{jobs.__name__}.{kind}")
+    job = Queue(stage.name, connection=stage.connection, job_class=getattr(jobs, kind)).enqueue(function)
+    until(lambda: job.get_status() == status, 25)
+    seen = stage.ended(job.id, state)
+    assert [attempt.state for attempt in seen.attempts] == [state]
+    assert seen.attempt.error_message == ("teardown" if state == "failed" else None)
+    stage.check_agreement()
+
+
+def test_a_timeout_that_no_signal_raised_gets_out_of_our_code() -> None:
+    """`TimerDeathPenalty` raises it between any two instructions of the job's thread."""
+
+    def strikes() -> None:
+        raise JobTimeoutException("Task exceeded maximum timeout value")
+
+    with pytest.raises(JobTimeoutException):
+        publish._guarded(strikes)
+    with pytest.raises(JobTimeoutException):
+        consume._guarded(strikes)
+    CHOICES.active = True
+    try:
+        with pytest.raises(JobTimeoutException):
+            worker.guarded(strikes)()
+    finally:
+        CHOICES.active = False
 
 
 def test_a_function_that_does_not_exist_is_a_failed_attempt(common: Stage) -> None:
@@ -231,6 +277,35 @@ def test_a_job_cancelled_before_it_started_is_closed_at_once(common: Stage) -> N
     seen = common.ended(job.id, "cancelled")
     assert seen.record.state == "cancelled"
     assert seen.consumer().attributes[semconv.MESSAGING_MESSAGE_ID] == job.id
+
+
+def test_a_cancellation_in_a_pipeline_of_the_callers_counts_when_that_is_executed(fresh: Fresh) -> None:
+    stage = fresh()
+    job = stage.queue.enqueue(jobs.give)
+
+    def said() -> list[str]:
+        return [record.state for record in stage.records()] + [attempt.state for record in stage.records() for attempt in record.attempts]
+
+    pipeline: Any
+    with stage.connection.pipeline() as pipeline:
+        job.cancel(pipeline=pipeline)
+        pipeline.reset()
+        assert said() == ["queued"]
+        pipeline.set("another", "thing")
+        pipeline.execute()
+        assert said() == ["queued"]
+        pipeline.watch("another")
+        pipeline.multi()
+        job.cancel(pipeline=pipeline)
+        stage.connection.set("another", "hand")
+        with pytest.raises(WatchError):
+            pipeline.execute()
+        assert said() == ["queued"]
+        job.cancel(pipeline=pipeline)
+        assert said() == ["queued"]
+        pipeline.execute()
+        assert said() == ["cancelled", "cancelled"]
+    assert job.get_status() == "canceled"
 
 
 def test_a_job_is_closed_whatever_it_waited_for_when_it_was_cancelled(common: Stage) -> None:

@@ -12,7 +12,7 @@ import pytest
 from opentelemetry import baggage, context, trace
 from redis import Redis
 from redis import exceptions as redis_errors
-from rq import Queue, Repeat, Retry
+from rq import Callback, Queue, Repeat, Retry
 from rq.group import Group
 from rq.job import Job
 
@@ -279,6 +279,15 @@ def test_meta_that_is_no_dict_stays_as_it_is(common: Stage) -> None:
     seen = common.ended(job.id, "succeeded")
     assert seen.record.execution_id == job.id
     assert Job.fetch(job.id, connection=common.connection).meta == meta
+
+
+def test_what_a_callback_of_a_synchronous_queue_enqueues_is_the_jobs(fresh: Fresh) -> None:
+    stage = fresh()
+    queue = Queue(stage.name, connection=stage.connection, is_async=False)
+    job = queue.enqueue(jobs.give, on_success=Callback(jobs.on_success_enqueues))
+    first = stage.ended(job.id, "succeeded").record
+    [other] = [record for record in stage.records() if record.execution_id != first.execution_id]
+    assert (other.parent_execution_id, other.request_id) == (first.execution_id, first.request_id)
 
 
 def test_a_synchronous_queue_never_runs_a_job_again(fresh: Fresh) -> None:

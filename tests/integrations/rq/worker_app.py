@@ -23,7 +23,8 @@ OPTIONS = "OTELEXEC_TEST_WORKER"
 """
 The variable with what a worker is made with, as JSON: `json` for the serializer, `pool` for a pool's size, `scheduler`,
 `monitor` for RQ's interval of looking after a horse, `configure` for otelexec's own settings, `provider` for a tracer provider
-of the user's own, `measure` for a folder to export what is measured to, and `early` to have every horse killed before it does anything.
+of the user's own, `measure` for a folder to export what is measured to, `job_class` for the path of a class of jobs, and `early` to have
+every horse killed before it does anything.
 """
 
 
@@ -47,7 +48,9 @@ def main(url: str, name: str, *queues: str) -> None:
         WorkerPool(list(queues), connection=connection, num_workers=options.get("pool", 2)).start()
         return
     cls: Any = getattr(rq, name, None) or getattr(rq_worker, name)
-    more = {"serializer": JSONSerializer} if options.get("json") else {}
+    more: dict[str, Any] = {"serializer": JSONSerializer} if options.get("json") else {}
+    if "job_class" in options:
+        more["job_class"] = options["job_class"]
     if options.get("early"):
         cls.main_work_horse = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
     worker = cls(list(queues), connection=connection, name=options["name"], **more)
