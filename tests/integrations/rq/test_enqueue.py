@@ -282,6 +282,8 @@ def test_meta_that_is_no_dict_stays_as_it_is(common: Stage) -> None:
 
 
 def test_what_a_callback_of_a_synchronous_queue_enqueues_is_the_jobs(fresh: Fresh) -> None:
+    if jobs.VERSION < (3, 0):
+        pytest.skip("there a synchronous queue may call its callbacks by itself")
     stage = fresh()
     queue = Queue(stage.name, connection=stage.connection, is_async=False)
     job = queue.enqueue(jobs.give, on_success=Callback(jobs.on_success_enqueues))
