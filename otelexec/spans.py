@@ -287,7 +287,7 @@ class CollectingProvider(TracerProvider):
 
     def inherited_by(self, resource: Resource, tracer: trace.Tracer) -> None:
         """
-        Go on in a forked child: a new provider and tracer would cost a horse that runs one job some milliseconds.
+        Go on in a forked child: a new provider and tracer would cost a work horse a millisecond, for one job.
 
         Args:
             resource: The child's.
