@@ -63,7 +63,8 @@ def end_span(execution: Execution, ending: Ending, ended_ns: int) -> None:
         if raised_by_signal_handler(error):
             raise
         logger.exception("otelexec.finalize.span")
-    span.end(end_time=ended_ns)
+    if getattr(span, "end_time", None) is None:
+        span.end(end_time=ended_ns)
     # Not before: a signal handler that raises in here makes the lifecycle repeat it.
     execution.span_ended = True
 

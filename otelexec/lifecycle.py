@@ -80,20 +80,25 @@ def lifecycle(runtime: Runtime, options: Options) -> Steps:  # noqa: C901 # the 
         raised = held = yield from _open(runtime, execution)
     except GeneratorExit as error:  # dropped: the close carries the whole row, so it does not need the open
         raised = held = error
-    if raised is None and execution.cancel_requested:
-        message = f"Execution {execution.id} was cancelled before it started."
-        raised = held = ExecutionCancelled(message, execution_id=execution.id)
-    if raised is None:
-        try:
+    # From here to the close whatever a signal handler raises is held, at every instruction at which one may run.
+    try:
+        if raised is None and execution.cancel_requested:
+            message = f"Execution {execution.id} was cancelled before it started."
+            raised = held = ExecutionCancelled(message, execution_id=execution.id)
+        if raised is None:
             raised = yield Call(execution, run_context)
-        except BaseException as error:  # a signal handler's, between the driver's own instructions, or GeneratorExit
-            raised = held = error
-    if execution.pid != os.getpid():
-        execution.warn_inherited("close")
-        return
-    ended_ns = execution.started_unix_ns + time.perf_counter_ns() - execution.clock_started_ns
-    for _ in range(MAX_HELD):
+    except BaseException as error:  # a signal handler's, also between the driver's own instructions, or GeneratorExit
+        raised = held = error
+    ended_ns: int | None = None
+    left = MAX_HELD
+    while left:
+        left -= 1
         try:
+            if ended_ns is None:
+                ended_ns = execution.started_unix_ns + time.perf_counter_ns() - execution.clock_started_ns
+            if execution.pid != os.getpid():
+                execution.warn_inherited("close")
+                return
             if isinstance(held, GeneratorExit):
                 run(runtime, _close(runtime, execution, raised, ended_ns), how=perform_without_waiting)
             else:

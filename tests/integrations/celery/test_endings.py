@@ -340,6 +340,8 @@ def deaths(common: Stage) -> Mapping[str, tuple[Any, str]]:
 @pytest.mark.parametrize("how", ["killed", "killed, late"])
 def test_a_killed_child_leaves_one_lost_attempt(common: Stage, deaths: Mapping[str, tuple[Any, str]], how: str) -> None:
     result, mark = deaths[how]
+    with pytest.raises(WorkerLostError):
+        result.get(timeout=LOST_SECONDS)
     seen = common.ended(result.id, seconds=LOST_SECONDS)
     # billiard runs a task once more whose child died before it was heard that it had begun, and it is killed again.
     assert len(seen.attempts) == common.runs(mark) <= 2
@@ -348,8 +350,6 @@ def test_a_killed_child_leaves_one_lost_attempt(common: Stage, deaths: Mapping[s
     assert "SIGKILL" in (attempt.error_message or "")
     assert json.loads(attempt.progress or "{}")["message"] == "before the kill"
     assert attempt.pid == common.wait_for_run(mark)
-    with pytest.raises(WorkerLostError):
-        result.get(timeout=LOST_SECONDS)
 
 
 def test_a_killed_child_with_reject_on_worker_lost_is_lost_once_and_runs_again(
