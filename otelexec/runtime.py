@@ -552,7 +552,9 @@ def _at_exit() -> None:
 def _watch_forks() -> None:
     # Once the store's module has: what is to happen before a fork happens in reverse order, and this writes to the store,
     # which the store's own hook closes.
-    os.register_at_fork(before=_before_fork, after_in_child=_after_fork)
+    os.register_at_fork(before=_before_fork)
 
 
+# At once: another thread may fork while the first runtime is being made, under the lock.
+os.register_at_fork(after_in_child=_after_fork)
 atexit.register(_at_exit)

@@ -108,7 +108,7 @@ def _store_checks(settings: Settings) -> Iterable[Check]:
         raise AssertionError("load() lets no `none` through")
     try:
         try:
-            found = _usable(store)
+            found = store.statistics()
             yield _store(store, found)
             yield _executions(found)
             yield _outbox(found, store.now_unix_ns())
@@ -127,16 +127,14 @@ def _store_checks(settings: Settings) -> Iterable[Check]:
         store.close()
 
 
-def _usable(store: Store) -> Statistics:
-    """Read the store, and begin to write to it without writing anything."""
-    found = store.statistics()
-    store.commit([], durable=False, timeout_seconds=WRITE_SECONDS)
-    return found
-
-
 def _store(store: Store, found: Statistics) -> Check:
     bytes_, tables = found.size_bytes, dict(found.table_bytes)
     path = _path(store)
+    trouble = None
+    try:
+        store.check_writable(timeout_seconds=WRITE_SECONDS)
+    except StoreError as error:
+        trouble = str(error)
     data = {
         "url": store.url,
         "path": path,
@@ -144,22 +142,18 @@ def _store(store: Store, found: Statistics) -> Check:
         "table_bytes": tables,
         "schema": SCHEMA_VERSION,
         "reachable": True,
-        "error": None,
+        "error": trouble,
     }
-    finding = f"{path or store.url}, {console.size(bytes_)}, schema {SCHEMA_VERSION}, can be read and written"
+    finding = f"{path or store.url}, {console.size(bytes_)}, schema {SCHEMA_VERSION}, can be read{'' if trouble else ' and written'}"
     if tables:
         largest = list(tables.items())[:TABLES_SHOWN]
         finding += f"; largest: {', '.join(f'{name} {console.size(size)}' for name, size in largest)}"
     beside = [] if path is None else Path(path).parent.glob(f"{Path(path).name}.corrupt-*")
     aside = sorted(str(each) for each in beside if not each.name.endswith(("-wal", "-shm")))
-    if not aside:
-        return Check("store", finding, data={**data, "set_aside": []})
-    return Check(
-        "store",
-        finding,
-        f"damaged files were set aside: {', '.join(aside)}; look at them, then move them away",
-        {**data, "set_aside": aside},
-    )
+    problems = [] if trouble is None else [f"{console.clean(trouble)}; what workers record goes to the spool until it can be written"]
+    if aside:
+        problems.append(f"damaged files were set aside: {', '.join(aside)}; look at them, then move them away")
+    return Check("store", finding, "; ".join(problems), {**data, "set_aside": aside})
 
 
 def _path(store: Store) -> str | None:

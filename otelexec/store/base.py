@@ -78,6 +78,18 @@ class Store(Protocol):
         """
         ...
 
+    def check_writable(self, *, timeout_seconds: float) -> None:
+        """
+        Check that this process could write, without writing anything.
+
+        Args:
+            timeout_seconds: As for `commit`.
+
+        Raises:
+            StoreError: It could not; the message says why.
+        """
+        ...
+
     def read(self, query: Callable[[Transaction], Found]) -> Found:
         """Run queries (`runs.py`) in one reading transaction, and give what they found."""
         ...

@@ -52,11 +52,12 @@ _TRIES: Final = 4
 # integrity constraint violation, program limit exceeded.
 _REFUSALS: Final = ("22", "23", "54")
 _GONE: Final = (pg.UndefinedTable, pg.InvalidSchemaName, pg.UndefinedFunction)
-_REPEATABLE: Final = (pg.DeadlockDetected, pg.SerializationFailure, pg.UniqueViolation)
 # After these the sessions that are left are of no use: connection exception, operator intervention (shutdown, failover);
 # a server that is read-only now may be a standby whose primary is elsewhere.
 _LOST: Final = ("08", "57")
 _MOVED: Final = (pg.ReadOnlySqlTransaction,)
+# The others refuse some character of an error message or an output, and with it the record that it is in.
+_ENCODINGS: Final = ("UTF8", "SQL_ASCII")
 _ERRORS: Final = (psycopg.Error, UnicodeError, OverflowError, OSError)
 
 _stores: weakref.WeakSet[PostgresStore] = weakref.WeakSet()
@@ -68,17 +69,34 @@ _LOCAL: Final = (
     f"SET LOCAL search_path TO {SCHEMA}, pg_temp; SET LOCAL enable_seqscan TO off; "
     "SET LOCAL enable_hashjoin TO off; SET LOCAL enable_bitmapscan TO off; "
 )
-_BEGIN: Final = f"BEGIN; {_LOCAL}"
+# Whatever the role's default: a lane is counted after its lock is there, in a newer snapshot than the transaction's first.
+_BEGIN: Final = f"BEGIN ISOLATION LEVEL READ COMMITTED; {_LOCAL}"
 # Also where the server or the role has it switched off; whatever is stronger than `on` stays.
 _DURABLE: Final = "SELECT set_config('synchronous_commit', COALESCE(NULLIF(current_setting('synchronous_commit'), 'off'), 'on'), true); "
 _NOT_DURABLE: Final = "SET LOCAL synchronous_commit TO off; "
 _BEGIN_READING: Final = f"BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; {_LOCAL}"
 _LOOK: Final = f"SELECT {NOW}, {STARTED}"
-_GREETING: Final = f"SELECT {NOW}, {STARTED}, extract(epoch FROM current_setting('wal_writer_delay')::interval)::float8"
+_GREETING: Final = (
+    f"SELECT {NOW}, {STARTED}, extract(epoch FROM current_setting('wal_writer_delay')::interval)::float8, "
+    "current_setting('server_encoding')"
+)
+_RIGHTS: Final = """
+    SELECT current_setting('transaction_read_only'), string_agg(what, ', ' ORDER BY what) FROM (
+        SELECT 'table ' || relname FROM pg_class WHERE relnamespace = to_regnamespace($1) AND relkind = 'r' AND NOT
+            (has_table_privilege(oid, 'SELECT') AND has_table_privilege(oid, 'INSERT')
+             AND has_table_privilege(oid, 'UPDATE') AND has_table_privilege(oid, 'DELETE'))
+        UNION ALL
+        SELECT 'function ' || proname FROM pg_proc WHERE pronamespace = to_regnamespace($1) AND NOT has_function_privilege(oid, 'EXECUTE')
+    ) AS missing (what)
+"""
+_SEE_README: Final = "README, PostgreSQL, has the rights that a role needs"
 
 
 class _ServerChanged(psycopg.OperationalError):
     """The server is another one, or the same started anew: something that it had committed may be lost."""
+
+
+_REPEATABLE: Final = (_ServerChanged, pg.DeadlockDetected, pg.SerializationFailure, pg.UniqueViolation)
 
 
 @lru_cache(maxsize=256)
@@ -150,7 +168,9 @@ class PostgresStore(SqlReader):
 
     def _greet(self, session: Session) -> None:
         session.give_up_at = time.monotonic() + _READ_SECONDS
-        [[now, started, delay]] = session.execute(_GREETING).fetchall()
+        [[now, started, delay, encoding]] = session.execute(_GREETING).fetchall()
+        if encoding not in _ENCODINGS:
+            raise StoreUnavailable(f"{self.url}: the database's encoding is {encoding}; otelexec needs one that was created with UTF8")
         postgres_schema.ensure(session, self.url, create=self._create)
         self._tail.keep_for(delay)
         self._saw(now, started)
@@ -180,6 +200,7 @@ class PostgresStore(SqlReader):
         durable = durable or any(map(_needs_fsync, writes))
         patience = max(timeout_seconds, self._patience) if timeout_seconds > 0 else HASTY_PATIENCE_SECONDS
         deadline = time.monotonic() + patience
+        may_reconnect = timeout_seconds > 0
         for left in reversed(range(_TRIES)):
             try:
                 with self._pool.session(timeout_seconds) as session:
@@ -188,18 +209,33 @@ class PostgresStore(SqlReader):
                     mark = self._tail.mark()
                     results = self._commit(session, writes, durable=durable)
                     self._tail.committed(writes, mark, durable=durable)
-            except (_ServerChanged, *_REPEATABLE) as error:
-                if not left or time.monotonic() >= deadline:
+            except _ERRORS as error:
+                closed = may_reconnect and _is_closed(error)
+                if not left or time.monotonic() >= deadline or not (closed or isinstance(error, _REPEATABLE)):
                     raise self._failure(error) from error
+                if closed:  # while it stood idle, maybe: by a restart that is over, a firewall, a timeout of the server's
+                    may_reconnect = False
+                    self._pool.replace()
                 # Also an earlier try whose answer was lost, and which the server was still at: now it can be found.
                 writes = [replace(write, repeated=True) if isinstance(write, OpenAttempt) else write for write in writes]
-            except _ERRORS as error:
-                raise self._failure(error) from error
             else:
                 receipt.results.extend(results)
                 receipt.committed.append(True)
                 break
         return receipt.results
+
+    def check_writable(self, *, timeout_seconds: float) -> None:
+        """Ask for every right that a worker needs; see `base.Store.check_writable`."""
+        try:
+            with self._pool.session(timeout_seconds) as session:
+                session.give_up_at = time.monotonic() + _READ_SECONDS
+                [[read_only, missing]] = session.execute(_RIGHTS, (SCHEMA,)).fetchall()
+        except _ERRORS as error:
+            raise self._failure(error) from error
+        if read_only == "on":
+            raise StoreUnavailable(f"{self.url}: the server, the database or the role is read-only")
+        if missing:
+            raise StoreUnavailable(f"{self.url}: permission denied for {missing}; {_SEE_README}")
 
     def _restore(self, session: Session, timeout_seconds: float) -> None:
         """Write again what a server that crashed may have forgotten, before anything that builds on it."""
@@ -290,16 +326,13 @@ class PostgresStore(SqlReader):
 
     def _failure(self, error: Exception) -> StoreError:
         """Give what to tell the caller, and give up sessions that won't serve again."""
-        state = error.diag.sqlstate if isinstance(error, psycopg.Error) else None
         if isinstance(error, pg.InsufficientPrivilege):
-            return StoreUnavailable(f"{self.url}: {first_line(error)}; README, PostgreSQL, has the rights that a role needs")
+            return StoreUnavailable(f"{self.url}: {first_line(error)}; {_SEE_README}")
         if isinstance(error, _GONE):
             # Dropped under us: what is committed from here on goes to the schema that the next session makes.
             logger.warning("otelexec.store.replaced: the schema %s in %s is gone", SCHEMA, self.url)
             self._announced = False
-        elif not (isinstance(error, psycopg.OperationalError) and (state is None or state[:2] in _LOST)) and not isinstance(error, _MOVED):
-            return StoreUnavailable(f"{self.url}: {first_line(error)}")
-        if not isinstance(error, GaveUp):
+        if _is_closed(error) or isinstance(error, (*_GONE, *_MOVED)):
             self._pool.replace()
         return StoreUnavailable(f"{self.url}: {first_line(error)}")
 
@@ -319,10 +352,15 @@ class PostgresStore(SqlReader):
     @contextlib.contextmanager
     def _reading(self) -> Iterator[_Transaction]:
         try:
-            with self._pool.session(_READ_SECONDS) as session:
-                session.give_up_at = time.monotonic() + _READ_SECONDS
+            with contextlib.ExitStack() as stack:
                 try:
-                    now, _ = _last(session.execute(_BEGIN_READING + _LOOK))
+                    session, now = self._begin_reading(stack)
+                except _ERRORS as error:
+                    if not _is_closed(error):
+                        raise
+                    self._pool.replace()
+                    session, now = self._begin_reading(stack)
+                try:
                     yield _Transaction(session, now)
                     session.execute("COMMIT")
                 except BaseException:
@@ -330,6 +368,12 @@ class PostgresStore(SqlReader):
                     raise
         except _ERRORS as error:
             raise self._failure(error) from error
+
+    def _begin_reading(self, stack: contextlib.ExitStack) -> tuple[Session, int]:
+        session = stack.enter_context(self._pool.session(_READ_SECONDS))
+        session.give_up_at = time.monotonic() + _READ_SECONDS
+        now, _ = _last(session.execute(_BEGIN_READING + _LOOK))
+        return session, now
 
     def _sizes(self, tx: Transaction, /) -> tuple[int, Mapping[str, int]]:
         rows = tx.execute(
@@ -374,7 +418,10 @@ def _needs_fsync(write: Write) -> bool:
     Tell whether a write is committed with fsync in any case: its flush makes all that came before it durable as well.
 
     What a relay claims leaves, and must not be forgotten after that; what a process that ends has written, nobody would write again.
+    Once an exclusive attempt is forgotten, another worker begins one while the first is at work.
     """
+    if isinstance(write, OpenAttempt):
+        return write.exclusive
     return isinstance(write, ClaimOutbox) or (isinstance(write, Heartbeat) and write.ended)
 
 
@@ -390,7 +437,15 @@ def _is_refusal(error: BaseException) -> bool:
     state = error.diag.sqlstate
     if state is None:
         return isinstance(error, psycopg.DataError | psycopg.InterfaceError | psycopg.ProgrammingError)
-    return state[:2] in _REFUSALS and not isinstance(error, pg.UniqueViolation)
+    return isinstance(error, pg.DatatypeMismatch) or (state[:2] in _REFUSALS and not isinstance(error, pg.UniqueViolation))
+
+
+def _is_closed(error: BaseException) -> bool:
+    """Tell whether a session was closed from afar, or its server is gone; then those beside it are of no use either."""
+    if not isinstance(error, psycopg.OperationalError) or isinstance(error, GaveUp | _ServerChanged | pg.QueryCanceled):
+        return False
+    state = error.diag.sqlstate
+    return state is None or state[:2] in _LOST
 
 
 def _last(cursor: psycopg.Cursor[Any]) -> Any:

@@ -17,13 +17,13 @@ import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Final, TypeVar
-from urllib.parse import quote, urlencode, urlsplit
+from urllib.parse import quote, urlencode
 
 import psycopg
 from psycopg import conninfo as _conninfo
 from psycopg import generators
 from psycopg.errors import error_from_result
-from psycopg.pq import ExecStatus, TransactionStatus
+from psycopg.pq import Conninfo, ExecStatus, TransactionStatus
 from psycopg_pool import ConnectionPool, PoolClosed, PoolTimeout, TooManyRequests
 
 from otelexec.errors import SettingsError, StoreBusy, StoreError, StoreUnavailable
@@ -49,7 +49,8 @@ _LOOK_SECONDS: Final = 0.05
 # If for so long nobody got a connection and none failed either, signal handlers have taken them all out of the pool's books.
 _STARVED_SECONDS: Final = 10.0
 
-_PLACE: Final = ("host", "hostaddr", "port", "dbname", "service")
+# What says where a database is, and the variables that libpq reads it from.
+_PLACE: Final = {"host": "PGHOST", "hostaddr": "PGHOSTADDR", "port": "PGPORT", "dbname": "PGDATABASE", "service": "PGSERVICE"}
 
 _names = itertools.count(1)
 
@@ -145,7 +146,7 @@ class Place:
                 "with special characters percent-encoded"
             )
         place = {name: str(given[name]) for name in _PLACE if given.get(name)}
-        self.key = hashlib.sha256(repr(sorted(place.items())).encode()).hexdigest()[:12]
+        self.key = hashlib.sha256(repr(sorted(_completed(place, given).items())).encode()).hexdigest()[:12]
         self.shown = _shown(place, str(given.get("user") or ""))
         parameters = {**_PARAMETERS, **given}
         if writes and "target_session_attrs" not in given and "," in place.get("host", place.get("hostaddr", "")):
@@ -157,11 +158,18 @@ def _read(url: str) -> dict[str, Any] | None:
     """Give libpq's parameters; None where it can't read the URL, or reads a part of a password as something else."""
     try:
         given = _conninfo.conninfo_to_dict(url)
-    except psycopg.Error:
+    except (psycopg.Error, ValueError):
         return None
-    before, _, _ = url.partition("?")
+    before = url.partition("?")[0].partition("://")[2]
     ports = str(given.get("port") or "").split(",")
-    return None if before.count("@") > 1 or "@" in urlsplit(before).path or not all(port.isdigit() for port in ports if port) else given
+    return None if before.count("@") > 1 or "@" in before.partition("/")[2] or not all(port.isdigit() for port in ports if port) else given
+
+
+def _completed(place: Mapping[str, str], given: Mapping[str, Any]) -> dict[str, str]:
+    """Add what libpq takes from the environment, and the database that it takes where none is named: the user's."""
+    ambient = {name: os.environ[variable] for name, variable in _PLACE.items() if os.environ.get(variable)}
+    (user,) = (option.val for option in Conninfo.get_defaults() if option.keyword == b"user")
+    return {"dbname": str(given.get("user") or os.fsdecode(user or b"")), **ambient, **place}
 
 
 def _shown(place: Mapping[str, str], user: str) -> str:

@@ -135,6 +135,10 @@ class SqliteStore(SqlReader):
                 self._write_lock.release()
         return receipt.results
 
+    def check_writable(self, *, timeout_seconds: float) -> None:
+        """Begin to write, and end it; see `base.Store.check_writable`."""
+        self.commit([], durable=False, timeout_seconds=timeout_seconds)
+
     def _commit(self, writes: Sequence[Write], durable: bool, timeout_seconds: float, receipt: Receipt) -> None:  # noqa: FBT001 (internal)
         try:
             connection = self._writable(timeout_seconds)

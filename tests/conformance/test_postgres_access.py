@@ -18,6 +18,7 @@ from otelexec import runtime
 from otelexec.errors import SettingsError, StoreError
 from otelexec.settings import Settings
 from otelexec.store import schema
+from otelexec.store.postgres import PostgresStore
 from tests import stores
 from tests.postgres_servers import ADMIN, ADMIN_PASSWORD, PASSWORD, USER, Server, at, database_of, debian, running_server
 from tests.records import Records, until
@@ -126,6 +127,7 @@ def test_tls_options_are_honoured(postgres_folder: Path, isolated: None, caplog:
         "postgresql://me:hunter-seventeen@[127.0.0.1/x",
         "postgresql://me:hunter-seventeen@host/x?no_such_option=hunter-seventeen",
         "postgresql://me:hunter%zzseventeen@host/x",
+        "postgresql://me:hunter%E9seventeen@host/x",
         "postgresql:/me:hunter-seventeen@host/x",
         "mysql://me:hunter-seventeen@host/x",
     ],
@@ -203,6 +205,18 @@ def test_a_worker_and_a_reader_get_by_with_the_least_rights(postgres: Server, ur
         assert (code, "fails" in text) == (0, True), text
     _, text = said(capsys, reader, "doctor", "--json")
     assert '"reachable": true' in text
+    code, text = said(capsys, reader, "doctor")
+    assert "and written" not in text
+    assert "permission denied for table attempt, table" in " ".join(text.split())
+    code, text = said(capsys, worker, "doctor")
+    assert "can be read and written" in text
+    with postgres.administrator(database_of(url)) as administrator:
+        administrator.execute("REVOKE EXECUTE ON FUNCTION otelexec.close_attempt FROM PUBLIC, worker")
+    assert "permission denied for function close_attempt" in " ".join(said(capsys, worker, "doctor")[1].split())
+    for statement in ("ALTER ROLE worker SET default_transaction_read_only TO on", "ALTER ROLE worker RESET ALL"):
+        with postgres.administrator() as administrator:
+            administrator.execute(statement.encode())
+        assert ("is read-only" in " ".join(said(capsys, worker, "doctor")[1].split())) == ("read_only" in statement)
     code, text = said(capsys, reader, "cancel", ids["queued"])
     assert code != 0
     assert "permission denied" in text
@@ -244,6 +258,36 @@ def test_a_dropped_schema_is_made_again(work: Work, url: str, postgres: Server, 
     assert {record.state for record in records.all()} == {"succeeded"}
     records.check_agreement()
     records.close()
+
+
+def test_a_database_in_another_encoding_is_said_clearly_and_nothing_is_lost(
+    own: Server, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url = own.new_database()
+    name = database_of(url)
+    create = f"CREATE DATABASE {name} OWNER {USER} TEMPLATE template0 ENCODING"
+    own.drop_database(url)
+    with own.administrator() as administrator:
+        administrator.execute(f"{create} 'LATIN1' LOCALE 'C'".encode())
+    work = configured(url, reachable=False)
+    work.run("a 🙂 job", Boom("🙂"))
+    assert "encoding is LATIN1; otelexec needs one that was created with UTF8" in caplog.text
+    code, text = said(capsys, url, "doctor")
+    assert (code, "encoding is LATIN1" in " ".join(text.split())) == (1, True)
+    own.drop_database(url)
+    with own.administrator() as administrator:
+        administrator.execute(f"{create} 'UTF8' LOCALE 'C'".encode())
+    home()
+    check_all_in(url, ["a 🙂 job"], {"a 🙂 job"})
+
+
+def test_a_roles_default_isolation_does_not_count_for_the_store(url: str) -> None:
+    stores.execute(url, f"ALTER DATABASE {database_of(url)} SET default_transaction_isolation TO 'repeatable read'")
+    store = stores.opened(url)
+    assert isinstance(store, PostgresStore)
+    with store.moving() as (session, _):
+        assert session.execute("SHOW transaction_isolation").fetchone() == ("read committed",)
+    store.close()
 
 
 def test_a_database_that_is_not_there_yet(own: Server, caplog: pytest.LogCaptureFixture) -> None:

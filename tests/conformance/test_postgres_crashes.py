@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import psycopg
@@ -15,6 +16,7 @@ import pytest
 import otelexec
 from otelexec import cli
 from otelexec.receiver import OtlpReceiver
+from otelexec.testing.rows import opening
 from tests import stores
 from tests.postgres_servers import Server, at, running_server
 from tests.records import Records, until
@@ -35,6 +37,18 @@ def test_an_open_that_a_crash_took_comes_back_with_its_close(own: Server, crash:
     home()
     work.run("after")
     check_all_in(url, ["before", "across", "after"], set())
+
+
+def test_an_exclusive_attempt_outlives_a_crash_of_the_server_at_once(own: Server) -> None:
+    """Before its process notices: another worker would begin a second one while the first is at work."""
+    url = own.new_database()
+    store = stores.opened(url)
+    store.commit([], durable=True, timeout_seconds=HOME_SECONDS)
+    store.commit([replace(opening(), exclusive=True)], durable=False, timeout_seconds=HOME_SECONDS)
+    own.kill9()
+    own.start()
+    until(lambda: stores.rows_or_none(url, "SELECT state FROM attempt") == [("running",)], HOME_SECONDS)
+    store.close()
 
 
 def check_what_runs_comes_back(server: Server, url: str, crash: str) -> None:

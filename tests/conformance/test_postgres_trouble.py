@@ -18,6 +18,7 @@ import pytest
 import otelexec
 from otelexec import runtime
 from otelexec.store.writes import CloseAttempt
+from otelexec.testing.rows import opening
 from tests import stores
 from tests.postgres_proxy import MOMENTS, Proxy, running_proxy
 from tests.postgres_servers import (
@@ -34,6 +35,7 @@ from tests.records import Records, until
 from tests.servers import missing
 from tests.trouble import (
     FINALIZE,
+    HOME_SECONDS,
     ONE_EXECUTION,
     OPEN,
     SILENCE,
@@ -149,6 +151,23 @@ def test_read_only_for_a_while(own: Server, caplog: pytest.LogCaptureFixture) ->
     home()
     work.run("after")
     check_all_in(url, work.names, {"waits no more 7"})
+
+
+def test_a_session_that_was_closed_while_it_stood_idle_is_no_outage(own: Server, caplog: pytest.LogCaptureFixture) -> None:
+    url = own.new_database()
+    store = stores.opened(url)
+
+    def close_all() -> None:
+        with own.administrator() as administrator:
+            administrator.execute("SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity WHERE datname = %s", (database_of(url),))
+
+    store.commit([], durable=True, timeout_seconds=HOME_SECONDS)
+    close_all()
+    assert store.commit([opening()], durable=True, timeout_seconds=HOME_SECONDS)
+    close_all()
+    assert store.execution("e") is not None
+    assert not caplog.text
+    store.close()
 
 
 def test_no_connection_is_left_for_us(own: Server, caplog: pytest.LogCaptureFixture) -> None:

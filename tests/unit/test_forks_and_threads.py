@@ -69,6 +69,38 @@ def test_in_a_forked_child_the_parent_s_handle_does_nothing_and_says_so_once(rec
     assert sorted(line.split("otelexec.execution.inherited: ")[1].split("(")[0] for line in lines) == ["pause", "progress", "set_output"]
 
 
+def test_a_child_that_is_forked_while_another_thread_makes_the_first_runtime() -> None:
+    """In an interpreter of its own: nothing may have made one before."""
+    script = """
+import faulthandler, os, threading
+import otelexec
+from otelexec import settings
+begun, go, load = threading.Event(), threading.Event(), settings.load
+def slow(**given):
+    begun.set()
+    go.wait(20)
+    return load(**given)
+settings.load = slow
+thread = threading.Thread(target=otelexec.execution("parent")(lambda: None))
+thread.start()
+begun.wait(20)
+pid = os.fork()
+if pid == 0:
+    faulthandler.dump_traceback_later(15, exit=True)
+    settings.load = load
+    otelexec.execution("child")(lambda: None)()
+    os._exit(0)
+code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+go.set()
+thread.join()
+raise SystemExit(code)
+"""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore::DeprecationWarning", "-c", script], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_a_child_that_runs_out_of_the_block_closes_nothing(records: Records, tmp_path: Path) -> None:
     """The child of a fork in the body returns through the same `with`: the parent's attempt stays the parent's."""
     pids = tmp_path / "pids"

@@ -26,6 +26,7 @@ from otelexec.testing.rows import closing, execution, opening, span
         ("postgresql://me:s3cret@one,two:5433/jobs", "postgresql://me@/jobs?host=one%2Ctwo&port=%2C5433"),
         ("postgresql://me@/jobs?host=/run/postgresql&sslpassword=s3cret", "postgresql://me@/jobs?host=%2Frun%2Fpostgresql"),
         ("postgresql://me:s3cret@[::1]:5433/jobs", "postgresql://me@[::1]:5433/jobs"),
+        ("postgresql://me:a[s3cret]b@db/jobs", "postgresql://me@db/jobs"),
         ("postgresql://", "postgresql:///"),
     ],
 )
@@ -61,6 +62,22 @@ def test_each_database_has_a_spool_of_its_own_whoever_logs_in(tmp_path: Path) ->
     )
     assert mine == theirs != other
     assert mine.is_relative_to(tmp_path)
+
+
+def test_a_database_that_the_url_leaves_to_libpq_has_a_spool_of_its_own_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def key(url: str, **environ: str) -> str:
+        with monkeypatch.context() as patch:
+            for name in ("PGHOST", "PGHOSTADDR", "PGPORT", "PGDATABASE", "PGSERVICE", "PGUSER"):
+                patch.delenv(name, raising=False)
+            for name, value in environ.items():
+                patch.setenv(name, value)
+            return Place(url, writes=True).key
+
+    assert key("postgresql://alice@db") == key("postgresql://bob@db/alice") == key("postgresql://db", PGUSER="alice")
+    assert key("postgresql://alice@db") != key("postgresql://bob@db")
+    assert key("postgresql://a@db", PGDATABASE="jobs") == key("postgresql://a@db/jobs") == key("postgresql://a@/jobs", PGHOST="db")
+    assert key("postgresql://a@db/jobs", PGDATABASE="else", PGHOST="elsewhere") == key("postgresql://a@db/jobs")
+    assert key("postgresql://a@/jobs", PGHOST="one") != key("postgresql://a@/jobs", PGHOST="two")
 
 
 def test_writes_for_one_execution_keep_their_order_outside_the_packed_ones() -> None:
