@@ -53,6 +53,7 @@ INTERRUPTIONS = (asyncio.CancelledError, KeyboardInterrupt, GeneratorExit, Execu
 """What says that somebody wanted the code to end, not that it failed."""
 
 _RUNNING = "running"
+_MAX_UNIX_NS = 2**63 - 1  # of both stores' integers
 _NOTHING: Mapping[str, Any] = {}
 
 _warned: set[str] = set()
@@ -112,6 +113,8 @@ class Options:
         timeout: Any = self.timeout
         if timeout is not None and not (isinstance(timeout, int | float) and timeout > 0):
             raise SettingsError(f"timeout must be more than 0 seconds, not {timeout!r}. Leave it out for no limit.")
+        if timeout is not None and timeout > threading.TIMEOUT_MAX:
+            object.__setattr__(self, "timeout", threading.TIMEOUT_MAX)  # 292 years: what a deadline in nanoseconds can hold
         object.__setattr__(self, "name", clean(str(self.name)))
 
 
@@ -126,6 +129,8 @@ class Execution:
 
     __slots__ = (
         "_cancellation",
+        "_core_before",
+        "_core_claim",
         "_core_lock",
         "_core_state",
         "_output",
@@ -139,6 +144,7 @@ class Execution:
         "_stopped",
         "attempt_row",
         "children",
+        "claim",
         "clock_started_ns",
         "closed",
         "closing",
@@ -172,6 +178,7 @@ class Execution:
         self.correlation = correlation
         self.token = token
         self.outer = outer
+        self.claim: object = None
         self.pid = os.getpid()
         self.number: int | None = None
         self.duplicate = False
@@ -181,7 +188,7 @@ class Execution:
         self.start_links = 0
         self.started_unix_ns = time.time_ns()
         self.clock_started_ns = time.perf_counter_ns()
-        self.deadline_unix_ns = None if options.timeout is None else self.started_unix_ns + int(options.timeout * 1e9)
+        self.deadline_unix_ns = None if options.timeout is None else min(self.started_unix_ns + int(options.timeout * 1e9), _MAX_UNIX_NS)
         self.children: deque[Any] = deque()
         self.closed = False
         self.closing: CloseAttempt | CloseOuter | None = None
@@ -201,6 +208,8 @@ class Execution:
         self._stopped = False
         self._core_lock = threading.Lock()
         self._core_state: str | None = None
+        self._core_before: str | None = None
+        self._core_claim: object = None
 
     def __bool__(self) -> bool:
         """Give True: this is an execution."""
@@ -343,9 +352,12 @@ class Execution:
         """Whether its attempt runs in this very process."""
         return not self.closed and self.pid == os.getpid()
 
-    def enter_core(self) -> Literal["takes_over", "next"] | None:
+    def enter_core(self, claim: object) -> Literal["takes_over", "next"] | None:
         """
         Decide, once and for all threads, what a core called in here is.
+
+        Args:
+            claim: Of the caller alone, for `release_core`.
 
         Returns:
             `takes_over` for the first, `next` (a further attempt) after one that did not succeed, None for a child:
@@ -357,12 +369,17 @@ class Execution:
             before = self._core_state
             if before in (_RUNNING, SUCCEEDED):
                 return None
-            self._core_state = _RUNNING
+            self._core_before, self._core_claim, self._core_state = before, claim, _RUNNING
             return "takes_over" if before is None else "next"
+
+    def release_core(self, claim: object) -> None:
+        """Be as before `enter_core`, if that was asked with this claim: the core did not begin."""
+        if self._core_claim is claim:
+            self._core_state, self._core_claim = self._core_before, None
 
     def leave_core(self, state: str) -> None:
         """Learn how the core in here ended."""
-        self._core_state = state
+        self._core_state, self._core_claim = state, None
 
     @property
     def had_core(self) -> bool:

@@ -138,9 +138,14 @@ def freeze(execution: Execution, ending: Ending, ended_ns: int, *, outer: bool =
 def _encode(execution: Execution, span: ReadableSpan, ended_ns: int, status: tuple[int, str], attributes: dict[str, Any]) -> bytes:
     """Encode the ended span; what was encoded when it started is used again unless the user's code changed it."""
     row, started_with = execution.attempt_row.span, execution.start_attributes
+    found = otlp.attributes_of(span)
+    # A span drops its oldest attributes when there are too many, and cuts them where the SDK is told to.
+    lost = {name: value for name, value in execution.correlation.members().items() if found.get(name) != value}
+    attributes |= lost
     if (
         row is not None
-        and started_with == otlp.attributes_of(span)
+        and not lost
+        and started_with == found
         and started_with.keys().isdisjoint(attributes)
         and len(span.links) == execution.start_links
         and span.name == execution.name

@@ -17,9 +17,16 @@ _MAX_BYTES = 4096
 """More than any of the one-line files of /proc that are read here."""
 
 
-@cache
-def _boot_id() -> str:
+@cache  # only what was read: a process without a descriptor left asks again
+def _read_boot_id() -> str:
     return _read("/proc/sys/kernel/random/boot_id").strip()
+
+
+def _boot_id() -> str:
+    try:
+        return _read_boot_id()
+    except OSError:
+        return ""
 
 
 def _pid_namespace() -> str:
@@ -30,24 +37,40 @@ def _pid_namespace() -> str:
 
 
 def _read(path: str) -> str:
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except OSError:
-        return ""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         return os.read(descriptor, _MAX_BYTES).decode("ascii", "replace")  # a work horse asks, whose every job pays for a file object
-    except OSError:  # the process has ended since
-        return ""
     finally:
         os.close(descriptor)
 
 
-def _state_and_start(pid: int) -> tuple[str, int]:
-    """Give the state letter and the start time in clock ticks since boot (proc(5), /proc/pid/stat); empty when gone."""
-    # The command name in parentheses may hold anything, spaces and parentheses too.
-    _, _, rest = _read(f"/proc/{pid}/stat").rpartition(")")
-    fields = rest.split()
-    return (fields[0], int(fields[19])) if len(fields) > 19 else ("", 0)  # noqa: PLR2004 (field 22 of the file)
+def _look(pid: int) -> tuple[str, int] | None:
+    """
+    Look at a process of this namespace.
+
+    Returns:
+        The state letter and the start time in clock ticks since boot (proc(5), /proc/pid/stat), `("", 0)` when there is none;
+        None where it can't be looked at: no descriptor is left, or /proc hides the processes of others (its option hidepid).
+    """
+    try:
+        # The command name in parentheses may hold anything, spaces and parentheses too.
+        _, _, rest = _read(f"/proc/{pid}/stat").rpartition(")")
+        fields = rest.split()
+        return fields[0], int(fields[19])  # field 22 of the file
+    except (FileNotFoundError, ProcessLookupError):
+        return ("", 0) if _is_gone(pid) else None
+    except (OSError, IndexError, ValueError):
+        return None
+
+
+def _is_gone(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except OSError:  # it is somebody else's
+        return False
+    return False
 
 
 def this_process(process_id: str, *, lease_seconds: float, resource: bytes, scope: bytes, parent: tuple[int, int] = (0, 0)) -> ProcessRow:
@@ -62,13 +85,14 @@ def this_process(process_id: str, *, lease_seconds: float, resource: bytes, scop
         parent: Pid and start time of the parent that reports its death; zeros when none does.
     """
     pid = os.getpid()
+    found = _look(pid)
     return ProcessRow(
         process_id=process_id,
         host=socket.gethostname(),
-        boot_id=_boot_id(),
+        boot_id=_boot_id() if found else "",  # without a start time others must go by the lease
         pid_namespace=_pid_namespace(),
         pid=pid,
-        pid_start=_state_and_start(pid)[1],
+        pid_start=found[1] if found else 0,
         lease_seconds=lease_seconds,
         resource=resource,
         scope=scope,
@@ -93,9 +117,9 @@ def liveness(process: ProcessRow, now_unix_ns: int) -> Literal["alive", "dead", 
     Returns:
         `dead` when it was looked at and is gone; `lapsed` when it can't be looked at from here and its lease is over.
     """
-    if is_here(process):
-        state, start = _state_and_start(process.pid)
-        return "alive" if start == process.pid_start and state not in _DEAD_STATES else "dead"
+    found = _look(process.pid) if is_here(process) else None
+    if found is not None:
+        return "alive" if _is_same(found, process.pid_start) else "dead"
     # Also after a reboot: another machine may carry the same name, so a boot that differs proves nothing.
     lease_ns = int(process.lease_seconds * 1e9)
     return "alive" if now_unix_ns - process.heartbeat_unix_ns <= lease_ns else "lapsed"
@@ -104,21 +128,26 @@ def liveness(process: ProcessRow, now_unix_ns: int) -> Literal["alive", "dead", 
 def parent_of_this_process() -> tuple[int, int]:
     """Give the parent's pid and its start time in clock ticks since boot; 0 for the latter where it can't be seen."""
     pid = os.getppid()
-    return pid, _state_and_start(pid)[1]
+    found = _look(pid)
+    return pid, found[1] if found else 0
 
 
 def is_alive(pid: int) -> bool:
-    """Tell whether a pid of this namespace is a process that runs; one that nobody has waited for yet does not."""
-    state, _ = _state_and_start(pid)
-    return bool(state) and state not in _DEAD_STATES
+    """Tell whether a pid of this namespace is a process that runs, or can't be seen; one that nobody has waited for yet does not run."""
+    found = _look(pid)
+    return found is None or (bool(found[0]) and found[0] not in _DEAD_STATES)
 
 
 def has_living_parent(process: ProcessRow) -> bool:
-    """Tell whether a process of this host has a parent that reports its death, and that lives."""
+    """Tell whether a process of this host has a parent that reports its death, and that lives or can't be seen."""
     if not process.parent_pid or not is_here(process):
         return False
-    state, start = _state_and_start(process.parent_pid)
-    return start == process.parent_start and state not in _DEAD_STATES
+    found = _look(process.parent_pid)
+    return found is None or _is_same(found, process.parent_start)
+
+
+def _is_same(found: tuple[str, int], start: int) -> bool:
+    return found[1] == start and found[0] not in _DEAD_STATES
 
 
 def is_here(process: ProcessRow) -> bool:

@@ -29,7 +29,7 @@ from otelexec.errors import ExecutionBusy, ExecutionCancelled, StoreError
 from otelexec.execution import Execution, Options
 from otelexec.finalize import finalize, persist
 from otelexec.ids import random_word
-from otelexec.spans import keep_attributes, row_of
+from otelexec.spans import row_of
 from otelexec.store.writes import Busy, ExecutionRow, OpenAttempt, Opened
 
 if TYPE_CHECKING:
@@ -94,8 +94,7 @@ def lifecycle(runtime: Runtime, options: Options) -> Steps:  # noqa: C901 # the 
     while left:
         left -= 1
         try:
-            if ended_ns is None:
-                ended_ns = execution.started_unix_ns + time.perf_counter_ns() - execution.clock_started_ns
+            ended_ns = ended_ns or execution.started_unix_ns + time.perf_counter_ns() - execution.clock_started_ns
             if execution.pid != os.getpid():
                 execution.warn_inherited("close")
                 return
@@ -141,11 +140,18 @@ def _open(runtime: Runtime, execution: Execution) -> Generator[Effect, Any, Base
             raise
         except BaseException as error:
             held = held or error
-    if isinstance(answer, Busy):
-        raise held or ExecutionBusy(f"Execution {execution.id} was not attempted: {answer.reason}", execution_id=execution.id)
-    if isinstance(answer, StoreError) and execution.options.exclusive:
-        raise held or answer
+    refusal = _refusal(execution, answer)
+    if refusal is not None:
+        if execution.outer is not None:
+            execution.outer.release_core(execution.claim)
+        raise held or refusal
     return held
+
+
+def _refusal(execution: Execution, answer: object) -> Exception | None:
+    if isinstance(answer, Busy):
+        return ExecutionBusy(f"Execution {execution.id} was not attempted: {answer.reason}", execution_id=execution.id)
+    return answer if isinstance(answer, StoreError) and execution.options.exclusive else None
 
 
 def begin(runtime: Runtime, options: Options) -> tuple[Execution, Context]:
@@ -153,13 +159,25 @@ def begin(runtime: Runtime, options: Options) -> tuple[Execution, Context]:
     base = otel_context.get_current()
     around = context.current_execution(base)
     parent = around if isinstance(around, Execution) else None
+    if not options.core or parent is None:
+        return _begin(runtime, options, base, parent)
+    claim = object()
+    try:
+        return _begin(runtime, options, base, parent, claim)
+    except BaseException:  # a signal handler's, or there is no room left on the stack: the attempt stays the parent's to close
+        parent.release_core(claim)
+        raise
+
+
+def _begin(runtime: Runtime, options: Options, base: Context, parent: Execution | None, claim: object = None) -> tuple[Execution, Context]:
     scope = context.current_scope(base)
-    role = parent.enter_core() if options.core and parent is not None else None
+    role = None if claim is None or parent is None else parent.enter_core(claim)
     outer = parent if role is not None else None
     takes_over = role == "takes_over"
     correlation = correlate_call(parent, scope, keeps_id=outer is not None)
     token = outer.token if takes_over and outer is not None else options.token or f"{random_word():016x}{random_word():016x}"
     execution = Execution(runtime, options, correlation, token, outer)
+    execution.claim = claim
     scope_is_near = scope is not None and (parent is None or scope.execution is parent)
     execution.span = _start_span(execution, runtime, scope if scope_is_near else None, base)
     if runtime.records:
@@ -239,16 +257,4 @@ def _start_span(execution: Execution, runtime: Runtime, scope: Scope | None, bas
     attributes = execution.correlation.members()
     if options.attributes:
         attributes = {**attributes, **options.attributes}
-    span = runtime.tracer.start_span(
-        options.name,
-        base,
-        options.kind,
-        attributes,
-        links,
-        execution.started_unix_ns,
-        record_exception=False,
-        set_status_on_exception=False,
-    )
-    if runtime.theirs is not None:
-        keep_attributes(span, attributes)
-    return span
+    return runtime.start_span(options.name, base, options.kind, attributes, links, execution.started_unix_ns)

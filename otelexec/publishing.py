@@ -24,7 +24,7 @@ from otelexec.finalize import finalize, persist
 from otelexec.ids import normalize_id
 from otelexec.lifecycle import Call, Steps, begin, execution_row
 from otelexec.propagation import outgoing
-from otelexec.spans import keep_attributes, request_of, row_of
+from otelexec.spans import request_of, row_of
 from otelexec.store.writes import CANCELLED, REJECTED, AddSpans, Cancellation, Outcome, RecordQueued, RefuseQueued, RequestCancel
 from otelexec.w3c import clean
 
@@ -112,16 +112,7 @@ class publish(Block[Message]):  # noqa: N801 (read as a verb: `with publish(...)
         started = time.time_ns()
         clock = time.perf_counter_ns()
         attributes = {**correlation.members(), **self._attributes}
-        span = runtime.tracer.start_span(
-            self._span_name,
-            base,
-            SpanKind.PRODUCER,
-            attributes,
-            self._links,
-            started,
-        )
-        if runtime.theirs is not None:
-            keep_attributes(span, attributes)
+        span = runtime.start_span(self._span_name, base, SpanKind.PRODUCER, attributes, self._links, started)
         patience = runtime.settings.open_timeout_seconds
         row = row_of(span) if runtime.records else None
         if runtime.records:
@@ -129,7 +120,11 @@ class publish(Block[Message]):  # noqa: N801 (read as a verb: `with publish(...)
             yield from persist(runtime, queued, durable=False, patience_seconds=patience)
             runtime.heartbeat.ensure()
         message = Message(correlation, span)
-        raised = yield Call(message, _message_context(base, correlation, span, self._message_id))
+        dropped = None
+        try:
+            raised = yield Call(message, _message_context(base, correlation, span, self._message_id))
+        except GeneratorExit as error:  # nobody is there any more who would perform an effect
+            raised = dropped = error
         ended = started + time.perf_counter_ns() - clock
         error_type, error_message = (None, None)
         if raised is not None:
@@ -151,11 +146,13 @@ class publish(Block[Message]):  # noqa: N801 (read as a verb: `with publish(...)
             outcome = Outcome(REJECTED, ended, "publisher", error_type=error_type, error_message=error_message)
             refusal = RefuseQueued(correlation.execution_id, outcome, spans)
             yield from persist(runtime, refusal, durable=True, patience_seconds=patience)
-        elif spans and runtime.spooling:
+        elif spans and runtime.spooling and dropped is None:
             yield from persist(runtime, spans, durable=False, patience_seconds=patience)
         elif spans:
             # The message has left; a commit of its own for the end of the span would cost as much as the record did.
             runtime.defer(spans)
+        if dropped is not None:
+            raise dropped
 
 
 def _message_context(

@@ -18,7 +18,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,7 @@ from otelexec import identity, logs, otlp, semconv, spans
 from otelexec import settings as _settings
 from otelexec.context import current_execution
 from otelexec.effects import run
+from otelexec.endings import raised_by_signal_handler
 from otelexec.errors import SettingsError, StoreError, StoreRejected
 from otelexec.execution import Execution
 from otelexec.exits import call_within
@@ -60,7 +61,7 @@ from otelexec.store.writes import (
 if TYPE_CHECKING:
     from opentelemetry.context import Context
     from opentelemetry.sdk.trace.export import SpanExporter
-    from opentelemetry.trace import Tracer
+    from opentelemetry.trace import Link, Span, Tracer
 
     from otelexec.relay import Relay
 
@@ -205,6 +206,23 @@ class Runtime:
                 parent=self._parent,
             )
         return self._process
+
+    def start_span(  # noqa: PLR0917 # as the SDK's own, which it stands for
+        self, name: str, base: Context, kind: trace.SpanKind, attributes: Mapping[str, Any], links: Sequence[Link], started_unix_ns: int
+    ) -> Span:
+        """Start a span of our own; where the user's sampler or processor fails, there is a record without one."""
+        try:
+            span = self.tracer.start_span(
+                name, base, kind, attributes, links, started_unix_ns, record_exception=False, set_status_on_exception=False
+            )
+        except Exception as error:
+            if raised_by_signal_handler(error):
+                raise
+            logger.exception("otelexec.span.failed: %s runs without a span", name)
+            return trace.INVALID_SPAN
+        if self.theirs is not None:
+            spans.keep_attributes(span, attributes)
+        return span
 
     def is_supervised(self) -> None:
         """

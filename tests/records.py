@@ -143,3 +143,7 @@ class Records:
     def close(self) -> None:
         """Close the connection."""
         self._store.close()
+
+    def __del__(self) -> None:
+        """Close it also where nobody did: from Python 3.13 on sqlite3 warns of that."""
+        self.close()

@@ -42,6 +42,8 @@ _LOCKED = frozenset({sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED})
 # A transaction takes a tenth of a millisecond; SQLite's own wait for another process's begins with a whole one.
 _LEAST_PAUSE_SECONDS = 0.0001
 _MOST_PAUSE_SECONDS = 0.002
+# Of its own, as in `finalize`.
+_jitter = random.SystemRandom()
 
 # macOS has no fdatasync.
 _sync = getattr(os, "fdatasync", os.fsync)
@@ -192,7 +194,7 @@ class SqliteStore(SqlReader):
                     raise
             else:
                 return
-            time.sleep(pause * random.uniform(0.5, 1.5))  # noqa: S311 (so that two who wait don't meet again)
+            time.sleep(pause * _jitter.uniform(0.5, 1.5))  # so that two who wait don't meet again
             pause = min(pause * 1.5, _MOST_PAUSE_SECONDS)
 
     def _transact(

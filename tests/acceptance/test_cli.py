@@ -84,6 +84,13 @@ _, rows = store.commit([Heartbeat(process), ClaimOutbox(process.process_id, 600)
 assert rows
 os.kill(os.getpid(), signal.SIGKILL)
 """
+
+
+class OwnStore(SqliteStore):
+    def __del__(self) -> None:
+        self.close()
+
+
 READING = [["list"], ["list", "--json"], ["show", "x"], ["doctor"], ["doctor", "--json"]]
 
 
@@ -96,7 +103,7 @@ class Cli:
 
     @property
     def store(self) -> SqliteStore:
-        return SqliteStore(self.path)
+        return OwnStore(self.path)
 
     @staticmethod
     def command(*arguments: str) -> list[str]:

@@ -15,11 +15,17 @@ from otelexec.testing.rows import OpenStore
 
 class TestSqliteStore(StoreContract):
     @pytest.fixture
-    def other_store(self, tmp_path: Path) -> OpenStore:
-        return lambda: SqliteStore(tmp_path / "contract.db")
+    def other_store(self, tmp_path: Path) -> Iterator[OpenStore]:
+        made: list[Store] = []
+
+        def make() -> Store:
+            made.append(SqliteStore(tmp_path / "contract.db"))
+            return made[-1]
+
+        yield make
+        for store in made:
+            store.close()
 
     @pytest.fixture
-    def store(self, other_store: OpenStore) -> Iterator[Store]:
-        store = other_store()
-        yield store
-        store.close()
+    def store(self, other_store: OpenStore) -> Store:
+        return other_store()

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import errno
 import os
+import random
 import shutil
 import sqlite3
 from collections.abc import Callable, Iterator
+from contextlib import closing as closing_now
 from pathlib import Path
 
 import pytest
 
-from otelexec.errors import StoreUnavailable
+from otelexec.errors import StoreBusy, StoreUnavailable
 from otelexec.store import sqlite as sqlite_store
 from otelexec.store.group_commit import Entry, GroupCommit
 from otelexec.store.sqlite import SqliteStore
@@ -193,3 +195,17 @@ def test_a_closed_store_has_no_file_open(store: SqliteStore, path: Path) -> None
     assert "-wal" in files()
     store.close()
     assert files() == set()
+
+
+def test_waiting_for_another_process_draws_nothing_from_the_random_module(path: Path) -> None:
+    """The user's code that seeds it gives the same numbers, whoever else writes."""
+    store = SqliteStore(path)
+    store.commit([], durable=False, timeout_seconds=5)
+    random.seed(7)
+    before = random.getstate()
+    with closing_now(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.raises(StoreBusy):
+            store.commit([opening()], durable=False, timeout_seconds=0.05)
+    assert random.getstate() == before
+    store.close()

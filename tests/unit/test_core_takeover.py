@@ -10,6 +10,7 @@ import threading
 import pytest
 
 import otelexec
+from otelexec import lifecycle
 from tests.records import Records
 
 
@@ -42,6 +43,29 @@ def test_a_core_takes_over_the_attempt_around_it(records: Records) -> None:
     assert attempt.outer_ended_unix_ns is not None
     assert attempt.ended_unix_ns is not None
     assert attempt.outer_ended_unix_ns >= attempt.ended_unix_ns
+
+
+@pytest.mark.parametrize("error", [MemoryError("begin"), KeyboardInterrupt()], ids=lambda error: type(error).__name__)
+def test_a_core_that_does_not_begin_leaves_the_attempt_to_the_executor_around_it(
+    records: Records, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    with otelexec.execution("task"):
+        with monkeypatch.context() as patch:
+            patch.setattr(lifecycle, "_start_span", fail)
+            with pytest.raises(type(error)):
+                core()
+        assert records.attempt().state == "running"
+    assert (records.one().name, records.attempt().state, records.attempt().outer_span_id) == ("task", "succeeded", None)
+    with otelexec.execution("task 2"):
+        with monkeypatch.context() as patch:
+            patch.setattr(lifecycle, "_start_span", fail)
+            with pytest.raises(type(error)):
+                core()
+        core()  # it takes over, as the first one did not
+    assert records.named("invoice.run").attempts[0].outer_outcome == "succeeded"
 
 
 def test_the_outer_span_s_ids_stand_there_before_anything_ends(records: Records) -> None:

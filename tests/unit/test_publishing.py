@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Generator
 
 import pytest
 from opentelemetry import trace
@@ -135,3 +136,18 @@ def test_without_a_store_a_message_is_sent_all_the_same(monkeypatch: pytest.Monk
         payload = otelexec.inject({})
     with otelexec.extract(payload) as found:
         assert found.correlation.execution_id == message.id
+
+
+def test_a_block_that_is_dropped_ends_its_span(records: Records) -> None:
+    """A generator that is closed, or collected, while it is in the block."""
+
+    def send() -> Generator[None, None, None]:
+        with otelexec.publish("invoice.run", destination="q"):
+            yield
+
+    sending = send()
+    next(sending)
+    sending.close()
+    assert records.span_named("send q").span_id == queued(records).producer_span_id
+    assert records.query("SELECT COUNT(*) FROM open_span") == [(0,)]
+    assert queued(records).state == "queued"

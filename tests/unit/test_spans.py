@@ -250,6 +250,38 @@ def test_a_body_may_end_or_rename_its_span_and_the_record_still_agrees(records: 
     assert records.span(attempt.span_id).end_unix_ns == attempt.ended_unix_ns
 
 
+def test_however_many_attributes_the_code_sets_the_span_keeps_its_ids(records: Records) -> None:
+    """The SDK's limit, 128 by default, drops the oldest ones, which are ours."""
+    with otelexec.correlate(source="webhook", webhook_id="w") as correlation, otelexec.execution("job") as run:
+        run.span.set_attributes({f"mine.{number}": number for number in range(200)})
+    (span,) = records.spans()
+    assert {name: span.attributes[name] for name in correlation.members()} == correlation.members()
+    assert (span.attributes["mine.199"], span.attributes["otelexec.outcome"]) == (199, "succeeded")
+    records.check_agreement()
+
+
+def test_a_limit_on_the_length_of_attributes_cuts_no_id(records: Records, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_ATTRIBUTE_VALUE_LENGTH_LIMIT", "10")
+    with otelexec.execution("job"):
+        pass
+    records.check_agreement()
+    assert records.spans()[0].attributes["otelexec.request_id"] == records.one().request_id
+
+
+def test_a_sampler_that_fails_costs_the_span_and_not_the_work(records: Records, caplog: pytest.LogCaptureFixture) -> None:
+    class Failing(Tagging):
+        def should_sample(self, *args: object, **kwargs: object) -> SamplingResult:
+            raise ValueError("sampler")
+
+    otelexec.configure(tracer_provider=TracerProvider(sampler=Failing(), shutdown_on_exit=False))
+    with otelexec.publish("sent", destination="q"):
+        payload = otelexec.inject({})
+    with otelexec.extract(payload):
+        assert otelexec.execution("job")(lambda: "done")() == "done"
+    assert (records.one().state, records.attempt().span_id, records.spans()) == ("succeeded", None, [])
+    assert caplog.text.count("otelexec.span.failed") == 2
+
+
 def test_record_and_span_start_and_end_at_the_same_nanosecond_and_never_backwards(
     records: Records, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator
 
 import pytest
@@ -107,3 +108,18 @@ async def test_nested_timeouts_end_the_one_whose_time_is_over(records: Records) 
         await otelexec.execution("outer", timeout=0.05)(inner)(60)
     assert records.named("outer").state == "timed_out"
     assert records.named("inner").attempts[0].classification == "interrupted"
+
+
+@pytest.mark.parametrize(
+    "seconds", [float("inf"), 1e300, 10**400, 1e10, threading.TIMEOUT_MAX], ids=["inf", "1e300", "10**400", "1e10", "largest"]
+)
+async def test_a_timeout_beyond_any_clock_is_none(records: Records, seconds: float) -> None:
+    @otelexec.execution("patient", timeout=seconds)
+    async def run() -> str:
+        return "done"
+
+    assert await run() == "done"
+    assert otelexec.execution("sync", timeout=seconds)(lambda: "done")() == "done"
+    assert {record.state for record in records.all()} == {"succeeded"}
+    assert len(records.all()) == 2
+    assert all((attempt.deadline_unix_ns or 0) > 2**62 for record in records.all() for attempt in record.attempts)
