@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import math
 import os
 import threading
 import time
@@ -253,13 +254,14 @@ class Execution:
         Say how far it is. The last marker stands on the record, also when the process dies.
 
         Args:
-            message: What is being done.
-            done: How much of it; None when that can't be said.
-            total: Of how much; None when that can't be said.
+            message: What is being done; cut to `max_error_chars`, since the span of a lost attempt carries it.
+            done: How much of it; None, or no finite number, when that can't be said.
+            total: Of how much; likewise.
         """
         if self._closed("progress"):
             return
-        marker = {"message": str(message), "done": done, "total": total, "at_unix_ns": time.time_ns()}
+        text = str(message)[: self.max_error_chars]
+        marker = {"message": text, "done": _finite(done), "total": _finite(total), "at_unix_ns": time.time_ns()}
         self._progress = _json({key: value for key, value in marker.items() if value is not None})
         self._runtime.progressed(self)
 
@@ -269,7 +271,7 @@ class Execution:
 
         Args:
             value: Anything that JSON can hold; other objects are kept as their text. Over `max_output_bytes` of JSON it
-                is not kept, and a WARNING says so.
+                is not kept, and a WARNING says so. Around a core, what its own handle is told counts, of output and progress.
         """
         if self._closed("set_output"):
             return
@@ -521,6 +523,10 @@ def current_execution() -> Execution | NoExecution:
     """Give the execution that this code runs in; outside any, a handle that is false and does nothing."""
     found = context.current_execution()
     return found if isinstance(found, Execution) else _NO_EXECUTION
+
+
+def _finite(number: float | None) -> float | None:
+    return None if isinstance(number, float) and not math.isfinite(number) else number
 
 
 def _json(value: Any) -> str:

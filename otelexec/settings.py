@@ -91,7 +91,9 @@ class Settings(BaseSettings):
         default=512, ge=1, description="Ended child spans kept in memory for one execution; above it they are written at once."
     )
     max_output_bytes: int = Field(default=65_536, ge=0, description="Largest output or snapshot in bytes of JSON.")
-    max_error_chars: int = Field(default=4_096, ge=64, description="Characters of an error message that the record keeps.")
+    max_error_chars: int = Field(
+        default=4_096, ge=64, description="Characters of an error message, or of a progress marker, that the record keeps."
+    )
 
     @field_validator("store", mode="after")
     @classmethod

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import functools
 import inspect
+import json
 import logging
 import pickle
 import signal
@@ -444,6 +445,13 @@ def test_a_marker_that_comes_after_the_end_changes_nothing(records: Records) -> 
     assert attempt.progress is not None
     assert "in time" in attempt.progress
     assert (attempt.output, attempt.state) == (None, "succeeded")
+
+
+def test_a_marker_is_of_a_bounded_size_and_always_json(records: Records) -> None:
+    with otelexec.execution("x") as run:
+        run.progress("8 MB" * 2_000_000, done=float("nan"), total=float("inf"))
+    marker = json.loads(records.attempt().progress or "")
+    assert (len(marker["message"]), marker.keys()) == (4_096, {"message", "at_unix_ns"})
 
 
 def test_a_throttled_marker_gets_into_the_store_while_the_work_goes_on(records: Records, monkeypatch: pytest.MonkeyPatch) -> None:
