@@ -18,7 +18,7 @@ from opentelemetry import context as otel_context
 
 from otelexec import loop_commit
 from otelexec.context import detach
-from otelexec.effects import Block, Commit, Effect, perform
+from otelexec.effects import Block, Commit, Effect, perform, perform_without_waiting
 from otelexec.lifecycle import Call, Steps
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from otelexec.runtime import Runtime
 
 
-def advance(runtime: Runtime, steps: Steps, answer: Any = None) -> Call | None:
+def advance(runtime: Runtime, steps: Steps, answer: Any = None, *, how: Callable[[Runtime, Effect], Any] = perform) -> Call | None:
     """
     Go on until the lifecycle wants its call made, or ends.
 
@@ -34,6 +34,7 @@ def advance(runtime: Runtime, steps: Steps, answer: Any = None) -> Call | None:
         runtime: The runtime of this process.
         steps: The lifecycle.
         answer: What it is waiting for.
+        how: Performs an effect.
 
     Returns:
         The call; None at the end.
@@ -48,7 +49,7 @@ def advance(runtime: Runtime, steps: Steps, answer: Any = None) -> Call | None:
                 effect = steps.throw(error)
             if isinstance(effect, Call):
                 return effect
-            answer = perform(runtime, effect)
+            answer = how(runtime, effect)
         except StopIteration:
             return None
         except BaseException as error:
@@ -96,6 +97,7 @@ def iterate_sync(
     call = expect(advance(runtime, steps))
     context = call.context
     resume: Callable[[], Any] | None = None
+    closing = False
     try:
         body = function()
         while True:
@@ -105,29 +107,33 @@ def iterate_sync(
             finally:
                 context = otel_context.get_current()
                 detach(token)
-            resume = None
+                resume = None
             try:
                 sent = yield item
                 if sent is not None:
                     resume = _bind(body.send, sent)
             except GeneratorExit as error:
+                closing = True
                 token = otel_context.attach(context)
                 try:
-                    body.close()
+                    body.throw(error)
                 finally:
                     detach(token)
-                    drop(steps, error)
-                raise
+                raise RuntimeError("generator ignored GeneratorExit") from None
             except BaseException as error:  # thrown in by the consumer, for the body
                 resume = _bind(body.throw, error)
     except StopIteration as stop:
-        advance(runtime, steps)
+        if closing:
+            drop(steps, GeneratorExit())
+        else:
+            advance(runtime, steps)
         return stop.value
     except GeneratorExit as error:
         drop(steps, error)
         raise
     except BaseException as error:
-        advance(runtime, steps, error)
+        # Whether the consumer or the garbage collector closes it can't be told.
+        advance(runtime, steps, error, how=perform_without_waiting if closing else perform)
         raise
 
 
@@ -312,6 +318,7 @@ async def iterate_async(
     call = expect(await driver.advance())
     context = call.context
     deadline = None if timeout_seconds is None else asyncio.get_running_loop().time() + timeout_seconds
+    closing = False
     try:
         body = function()
         resume: Callable[[], Awaitable[Any]] = body.__anext__
@@ -323,23 +330,26 @@ async def iterate_async(
             finally:
                 context = otel_context.get_current()
                 detach(token)
-            resume = body.__anext__
+                resume = body.__anext__
             try:
                 sent = yield item
                 if sent is not None:
                     resume = _bind(body.asend, sent)
             except GeneratorExit as error:
+                closing = True
                 token = otel_context.attach(context)
                 try:
-                    await body.aclose()
+                    await body.athrow(error)  # a cleanup: neither limited nor stopped
                 finally:
                     detach(token)
-                    drop(steps, error)
-                raise
+                raise RuntimeError("async generator ignored GeneratorExit") from None
             except BaseException as error:  # thrown in by the consumer, for the body
                 resume = _bind(body.athrow, error)
     except StopAsyncIteration:
-        await driver.advance()
+        if closing:
+            drop(steps, GeneratorExit())
+        else:
+            await driver.advance()
     except GeneratorExit as error:
         drop(steps, error)
         raise

@@ -7,9 +7,10 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import gc
+import sys
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator
-from contextlib import aclosing, contextmanager
+from contextlib import aclosing, contextmanager, suppress
 from typing import Any
 
 import pytest
@@ -158,7 +159,56 @@ def test_a_cleanup_that_raises_comes_out_of_close_and_the_record_stands(records:
     with pytest.raises(OSError, match="disk") as caught:
         made.close()
     assert caught.value is error
-    assert records.attempt().state == "cancelled"
+    assert (records.attempt().state, records.attempt().error_message) == ("failed", "disk")
+
+
+def test_a_cleanup_that_raises_for_the_garbage_collector_is_failed_and_waits_for_no_lock(
+    records: Records, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @otelexec.execution("stream")
+    def stream() -> Generator[int]:
+        try:
+            yield 1
+        finally:
+            raise OSError("disk")
+
+    made = stream()
+    next(made)
+    with monkeypatch.context() as patch:
+        patch.setattr(runtime.get(), "commit", None)  # what waits goes this way
+        patch.setattr(sys, "unraisablehook", lambda _: None)
+        del made
+    assert (records.attempt().state, records.attempt().error_message) == ("failed", "disk")
+
+
+def test_one_that_goes_on_when_it_is_closed_has_failed(records: Records) -> None:
+    @otelexec.execution("stream")
+    def stream() -> Generator[int]:
+        try:
+            yield 1
+        except GeneratorExit:
+            yield 2
+
+    made = stream()
+    next(made)
+    with pytest.raises(RuntimeError, match="generator ignored GeneratorExit"):
+        made.close()
+    assert (records.attempt().state, records.attempt().error_type) == ("failed", "RuntimeError")
+
+
+def test_one_that_returns_when_it_is_closed_gives_its_value_and_was_interrupted(records: Records) -> None:
+    @otelexec.execution("stream")
+    def stream() -> Generator[int, None, str]:
+        with suppress(GeneratorExit):
+            yield 1
+        return "value"
+
+    made = stream()
+    next(made)
+    with pytest.raises(StopIteration) as stop:
+        made.throw(GeneratorExit())
+    assert stop.value.value == "value"
+    assert records.attempt().classification == "interrupted"
 
 
 def test_one_that_was_never_started_leaves_no_record(records: Records) -> None:
@@ -337,6 +387,55 @@ async def test_an_async_generator_that_is_closed_early_is_an_interruption(record
     until(lambda: records.attempt().state != "running")  # a close that may not wait is left to whoever commits at the moment
     assert (records.attempt().state, records.attempt().classification) == ("cancelled", "interrupted")
     assert not otelexec.current_execution()
+
+
+async def test_an_async_generator_s_cleanup_that_raises_comes_out_of_aclose_and_has_failed(records: Records) -> None:
+    error = OSError("disk")
+
+    @otelexec.execution("stream")
+    async def stream() -> AsyncGenerator[int]:
+        try:
+            yield 1
+        finally:
+            await asyncio.sleep(0)
+            raise error
+
+    made = stream()
+    await made.__anext__()
+    with pytest.raises(OSError, match="disk") as caught:
+        await made.aclose()
+    assert caught.value is error
+    assert (records.attempt().state, records.attempt().error_message) == ("failed", "disk")
+
+
+async def test_an_async_generator_that_goes_on_when_it_is_closed_has_failed(records: Records) -> None:
+    @otelexec.execution("stream")
+    async def stream() -> AsyncGenerator[int]:
+        try:
+            yield 1
+        except GeneratorExit:
+            yield 2
+
+    made = stream()
+    await made.__anext__()
+    with pytest.raises(RuntimeError, match="async generator ignored GeneratorExit"):
+        await made.aclose()
+    assert (records.attempt().state, records.attempt().error_type) == ("failed", "RuntimeError")
+
+
+async def test_an_async_generator_that_returns_when_it_is_closed_ends_as_without_us(records: Records) -> None:
+    @otelexec.execution("stream")
+    async def stream() -> AsyncGenerator[int]:
+        try:
+            yield 1
+        except GeneratorExit:
+            return
+
+    made = stream()
+    await made.__anext__()
+    with pytest.raises(StopAsyncIteration):
+        await made.athrow(GeneratorExit())
+    assert records.attempt().classification == "interrupted"
 
 
 async def test_an_async_generator_that_is_dropped_is_closed_by_its_loop(records: Records) -> None:
