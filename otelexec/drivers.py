@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import inspect
+import weakref
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
 from typing import TYPE_CHECKING, Any
 
@@ -284,15 +285,19 @@ def stoppable(execution: Execution) -> Generator[None]:
     if task is None:
         yield
         return
-    loop = asyncio.get_running_loop()
+    # The runtime holds the execution, and must not keep alive by it a task that nobody waits for any more.
+    reference = weakref.ref(task)
 
     def cancel() -> None:
-        if execution.stop is stop:  # not when the code has ended meanwhile: then the task does something else
-            task.cancel()
+        running = reference()
+        if running is not None and execution.stop is stop:  # not when the code has ended meanwhile: then the task does something else
+            running.cancel()
 
     def stop() -> None:
-        with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
-            loop.call_soon_threadsafe(cancel)
+        running = reference()
+        if running is not None:
+            with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
+                running.get_loop().call_soon_threadsafe(cancel)
 
     execution.stop = stop
     execution.stop_if_asked()

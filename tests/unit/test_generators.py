@@ -480,6 +480,34 @@ def test_a_coroutine_that_is_closed_is_an_interruption(records: Records) -> None
     loop.close()
 
 
+@pytest.mark.parametrize("limit", [None, 60.0])
+def test_a_coroutine_that_is_abandoned_is_collected_and_was_interrupted(records: Records, limit: float | None) -> None:
+    cleaned = []
+
+    @otelexec.execution("x", timeout=limit)
+    async def waiting(begun: asyncio.Event) -> None:
+        begun.set()
+        try:
+            await asyncio.get_running_loop().create_future()
+        finally:
+            cleaned.append(True)
+
+    async def main() -> None:
+        begun = asyncio.Event()
+        task = asyncio.ensure_future(waiting(begun))
+        await begun.wait()
+        task._log_destroy_pending = False  # type: ignore[attr-defined]
+
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(main())
+    loop.close()
+    del loop
+    gc.collect()
+    assert cleaned == [True]
+    assert (records.attempt().state, records.attempt().classification) == ("cancelled", "interrupted")
+    assert not runtime.get().executions
+
+
 @pytest.mark.parametrize("kind", ["OpenAttempt", "CloseAttempt"])
 def test_a_coroutine_that_is_closed_while_it_commits_loses_nothing(records: Records, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     store = runtime.get().store
