@@ -18,7 +18,7 @@ from opentelemetry.trace import Link, SpanKind
 
 from otelexec import runtime as _runtime
 from otelexec.blocks import Block
-from otelexec.drivers import call_async, call_either, call_sync, iterate_async, iterate_sync
+from otelexec.drivers import call_async, call_either, iterate_async, iterate_sync
 from otelexec.endings import Classifier
 from otelexec.errors import SettingsError
 from otelexec.execution import Execution, Options
@@ -122,10 +122,9 @@ def _driver_for(target: Any) -> Callable[..., Any]:
         return iterate_async
     if inspect.iscoroutinefunction(target):
         return call_async
-    # Not what a wrapper wraps counts (`contextlib.contextmanager` gives no generator), but it may give the coroutine.
-    if inspect.iscoroutinefunction(inspect.unwrap(target)):
-        return call_either
-    return iterate_sync if inspect.isgeneratorfunction(target) else call_sync
+    # Not what a wrapper wraps counts: `contextlib.contextmanager` gives no generator.
+    awaited = getattr(getattr(target, "__code__", None), "co_flags", 0) & inspect.CO_ITERABLE_COROUTINE  # `types.coroutine`
+    return iterate_sync if inspect.isgeneratorfunction(target) and not awaited else call_either
 
 
 @overload

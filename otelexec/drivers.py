@@ -73,8 +73,40 @@ def expect(call: Call | None) -> Call:
     return call
 
 
-def call_sync(runtime: Runtime, steps: Steps, function: Callable[[], Any], _timeout_seconds: float | None = None) -> Any:
+def call_sync(runtime: Runtime, steps: Steps, function: Callable[[], Any]) -> Any:
     """Run a function under the lifecycle; it can't be stopped, so a timeout is a deadline for it to look at."""
+    _, value = _call(runtime, steps, function)
+    advance(runtime, steps)
+    return value
+
+
+def call_either(runtime: Runtime, steps: Steps, function: Callable[[], Any], timeout_seconds: float | None) -> Any:
+    """
+    Run a function under the lifecycle, which goes on over a coroutine or a generator that the function gives.
+
+    A wrapper around a coroutine function may give the coroutine, or run it to the end (`asyncio.run`); and neither it nor
+    a compiled function need look like what it is.
+
+    Args:
+        runtime: The runtime of this process.
+        steps: The lifecycle.
+        function: Gives the value, a coroutine or a generator.
+        timeout_seconds: As for `call_async`; for anything else than coroutines as for `call_sync`.
+    """
+    call, value = _call(runtime, steps, function)
+    kind = type(value)
+    if hasattr(kind, "throw") or hasattr(kind, "athrow"):  # of all values it asks only few for more
+        if inspect.isawaitable(value):
+            return _await(AsyncDriver(runtime, steps), call, steps, lambda: value, timeout_seconds)
+        if isinstance(value, Generator):
+            return iterate_sync(runtime, steps, lambda: value, call=call)
+        if isinstance(value, AsyncGenerator):
+            return iterate_async(runtime, steps, lambda: value, timeout_seconds, call=call)
+    advance(runtime, steps)
+    return value
+
+
+def _call(runtime: Runtime, steps: Steps, function: Callable[[], Any]) -> tuple[Call, Any]:
     before = otel_context.get_current()
     call = expect(advance(runtime, steps))
     # By value and not by token: a signal handler may raise before the token is there, and the next job must not run in
@@ -87,15 +119,27 @@ def call_sync(runtime: Runtime, steps: Steps, function: Callable[[], Any], _time
         otel_context.attach(before)
         advance(runtime, steps, error)
         raise
-    advance(runtime, steps)
-    return value
+    return call, value
 
 
 def iterate_sync(
-    runtime: Runtime, steps: Steps, function: Callable[[], Generator[Any, Any, Any]], _timeout_seconds: float | None = None
+    runtime: Runtime,
+    steps: Steps,
+    function: Callable[[], Generator[Any, Any, Any]],
+    _timeout_seconds: float | None = None,
+    *,
+    call: Call | None = None,
 ) -> Generator[Any, Any, Any]:
-    """Run a generator under the lifecycle; its execution is current only while its body runs. A timeout as for `call_sync`."""
-    call = expect(advance(runtime, steps))
+    """
+    Run a generator under the lifecycle; its execution is current only while its body runs. A timeout as for `call_sync`.
+
+    Args:
+        runtime: The runtime of this process.
+        steps: The lifecycle.
+        function: Gives the generator.
+        call: The lifecycle's call, where that has come so far already.
+    """
+    call = call or expect(advance(runtime, steps))
     context = call.context
     resume: Callable[[], Any] | None = None
     closing = False
@@ -214,32 +258,6 @@ async def call_async(runtime: Runtime, steps: Steps, function: Callable[[], Awai
     return await _await(driver, expect(await driver.advance()), steps, function, timeout_seconds)
 
 
-def call_either(runtime: Runtime, steps: Steps, function: Callable[[], Any], timeout_seconds: float | None) -> Any:
-    """
-    Run a function that wraps a coroutine function: it may give the coroutine, or run it to the end (`asyncio.run`).
-
-    Args:
-        runtime: The runtime of this process.
-        steps: The lifecycle.
-        function: Gives the value, or a coroutine.
-        timeout_seconds: As for `call_async`.
-    """
-    call = expect(advance(runtime, steps))
-    token = otel_context.attach(call.context)
-    try:
-        try:
-            value = function()
-        finally:
-            detach(token)
-    except BaseException as error:
-        advance(runtime, steps, error)
-        raise
-    if inspect.iscoroutine(value):
-        return _await(AsyncDriver(runtime, steps), call, steps, lambda: value, timeout_seconds)
-    advance(runtime, steps)
-    return value
-
-
 async def _await(
     driver: AsyncDriver, call: Call, steps: Steps, function: Callable[[], Awaitable[Any]], timeout_seconds: float | None
 ) -> Any:
@@ -308,7 +326,12 @@ def stoppable(execution: Execution) -> Generator[None]:
 
 
 async def iterate_async(
-    runtime: Runtime, steps: Steps, function: Callable[[], AsyncGenerator[Any, Any]], timeout_seconds: float | None
+    runtime: Runtime,
+    steps: Steps,
+    function: Callable[[], AsyncGenerator[Any, Any]],
+    timeout_seconds: float | None,
+    *,
+    call: Call | None = None,
 ) -> AsyncGenerator[Any, Any]:
     """
     Run an async generator under the lifecycle; its execution is current only while its body runs.
@@ -318,9 +341,10 @@ async def iterate_async(
         steps: The lifecycle.
         function: Gives the generator.
         timeout_seconds: Seconds after which the body is cancelled, counted from its start; None: no limit.
+        call: As for `iterate_sync`.
     """
     driver = AsyncDriver(runtime, steps)
-    call = expect(await driver.advance())
+    call = call or expect(await driver.advance())
     context = call.context
     deadline = None if timeout_seconds is None else asyncio.get_running_loop().time() + timeout_seconds
     closing = False

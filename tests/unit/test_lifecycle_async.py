@@ -7,7 +7,8 @@ import contextvars
 import functools
 import threading
 import time
-from collections.abc import Callable
+import types
+from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from typing import Any
 
 import pytest
@@ -180,6 +181,71 @@ async def test_a_wrapper_that_gives_its_coroutine_is_open_until_that_has_ended(r
     assert await run(3) == 3
     assert records.one().state == "succeeded"
     assert not otelexec.current_execution()
+
+
+def unnamed(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap as people do who don't know `functools.wraps`."""
+
+    def call(*args: Any) -> Any:
+        return function(*args)
+
+    return call
+
+
+async def test_a_coroutine_that_nothing_foretells_is_recorded_when_it_has_ended(records: Records) -> None:
+    @otelexec.execution("job", timeout=0.02)
+    @unnamed
+    async def run() -> None:
+        assert otelexec.current_execution().name == "job"
+        await asyncio.Event().wait()
+
+    with pytest.raises(TimeoutError):
+        await run()
+    assert records.attempt().state == "timed_out"
+
+
+async def test_a_generator_that_is_awaited_is_a_coroutine(records: Records) -> None:
+    @otelexec.execution("job")
+    @types.coroutine
+    def run() -> Generator[Any, Any, str]:
+        yield from asyncio.sleep(0).__await__()
+        return str(otelexec.current_execution().name)
+
+    assert await run() == "job"
+    assert records.one().state == "succeeded"
+
+
+def test_a_generator_that_nothing_foretells_is_recorded_when_it_has_ended(records: Records) -> None:
+    @otelexec.execution("job")
+    @unnamed
+    def run() -> Iterator[str | None]:
+        yield otelexec.current_execution().name
+        raise LookupError
+
+    stream = run()
+    assert next(stream) == "job"
+    assert not otelexec.current_execution()
+    assert records.query("SELECT state FROM attempt") == [("running",)]
+    with pytest.raises(LookupError):
+        next(stream)
+    assert records.attempt().state == "failed"
+
+
+async def test_an_async_generator_that_nothing_foretells_is_recorded_when_it_has_ended(records: Records) -> None:
+    @otelexec.execution("job")
+    @unnamed
+    async def run() -> AsyncIterator[str | None]:
+        yield otelexec.current_execution().name
+        raise LookupError
+
+    with pytest.raises(LookupError):
+        assert [name async for name in run()] == ["job"]
+    assert records.attempt().state == "failed"
+
+
+def test_a_generator_that_nobody_takes_an_item_from_was_interrupted(records: Records) -> None:
+    otelexec.execution("job")(lambda: (number for number in range(3)))()
+    assert records.attempt().classification == "interrupted"
 
 
 async def test_a_commit_that_was_refused_is_repeated_without_blocking_the_loop(records: Records) -> None:
