@@ -105,7 +105,7 @@ def open_store(settings: Settings, *, create: bool = True) -> Store | None:
 
 def spool_folder(settings: Settings, store: Store) -> Path:
     """Give the folder of the spool: the same for workers and the command line."""
-    return settings.spool.expanduser().absolute() if settings.spool is not None else store.spool_folder
+    return settings.spool if settings.spool is not None else store.spool_folder
 
 
 def _stock_exporter(settings: Settings) -> SpanExporter:

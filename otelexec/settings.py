@@ -22,9 +22,15 @@ def state_home() -> Path:
 
     It is the same for every process of a user, whatever folder it starts in (XDG Base Directory
     Specification: `$XDG_STATE_HOME`, default `~/.local/state`).
+
+    Raises:
+        SettingsError: The user has no home folder, as in a container with a uid that nobody knows.
     """
     base = os.environ.get("XDG_STATE_HOME", "")
-    root = Path(base) if base.startswith("/") else Path.home() / ".local" / "state"
+    try:
+        root = Path(base) if base.startswith("/") else Path.home() / ".local" / "state"
+    except RuntimeError:
+        raise SettingsError("this user has no home folder: set OTELEXEC_STORE and OTELEXEC_SPOOL, or XDG_STATE_HOME") from None
     return root / "otelexec"
 
 
@@ -99,7 +105,7 @@ class Settings(BaseSettings):
     @classmethod
     def _store_is_known(cls, value: str) -> str:
         if not value:
-            return f"sqlite:///{state_home() / 'otelexec.db'}"
+            return _absolute_sqlite(f"sqlite:///{state_home() / 'otelexec.db'}")
         if value == "none":
             return value
         scheme, separator, _ = value.partition("://")
@@ -108,6 +114,11 @@ class Settings(BaseSettings):
             msg = "must be sqlite:///PATH, postgresql://... or none"
             raise ValueError(msg)
         return _absolute_sqlite(value) if scheme == "sqlite" else value
+
+    @field_validator("spool", mode="after")
+    @classmethod
+    def _spool_is_absolute(cls, value: Path | None) -> Path | None:
+        return None if value is None else _expanded(value).absolute()
 
     @field_validator("otlp_endpoint", mode="after")
     @classmethod
@@ -181,11 +192,27 @@ def _as_variable(value: object) -> str:
 
 def _absolute_sqlite(url: str) -> str:
     """Make `sqlite:///relative.db` absolute, as SQLAlchemy spells it: four slashes start an absolute path."""
-    path = url.removeprefix("sqlite:///")
-    if path == url or not path or path.startswith(":memory:"):
+    path = url.removeprefix("sqlite://")
+    if path in ("", "/") or path.removeprefix("/").startswith(":memory:"):
         msg = "must be sqlite:///PATH with a file: a store in memory would not survive the process"
         raise ValueError(msg)
-    return f"sqlite:///{Path(path).expanduser().absolute()}"
+    if not path.startswith("/"):
+        msg = "needs three slashes before the path, as in sqlite:///relative.db, and four before an absolute one, sqlite:////var/lib/app.db"
+        raise ValueError(msg)
+    try:
+        # Two names of one file share one spool, and a link may name a file that is to be made.
+        return f"sqlite:///{_expanded(Path(path[1:])).resolve()}"
+    except (OSError, RuntimeError) as error:  # links in a circle
+        msg = f"its path can't be used: {error}"
+        raise ValueError(msg) from error
+
+
+def _expanded(path: Path) -> Path:
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        msg = f"{path}: there is no such user, or the user has no home folder"
+        raise ValueError(msg) from None
 
 
 def load(**arguments: Any) -> Settings:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -45,3 +46,69 @@ def test_a_provider_that_is_none_is_refused_at_configure() -> None:
     wrong: Any = "a provider"
     with pytest.raises(SettingsError, match=r"^tracer_provider: must be a TracerProvider of OpenTelemetry, not str"):
         otelexec.configure(tracer_provider=wrong)
+
+
+@pytest.fixture
+def homeless(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Be a user without a home folder, as in a container with a uid that nobody knows."""
+
+    def unknown(_: int) -> Any:
+        raise KeyError
+
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.delenv("XDG_STATE_HOME", raising=False)
+    monkeypatch.delenv("OTELEXEC_STORE", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+
+
+@pytest.mark.usefixtures("homeless")
+def test_without_a_home_folder_the_message_names_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SettingsError, match=r"^OTELEXEC_STORE: this user has no home folder: set OTELEXEC_STORE"):
+        settings.load()
+    assert settings.load(store="none").store == "none"
+    monkeypatch.setenv("XDG_STATE_HOME", "/var/lib")
+    assert settings.load().store == "sqlite:////var/lib/otelexec/otelexec.db"
+
+
+@pytest.mark.parametrize(("name", "value"), [("store", "sqlite:///~no_such_user/x.db"), ("spool", "~no_such_user/spool")])
+def test_the_home_of_a_user_that_is_none_is_refused(name: str, value: str) -> None:
+    with pytest.raises(SettingsError, match=f"^{name}: .*no such user"):
+        settings.load(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("sqlite://tmp/x.db", "needs three slashes"),
+        ("sqlite://", "with a file"),
+        ("sqlite:///", "with a file"),
+        ("sqlite://:memory:", "would not survive"),
+        ("sqlite:///:memory:", "would not survive"),
+    ],
+)
+def test_a_sqlite_url_without_a_file_is_told_what_is_wrong_with_it(url: str, message: str) -> None:
+    with pytest.raises(SettingsError, match=f"^store: .*{message}"):
+        settings.load(store=url)
+
+
+def test_two_names_of_one_file_are_one_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With two spools beside it, a process would not see what another one left there."""
+    target = tmp_path / "data" / "store.db"
+    (tmp_path / "link.db").symlink_to(target)
+    monkeypatch.chdir(tmp_path)
+    assert settings.load(store="sqlite:///link.db").store == settings.load(store=f"sqlite:///{target}").store == f"sqlite:///{target}"
+
+
+def test_links_in_a_circle_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.db").symlink_to(tmp_path / "b.db")
+    (tmp_path / "b.db").symlink_to(tmp_path / "a.db")
+    with pytest.raises(SettingsError, match=r"^store: its path can't be used"):
+        settings.load(store=f"sqlite:///{tmp_path / 'a.db'}")
+
+
+def test_a_link_to_a_file_that_is_to_be_made_is_a_store(tmp_path: Path) -> None:
+    (tmp_path / "link.db").symlink_to(tmp_path / "store.db")
+    otelexec.configure(store=f"sqlite:///{tmp_path / 'link.db'}", relay=False)
+    otelexec.execution("x")(lambda: None)()
+    assert (tmp_path / "store.db").stat().st_size > 0
+    assert not list(tmp_path.glob("*.spool/*.jsonl"))
