@@ -56,7 +56,10 @@ def end_span(execution: Execution, ending: Ending, ended_ns: int) -> None:
         if ending.exception is not None:
             span.add_event(semconv.EXCEPTION_EVENT, _exception_attributes(execution, ending.exception))
         if not execution.records:
-            span.set_attributes(outcome_attributes(ending.state, ending.classification, ending.error_type))
+            attributes = outcome_attributes(ending.state, ending.classification, ending.error_type)
+            if execution.had_core:
+                attributes[semconv.OUTER_OUTCOME] = attributes.pop(semconv.OUTCOME)
+            span.set_attributes(attributes)
             if ending.state in ERROR_STATES:
                 span.set_status(trace.StatusCode.ERROR, ending.error_message)
     except Exception as error:  # the user's objects may raise anything

@@ -179,7 +179,10 @@ class Runtime:
 
         resource = spans.make_resource(self.settings.service_name, self.theirs)
         provider = spans.make_provider(resource, current_collector, self.theirs, collects=False)
-        provider.add_span_processor(BatchSpanProcessor(_stock_exporter(self.settings)))
+        try:
+            provider.add_span_processor(BatchSpanProcessor(_stock_exporter(self.settings)))
+        except SettingsError as error:  # as with a store, where the relay says it
+            logger.error("otelexec.export.unusable: %s. No span leaves this process; the work goes on.", error)  # noqa: TRY400 (the message says it all)
         return provider
 
     def _send_plain_spans(self, deadline: float) -> None:

@@ -48,7 +48,7 @@ class Settings(BaseSettings):
     store: str = Field(
         default="",
         repr=False,  # it may hold a password
-        description="`sqlite:///PATH`, `postgresql://...`, or `none` for spans without a record. "
+        description="`sqlite:///PATH`, `postgresql://...`, or `none` for spans without a record, which `request_cancel()` can't reach. "
         "Default: `otelexec.db` in the user's state folder, so that web process, worker and command line meet.",
     )
     spool: Path | None = Field(

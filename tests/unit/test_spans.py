@@ -313,6 +313,33 @@ def test_without_a_store_spans_go_the_usual_way_and_nothing_is_kept(
     assert not records.path.exists()
 
 
+def test_without_a_store_the_span_around_a_core_carries_no_outcome_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, theirs: TracerProvider, exporter: InMemorySpanExporter
+) -> None:
+    monkeypatch.setenv("OTELEXEC_STORE", "none")
+    trace.set_tracer_provider(theirs)
+    with contextlib.suppress(LookupError), otelexec.execution("task"):
+        with otelexec.execution("job", core=True):
+            pass
+        raise LookupError
+    attributes = {span.name: dict(span.attributes or {}) for span in exporter.get_finished_spans()}
+    assert attributes["job"]["otelexec.outcome"] == "succeeded"
+    assert attributes["task"]["otelexec.outer_outcome"] == "failed"
+    assert "otelexec.outcome" not in attributes["task"]
+
+
+@pytest.mark.parametrize(("name", "value"), [("PROTOCOL", "http/json"), ("ENDPOINT", "collector"), ("HEADERS", "token")])
+def test_without_a_store_an_endpoint_that_can_not_be_used_keeps_no_work_back(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, name: str, value: str
+) -> None:
+    monkeypatch.setenv("OTELEXEC_STORE", "none")
+    monkeypatch.setenv(f"OTEL_EXPORTER_OTLP_{name}", value)
+    job = otelexec.execution("job")(lambda: 7)
+    assert [job(), job()] == [7, 7]
+    [line] = [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR]
+    assert f"OTEL_EXPORTER_OTLP_{name}" in line
+
+
 def test_without_a_store_no_ended_span_is_kept_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OTELEXEC_STORE", "none")
     with OtlpReceiver() as receiver:
