@@ -12,8 +12,14 @@ import json
 import logging
 import time
 from collections.abc import Mapping
+from datetime import date, timedelta
+from datetime import time as time_of_day
+from enum import Enum
 from hashlib import sha256
+from ipaddress import IPv4Address, IPv6Address
 from itertools import islice
+from numbers import Number
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, Final
 from uuid import UUID
 
@@ -48,6 +54,7 @@ _LEGACY_NAMES: Final = {
 }
 _IDS: Final = frozenset({semconv.EXECUTION_ID, semconv.REQUEST_ID, semconv.PARENT_EXECUTION_ID})
 _MAX_UNIX_NS: Final = 2**63 - 1
+_SAME_TEXT: Final = (date, time_of_day, timedelta, UUID, Number, Enum, PurePath, bytes, bytearray, IPv4Address, IPv6Address)
 
 
 class Extraction:
@@ -205,11 +212,21 @@ def _bound(enqueued: int | None, payload: object) -> tuple[object, ...] | None:
     Give what the signature of an envelope covers besides the members.
 
     The payload counts as JSON says it, read back and sorted: what a queue turns into text on its way (tuples, number
-    keys) has the same digest on both sides. None for a payload that JSON can't hold: there is nothing to bind to.
+    keys) has the same digest on both sides. So have dates, numbers and the like, by their text. None for a payload that
+    holds anything else: there is nothing to bind to.
     """
     try:
-        canonical = json.dumps(json.loads(json.dumps(payload, default=str)), sort_keys=True, separators=(",", ":"))
-    except (TypeError, ValueError, RecursionError):
-        _logger.warning("otelexec.signature.impossible: a payload that is no JSON has no signature, and its ids are not believed")
+        canonical = json.dumps(json.loads(json.dumps(payload, default=_text)), sort_keys=True, separators=(",", ":"))
+    except (TypeError, ValueError, RecursionError) as error:
+        _logger.warning(
+            "otelexec.signature.impossible: a payload that is no JSON has no signature, and its ids are not believed: %s", error
+        )
         return None
     return ("payload", enqueued, sha256(canonical.encode("ascii")).hexdigest())
+
+
+def _text(value: object) -> str:
+    """Give the text of what JSON doesn't know, where every process makes the same of it: not of sets, nor of objects at an address."""
+    if isinstance(value, _SAME_TEXT):
+        return str(value)
+    raise TypeError(f"{type(value).__name__} has no text that is the same everywhere")

@@ -7,9 +7,14 @@ import json
 import logging
 import time
 from collections.abc import Iterator
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime, timedelta
+from decimal import Decimal
+from fractions import Fraction
+from ipaddress import IPv4Address
+from pathlib import PurePath
 from types import MappingProxyType
 from typing import Any
+from uuid import UUID
 
 import pytest
 from hypothesis import given
@@ -305,6 +310,22 @@ class TestTrust:
         """As a queue in the same process, or one that pickles, hands them on."""
         with extract(copy.deepcopy(inject({"at": datetime(2026, 1, 1, tzinfo=UTC), "pair": (1, 2)}))) as job:
             assert job.trusted
+
+    @pytest.mark.usefixtures("signed")
+    @pytest.mark.parametrize(
+        "value",
+        [date(2026, 1, 1), timedelta(1), UUID(int=7), Decimal("1.10"), Fraction(1, 3), PurePath("a"), b"x", IPv4Address(7)],
+    )
+    def test_what_has_the_same_text_everywhere_is_signed_by_it(self, value: Any) -> None:
+        with extract(copy.deepcopy(inject({"value": value}))) as job:
+            assert job.trusted
+
+    @pytest.mark.usefixtures("signed")
+    @pytest.mark.parametrize("value", [{"a", "b"}, frozenset("ab"), object()])
+    def test_what_has_another_text_in_each_process_is_not_signed(self, value: Any, caplog: pytest.LogCaptureFixture) -> None:
+        """The order of a set and the address of an object are the sender's own, so its signature would never be believed."""
+        assert "signature" not in inject({"value": value})[KEY]
+        assert f"no JSON has no signature, so its ids are not believed: {type(value).__name__}" in caplog.text
 
     @pytest.mark.usefixtures("signed")
     @pytest.mark.parametrize(
