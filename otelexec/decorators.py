@@ -6,6 +6,7 @@ import copy
 import functools
 import importlib
 import inspect
+import logging
 import pickle
 import sys
 import threading
@@ -23,6 +24,8 @@ from otelexec.endings import Classifier
 from otelexec.errors import SettingsError
 from otelexec.execution import Execution, Options
 from otelexec.lifecycle import Steps, lifecycle
+
+logger = logging.getLogger("otelexec")
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -85,15 +88,7 @@ class ExecutionDecorator(Block[Execution]):
 
     def __call__(self, function: Callable[P, R]) -> Callable[P, R]:
         """Wrap a function, coroutine function, generator function, method or classmethod; its signature stays."""
-        target: Any = getattr(function, "__func__", function)
-        while isinstance(target, functools.partial):
-            target = target.func
-        options = self._options
-        if not options.name:
-            named = inspect.unwrap(target)
-            named = named if hasattr(named, "__qualname__") else type(named)
-            options = replace(options, name=f"{named.__module__}.{named.__qualname__}")
-        return _Executor(function, _wrapper_for(target, options))
+        return _decorated(function, self._options)
 
     def _lifecycle(self, runtime: _runtime.Runtime) -> Steps:
         if not self._options.name:
@@ -102,6 +97,17 @@ class ExecutionDecorator(Block[Execution]):
 
     def _timeout(self) -> float | None:
         return self._options.timeout
+
+
+def _decorated(function: Any, options: Options, enabled: Callable[[], bool] | None = None) -> _Executor:
+    target: Any = getattr(function, "__func__", function)
+    while isinstance(target, functools.partial):
+        target = target.func
+    if not options.name:
+        named = inspect.unwrap(target)
+        named = named if hasattr(named, "__qualname__") else type(named)
+        options = replace(options, name=f"{named.__module__}.{named.__qualname__}")
+    return _Executor(function, _wrapper_for(target, options), enabled)
 
 
 def _wrapper_for(target: Any, options: Options) -> Callable[..., Any]:
@@ -235,7 +241,13 @@ class WrappedExecutor:
         if self._module in sys.modules:
             self._wrap(sys.modules[self._module])
         else:
-            wrapt.register_post_import_hook(self._wrap, self._module)
+            wrapt.register_post_import_hook(self._wrap_imported, self._module)
+
+    def _wrap_imported(self, module: Any) -> None:
+        try:
+            self._wrap(module)
+        except Exception as error:  # it would come out of the user's import
+            logger.error("otelexec.wrap.failed: %s is no execution: %s", self.target, error)  # noqa: TRY400 (the message says it all)
 
     def _wrap(self, module: Any) -> None:
         with self._lock:
@@ -247,11 +259,11 @@ class WrappedExecutor:
                 raise SettingsError(f"wrap_executor: {self._module} has no {self._path}.") from error
             own = attribute in vars(parent)
             original = vars(parent)[attribute] if own else getattr(parent, attribute)
-            wrapped = ExecutionDecorator(self._options)(original)
+            wrapped = _decorated(original, self._options, lambda: not self._ended)
             setattr(parent, attribute, wrapped)
 
             def undo() -> None:
-                # Only while it is ours: somebody else's wrapper around it stays, and ours below it is harmless.
+                # Only while it is ours: somebody else's wrapper around it stays, and ours below it does nothing any more.
                 if vars(parent).get(attribute) is wrapped:
                     if own:
                         setattr(parent, attribute, original)
@@ -287,6 +299,7 @@ def wrap_executor(target: str, *, name: str | None = None, **options: Any) -> Wr
         A handle whose `.unwrap()` undoes it.
 
     Raises:
-        SettingsError: The target is malformed, or its module is there and has no such name.
+        SettingsError: The target is malformed, or its module is there and has no such name. One that is imported later and
+            has none is an ERROR in the log.
     """
     return WrappedExecutor(target, _options(name, **options))

@@ -114,6 +114,25 @@ def test_another_s_wrapper_around_ours_stays(name: str, load: Callable[[], Modul
     assert module.plain(2) == 5
 
 
+def test_unwrapped_below_another_wrapper_it_records_nothing_any_more(records: Records, name: str, load: Callable[[], ModuleType]) -> None:
+    module = load()
+    first, second = (otelexec.wrap_executor(f"{name}:Engine.run", name=each) for each in ("first", "second"))
+    first.unwrap()
+    assert module.Engine().run(1) == 2
+    second.unwrap()
+    assert module.Engine().run(1) == 2
+    assert [record.name for record in records.all()] == ["second"]
+
+
+def test_a_name_that_a_module_imported_later_has_not_is_logged_and_the_import_goes_on(
+    name: str, load: Callable[[], ModuleType], caplog: pytest.LogCaptureFixture
+) -> None:
+    handle = otelexec.wrap_executor(f"{name}:Engine.walk")
+    assert load().plain(2) == 4
+    assert not handle.wrapped
+    assert f"{name} has no Engine.walk" in caplog.text
+
+
 @pytest.mark.parametrize("target", ["", "json", ":dumps", "json:", "json:no_such_name", "json:dumps.no.such"])
 def test_a_target_that_is_none_is_a_clear_error(target: str) -> None:
     with pytest.raises(otelexec.SettingsError, match="wrap_executor"):
