@@ -21,7 +21,7 @@ from typing import Any, Final
 
 from celery import states
 from celery.app import trace as celery_trace
-from celery.exceptions import Ignore, Reject, Retry
+from celery.exceptions import Ignore, InvalidTaskError, Reject, Retry
 from opentelemetry import context as otel_context
 from opentelemetry import trace
 from opentelemetry.context import Context
@@ -35,7 +35,7 @@ from otelexec.errors import ExecutionCancelled
 from otelexec.execution import Execution
 from otelexec.lifecycle import Steps, lifecycle
 from otelexec.propagation import entries
-from otelexec.store.writes import SUCCEEDED, AmendAttempt, Contribute, ReadContributions
+from otelexec.store.writes import REJECTED, SUCCEEDED, AmendAttempt, Contribute, ReadContributions
 from otelexec.w3c import decode_trace, encode_traceparent
 from otelexec_celery import carrier, chords, endings
 from otelexec_celery.messages import hard_limit_of, open_context, options_of, soft_limit_of
@@ -313,9 +313,15 @@ def _returned(run: Run, result: Any) -> None:
         if state == states.FAILURE:
             _result_not_stored(run)
         return
-    if info is None:
+    if info is None and result.retval is None:
         # Celery found the result of an earlier delivery (`worker_deduplicate_successful_tasks`).
         run.close(None, Ending(SUCCEEDED, endings.DEDUPLICATED))
+        return
+    if info is None:
+        # Celery acknowledges it, and has no result: the tracer failed before it had made a request.
+        error = endings.error_of(result.retval)
+        invalid = isinstance(error, InvalidTaskError)
+        run.close(error, Ending(REJECTED, endings.MALFORMED, endings.MALFORMED, str(error)) if invalid else None)
         return
     error = info.retval
     run.close(error if isinstance(error, BaseException) else RuntimeError(f"the task ended as {state} before its body"))

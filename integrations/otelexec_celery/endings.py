@@ -5,8 +5,9 @@ from __future__ import annotations
 import sys
 import time
 from dataclasses import replace
-from typing import Final
+from typing import Any, Final
 
+from billiard.einfo import ExceptionWithTraceback
 from celery.exceptions import Ignore, Reject, Retry, SoftTimeLimitExceeded
 from celery.utils.serialization import UnpickleableExceptionWrapper
 from kombu.utils.encoding import safe_repr
@@ -86,6 +87,12 @@ def classify(error: BaseException) -> Ending | None:
         # `revoke(terminate=True, signal="SIGUSR1")` raises it as well, whatever the limit is.
         return Ending(TIMED_OUT, SOFT_LIMIT, error_type, message, error, depends_on_cancellation=True)
     return None if isinstance(error, Exception) else _of_greenlets(error)
+
+
+def error_of(exc_info: Any) -> Any:
+    """Give the exception of an `ExceptionInfo`, without what billiard wraps it in on its way between processes."""
+    error = exc_info.exception
+    return error.exc if isinstance(error, ExceptionWithTraceback) else error
 
 
 def _cause_of(retry: Retry) -> BaseException:

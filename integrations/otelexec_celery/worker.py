@@ -162,8 +162,7 @@ def _failure_context(request: Any, exc_info: Any, return_ok: bool) -> Context | 
     if return_ok:
         _ended(request)
         return None
-    error = getattr(exc_info, "exception", None)
-    error = getattr(error, "exc", error)
+    error = endings.error_of(exc_info)
     if not MAIN.supervises or not isinstance(error, TimeLimitExceeded | WorkerLostError | Terminated | SystemExit):
         return None
     delivery = delivery_of(request)

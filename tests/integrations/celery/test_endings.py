@@ -218,7 +218,16 @@ def appeared(stage: Stage, before: set[str]) -> ExecutionRecord | None:
     return new[0] if len(new) == 1 and new[0].ended_unix_ns is not None else None
 
 
-@pytest.mark.parametrize("kind", ["no task header", "keyword arguments that are none", "a body that can not be decoded"])
+MALFORMED = [
+    "no task header",
+    "keyword arguments that are none",
+    "keyword arguments that are a list",
+    "keyword arguments that are null",
+    "a body that can not be decoded",
+]
+
+
+@pytest.mark.parametrize("kind", MALFORMED)
 def test_a_malformed_message(common: Stage, kind: str) -> None:
     before = {record.execution_id for record in common.records()}
     with common.app.connection_for_write() as connection, connection.Producer() as producer:
@@ -229,12 +238,15 @@ def test_a_malformed_message(common: Stage, kind: str) -> None:
             headers = {}
         elif kind == "keyword arguments that are none":  # in the protocol of old, whose messages are checked for it
             headers, body = {}, {"task": "add", "id": "malformed-1", "args": [], "kwargs": "none"}
+        elif kind.startswith("keyword"):  # only the tracer finds it
+            body = [[1, 2], None if kind.endswith("null") else [3], {}]
         else:
             body, options = b"{broken", {"content_type": "application/json", "content_encoding": "utf-8"}
         producer.publish(body, routing_key="common", headers=headers, **options)
     record = until(lambda: appeared(common, before), 15)
     assert record is not None
-    assert (record.state, [attempt.state for attempt in record.attempts]) == ("rejected", ["rejected"])
+    assert record.state == "rejected"
+    assert [(attempt.state, attempt.classification) for attempt in record.attempts] == [("rejected", "malformed")]
     assert [span.span_id for span in common.spans() if span.attributes.get(semconv.EXECUTION_ID) == record.execution_id] == [
         record.attempts[0].span_id
     ]
