@@ -178,6 +178,27 @@ def open_early(task: Any, task_id: str, request: Mapping[str, Any]) -> Run | Non
     return run
 
 
+def call_trace(trace: Callable[..., Any], name: str, task_id: str, request: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+    """
+    Call what a pool without processes calls for a message; what fails before the tracer closes the run that was opened early.
+
+    Args:
+        trace: `fast_trace_task` or its like.
+        name: The task's name.
+        task_id: Its id.
+        request: Its request.
+        *args: For `trace`.
+        **kwargs: For `trace`.
+    """
+    try:
+        return trace(name, task_id, request, *args, **kwargs)
+    except BaseException as error:
+        run = _early.pop(request.get(carrier.DELIVERY, ""), None)
+        if isinstance(run, Run):
+            run.close(error)
+        raise
+
+
 def _links(found: Mapping[str, Any], runtime: _runtime.Runtime) -> tuple[trace.Link, ...]:
     """Give the links of a chord's body to its headers."""
     key = carrier.text_of(found, carrier.JOINS)

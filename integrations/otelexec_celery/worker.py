@@ -17,6 +17,9 @@ from typing import Any
 
 from billiard.exceptions import Terminated, TimeLimitExceeded, WorkerLostError
 from billiard.process import active_children
+from celery import current_app
+from celery.concurrency.prefork import TaskPool as PreforkPool
+from celery.worker import request as celery_request
 from opentelemetry import context as otel_context
 from opentelemetry.context import Context
 
@@ -37,6 +40,9 @@ STOP_SECONDS = 5.0
 """How long the main process waits at its end for what it has to report."""
 
 _DELIVERY = "otelexec_delivery"
+
+_DEATHS = (WorkerLostError, Terminated, SystemExit, KeyboardInterrupt)
+"""What Celery is told when a child has ended, or is about to: its exit says the rest."""
 
 
 class Main:
@@ -162,12 +168,16 @@ def _failure_context(request: Any, exc_info: Any, return_ok: bool) -> Context | 
     if return_ok:
         _ended(request)
         return None
-    error = endings.error_of(exc_info)
-    if not MAIN.supervises or not isinstance(error, TimeLimitExceeded | WorkerLostError | Terminated | SystemExit):
+    if not MAIN.supervises:
         return None
+    error = endings.error_of(exc_info)
     delivery = delivery_of(request)
     if isinstance(error, TimeLimitExceeded):
         delivery.ending = endings.hard_limit(hard_limit_of(request.task, request.request_dict))
+    elif not isinstance(error, _DEATHS):
+        # The child lives, and failed outside the tracer: before it, and so nobody but this process knows, or after the close.
+        _ended(request)
+        delivery.settle(delivery.ending or delivery.execution(_runtime.get()).classify(error), time.time_ns())
     return delivery.context()
 
 
@@ -218,11 +228,15 @@ def on_revoked(request: Any, _: str, terminated: bool, __: object, expired: bool
 
 
 def wrap_create_request_cls(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap `create_request_cls`, whose class has an `on_success` of its own."""
+    """Wrap `create_request_cls`, whose class has an `on_success` of its own, and knows what the pool is to call."""
 
     @functools.wraps(original)
-    def create_request_cls(*args: Any, **kwargs: Any) -> Any:
-        cls = original(*args, **kwargs)
+    def create_request_cls(base: Any, task: Any, pool: Any, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(pool, PreforkPool):
+            app = kwargs.get("app") or current_app
+            trace = celery_request.fast_trace_task if app.use_fast_trace_task else celery_request.trace_task_ret
+            kwargs["trace"] = functools.partial(consume.call_trace, kwargs.get("trace") or trace)
+        cls = original(base, task, pool, *args, **kwargs)
         cls.on_success = before(on_success)(cls.on_success)
         return cls
 

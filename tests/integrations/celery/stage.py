@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import Any
 
 import psutil
 from celery import Celery
+from celery.result import AsyncResult
 from valkey import Valkey
 
 from tests.integrations.celery.tasks import INSTRUMENT, SETTINGS, make_app
@@ -136,6 +138,15 @@ class Stage(ReadStage):
     def task(self, name: str) -> Any:
         """Give a task of the application on this side."""
         return self.app.tasks[name]
+
+    def send_untraceable(self, name: str) -> AsyncResult[Any]:
+        """Send a task that Celery accepts and begins, and then can't make a request of: its third part is no mapping."""
+        task_id = str(uuid.uuid4())
+        with self.app.connection_for_write() as connection, connection.Producer() as producer:
+            headers = {"task": name, "id": task_id, "lang": "py"}
+            queue = self.settings["task_default_queue"]
+            producer.publish([[1, 2], {}, [1]], routing_key=queue, headers=headers, serializer="json")
+        return self.app.AsyncResult(task_id)
 
 
 @dataclass(frozen=True)

@@ -239,6 +239,14 @@ def killed_early() -> None:
     """Never get to run: see `worker_app.py`."""
 
 
+@task("unknown.to.children")
+def unknown_to_children() -> None:
+    """Never get to run either: see `worker_app.py`."""
+
+
+task("unknown.to.children.late", **LATE)(unknown_to_children)
+
+
 @task("brief.again", **LOST_AGAIN)
 def brief_again(twentieths: int) -> int:
     """Work for a moment, so that a kill finds somebody at it."""

@@ -252,6 +252,18 @@ def test_a_malformed_message(common: Stage, kind: str) -> None:
     ]
 
 
+@pytest.mark.parametrize("task", ["unknown.to.children", "unknown.to.children.late"])
+def test_a_child_that_fails_before_the_task_and_lives_has_failed(common: Stage, task: str) -> None:
+    with otelexec.correlate(source="test") as correlation:
+        result = send(common, task)
+    with pytest.raises(KeyError):
+        result.get(timeout=RESULT_SECONDS)
+    record = common.record(correlation.execution_id)
+    assert record is not None
+    assert (record.state, [attempt.error_type for attempt in record.attempts]) == ("failed", ["KeyError"])
+    common.ended(result.id, "failed")
+
+
 def test_a_message_from_before_the_upgrade_runs_under_its_own_id(common: Stage) -> None:
     task_id = "00000000-0000-4000-8000-00000000002a"
     with common.app.connection_for_write() as connection, connection.Producer() as producer:

@@ -29,6 +29,7 @@ def test_no_crossover_and_nothing_lost(fresh: Fresh, pool: str, concurrency: int
             context.detach(token)
         sent[number] = (correlation, result)
     failing = [stage.task("fail").delay(), stage.task("flaky").delay(1)]
+    untraceable = [] if pool == "solo" else [stage.send_untraceable("add"), stage.send_untraceable("add.late")]
     for number, (correlation, result) in sent.items():
         told = result.get(timeout=RESULT_SECONDS)
         assert told["number"] == number
@@ -39,6 +40,8 @@ def test_no_crossover_and_nothing_lost(fresh: Fresh, pool: str, concurrency: int
     assert failing[1].get(timeout=RESULT_SECONDS)
     stage.ended(failing[0].id, "failed")
     stage.ended(failing[1].id, "failed", "succeeded")
+    for result in untraceable:
+        assert stage.ended(result.id, "failed").attempt.error_type == "TypeError"
 
     # A warm shutdown: what runs may end, and is recorded.
     mark = stage.mark()
@@ -48,10 +51,21 @@ def test_no_crossover_and_nothing_lost(fresh: Fresh, pool: str, concurrency: int
     seen = stage.ended(last.id, "succeeded")
     assert seen.record.state == "succeeded"
     records = stage.records()
-    assert len(records) == tasks + 3
+    assert len(records) == tasks + 3 + len(untraceable)
     assert {record.state for record in records} == {"succeeded", "failed"}
     stage.check_agreement()
     worker.check_log()
+
+
+def test_a_message_that_ends_a_solo_worker_has_failed(fresh: Fresh) -> None:
+    """Celery lets what fails before the task out of its loop."""
+    stage = fresh()
+    worker = stage.worker("solo", "solo", 1)
+    result = stage.send_untraceable("add")
+    assert worker.process.wait(RESULT_SECONDS) == 1
+    seen = stage.ended(result.id, "failed")
+    assert (seen.record.state, seen.attempt.error_type) == ("failed", "TypeError")
+    stage.check_agreement()
 
 
 def test_links_instead_of_parents(fresh: Fresh) -> None:

@@ -27,19 +27,21 @@ def _instrument_beside(who: str) -> None:
         instrumentor().instrument()
 
 
-def _kill_before_the_open(**_: Any) -> None:
-    """Make a child die with a task in hand that has not begun: the main process has its acceptance by then."""
+def _fail_before_the_open(**_: Any) -> None:
+    """Make a child die, or fail, with a task in hand that has not begun: the main process has its acceptance by then."""
     trace_task = trace.fast_trace_task
 
     def fast_trace_task(name: str, *arguments: Any, **options: Any) -> Any:
         if name == "killed.early":
             os.kill(os.getpid(), signal.SIGKILL)
+        if name.startswith("unknown.to.children"):  # as if it had been registered after the fork
+            raise KeyError(name)
         return trace_task(name, *arguments, **options)
 
     trace.fast_trace_task = fast_trace_task
 
 
-worker_process_init.connect(_kill_before_the_open, weak=False)
+worker_process_init.connect(_fail_before_the_open, weak=False)
 _instrument_beside(os.environ.get(BESIDE, ""))
 if METRICS in os.environ:
     measure(os.environ[METRICS])
