@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
 from dataclasses import replace
@@ -13,6 +14,8 @@ from celery.utils.serialization import UnpickleableExceptionWrapper
 from kombu.utils.encoding import safe_repr
 
 from otelexec.endings import Classifier, Ending, describe, raised_by_signal_handler
+from otelexec.errors import ExecutionCancelled
+from otelexec.execution import INTERRUPTIONS
 from otelexec.store.writes import CANCELLED, FAILED, REJECTED, SUCCEEDED, TIMED_OUT
 
 RETRY: Final = "retry"
@@ -86,7 +89,23 @@ def classify(error: BaseException) -> Ending | None:
         error_type, message = describe(error, _MAX_CHARS)
         # `revoke(terminate=True, signal="SIGUSR1")` raises it as well, whatever the limit is.
         return Ending(TIMED_OUT, SOFT_LIMIT, error_type, message, error, depends_on_cancellation=True)
+    if isinstance(error, INTERRUPTIONS):
+        return None if _is_interrupted(error) else _unasked(error)
     return None if isinstance(error, Exception) else _of_greenlets(error)
+
+
+def _is_interrupted(error: BaseException) -> bool:
+    """Tell whether a signal ended the task: one that Celery or the task handles, or a Ctrl-C where nobody does, as in an eager run."""
+    is_ctrl_c = isinstance(error, KeyboardInterrupt) and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    return is_ctrl_c or raised_by_signal_handler(error)
+
+
+def _unasked(error: BaseException) -> Ending:
+    """Give the ending of what speaks of a cancellation: Celery has none of its own, so where nobody asked for one the task failed."""
+    error_type, message = describe(error, _MAX_CHARS)
+    # An execution that was cancelled before it started has no event: nothing was raised in it.
+    exception = None if isinstance(error, ExecutionCancelled) else error
+    return Ending(FAILED, None, error_type, message, exception, depends_on_cancellation=True)
 
 
 def error_of(exc_info: Any) -> Any:

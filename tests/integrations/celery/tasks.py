@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import sys
@@ -131,6 +132,26 @@ def total(numbers: Sequence[int]) -> int:
 @task("fail")
 def fail(text: str = "no") -> None:
     raise ValueError(text)
+
+
+INTERRUPTIONS: Mapping[str, type[BaseException]] = {
+    each.__name__: each for each in (asyncio.CancelledError, GeneratorExit, KeyboardInterrupt, otelexec.ExecutionCancelled)
+}
+
+
+@task("interrupts")
+def interrupts(name: str, mark: str | None = None) -> None:
+    """Raise by itself what says that somebody else ended it; with a mark not before somebody wants it cancelled."""
+    if mark is not None:
+        count(mark)
+        until(lambda: otelexec.current_execution().cancel_requested, 30)
+    raise INTERRUPTIONS[name]("by itself")
+
+
+@task("ctrl.c")
+def ctrl_c() -> None:
+    """Be interrupted from the terminal."""
+    signal.raise_signal(signal.SIGINT)
 
 
 @task("ignore")

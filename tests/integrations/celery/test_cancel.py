@@ -37,6 +37,16 @@ def test_a_running_task_sees_it(common: Stage) -> None:
     common.ended(result.id)
 
 
+def test_a_running_task_that_ends_itself_by_it_is_cancelled(common: Stage) -> None:
+    mark = common.mark()
+    with otelexec.correlate(source="test") as correlation:
+        result = common.task("interrupts").delay("CancelledError", mark)
+    common.wait_for_run(mark)
+    assert otelexec.request_cancel(correlation.execution_id) == "running"
+    seen = common.ended(result.id, "cancelled")
+    assert (seen.record.state, seen.attempt.classification) == ("cancelled", None)
+
+
 @pytest.mark.parametrize("task", ["sleep", "sleep.late", "sleep.again"])
 def test_with_terminate_the_worker_stops_it_as_revoke_does(common: Stage, task: str) -> None:
     mark = common.mark()

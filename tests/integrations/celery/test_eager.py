@@ -64,3 +64,12 @@ def test_a_chain_and_a_core(app: Celery, records: Records) -> None:
 def test_a_task_that_is_called_as_a_function_is_a_function(app: Celery, records: Records) -> None:
     assert app.tasks["add"](1, 2) == 3
     assert records.all() == []
+
+
+def test_a_ctrl_c_interrupts_and_what_a_task_raises_by_itself_does_not(app: Celery, records: Records) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        app.tasks["ctrl.c"].delay()
+    with pytest.raises(GeneratorExit):
+        app.tasks["interrupts"].delay("GeneratorExit")
+    attempts = [record.attempts[0] for record in records.all()]
+    assert [(attempt.state, attempt.classification) for attempt in attempts] == [("cancelled", "interrupted"), ("failed", None)]

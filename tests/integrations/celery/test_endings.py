@@ -15,6 +15,7 @@ from otelexec import semconv
 from otelexec.store.records import ExecutionRecord
 from tests.integrations.celery.conftest import Fresh
 from tests.integrations.celery.stage import Stage, keys
+from tests.integrations.celery.tasks import INTERRUPTIONS
 from tests.integrations.stage import Seen
 from tests.records import until
 
@@ -75,6 +76,16 @@ def test_an_exception(common: Stage) -> None:
     (event,) = seen.consumer().events
     assert event.name == "exception"
     assert event.attributes["exception.message"] == "out of paper"
+
+
+@pytest.mark.parametrize("name", INTERRUPTIONS)
+def test_what_speaks_of_a_cancellation_that_nobody_asked_for_has_failed(common: Stage, name: str) -> None:
+    result = send(common, "interrupts", name)
+    until(result.ready, LOST_SECONDS)
+    assert result.state == "FAILURE"
+    seen = common.ended(result.id, "failed")
+    assert (seen.record.state, seen.attempt.classification) == ("failed", None)
+    assert (seen.attempt.error_type or "").endswith(name)
 
 
 def test_retries_are_attempts_that_link_to_the_one_before(common: Stage) -> None:
