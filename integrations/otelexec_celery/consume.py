@@ -245,6 +245,9 @@ def wrap_tracer(tracer: Callable[..., Any], task: Any) -> Callable[..., Any]:
             return body(*args, **kwargs)
         return run.call(body, args, kwargs)
 
+    # Python names the function in the TypeError for arguments that are none: the user's text is to be the user's.
+    for name in ("__module__", "__name__", "__qualname__"):
+        setattr(run_body, name, getattr(body, name, type(task).__name__))
     cell.cell_contents = run_body
 
     @functools.wraps(tracer)

@@ -139,14 +139,17 @@ class Stage(ReadStage):
         """Give a task of the application on this side."""
         return self.app.tasks[name]
 
-    def send_untraceable(self, name: str) -> AsyncResult[Any]:
-        """Send a task that Celery accepts and begins, and then can't make a request of: its third part is no mapping."""
+    def send_raw(self, name: str, body: Any) -> AsyncResult[Any]:
+        """Send a task message with a body that Celery would not make."""
         task_id = str(uuid.uuid4())
         with self.app.connection_for_write() as connection, connection.Producer() as producer:
             headers = {"task": name, "id": task_id, "lang": "py"}
-            queue = self.settings["task_default_queue"]
-            producer.publish([[1, 2], {}, [1]], routing_key=queue, headers=headers, serializer="json")
+            producer.publish(body, routing_key=self.settings["task_default_queue"], headers=headers, serializer="json")
         return self.app.AsyncResult(task_id)
+
+    def send_untraceable(self, name: str) -> AsyncResult[Any]:
+        """Send a task that Celery accepts and begins, and then can't make a request of: the third part is no mapping."""
+        return self.send_raw(name, [[1, 2], {}, [1]])
 
 
 @dataclass(frozen=True)

@@ -155,6 +155,16 @@ def test_what_a_handler_raises_takes_no_stored_result_away(fresh: Fresh) -> None
     assert worker.stop() == 0
 
 
+NAMES = {"add": "add", "who.request": "who_with_request"}
+
+
+@pytest.mark.parametrize("task", NAMES)
+def test_arguments_that_are_none_are_said_to_be_the_tasks(common: Stage, task: str) -> None:
+    result = common.send_raw(task, [5, {}, {}])
+    with pytest.raises(TypeError, match=rf"^tests\.integrations\.celery\.tasks\.{NAMES[task]}\(\) argument after \* must be an iterable"):
+        result.get(timeout=RESULT_SECONDS)
+
+
 @pytest.mark.parametrize("handled", [True, False])
 def test_a_retry_names_the_exception_although_celery_holds_a_stand_in(common: Stage, handled: bool) -> None:
     seen = common.ended(send(common, "flaky.unpicklable", kwargs={"handled": handled}).id, "failed", "failed")
