@@ -30,7 +30,7 @@ from otelexec import metrics, semconv
 from otelexec import runtime as _runtime
 from otelexec.context import EXECUTION_KEY
 from otelexec.drivers import advance, expect
-from otelexec.endings import Ending, raised_by_signal_handler
+from otelexec.endings import Ending, describe, raised_by_signal_handler
 from otelexec.errors import ExecutionCancelled
 from otelexec.execution import Execution
 from otelexec.lifecycle import Steps, lifecycle
@@ -247,7 +247,7 @@ def wrap_tracer(tracer: Callable[..., Any], task: Any) -> Callable[..., Any]:
 
     # Python names the function in the TypeError for arguments that are none: the user's text is to be the user's.
     for name in ("__module__", "__name__", "__qualname__"):
-        setattr(run_body, name, getattr(body, name, type(task).__name__))
+        setattr(run_body, name, str(getattr(body, name, type(task).__name__)))
     cell.cell_contents = run_body
 
     @functools.wraps(tracer)
@@ -326,39 +326,39 @@ def _left(run: Run, error: BaseException) -> None:
     if not run.reached_body:
         run.close(error)
     elif not isinstance(error, Reject | MemoryError):  # these the task's own handlers raised, once the result was stored
-        _result_not_stored(run)
+        _went_wrong_after(run, error)
 
 
 def _returned(run: Run, result: Any) -> None:
     """Close the attempt of a tracer that returned without its body, and look what became of the body's result."""
-    info = getattr(result, "info", None)
+    info, retval = getattr(result, "info", None), getattr(result, "retval", None)
     state = getattr(info, "state", None)
     if run.reached_body:
-        if state == states.FAILURE:
-            _result_not_stored(run)
-        return
-    if info is None and result.retval is None:
-        # Celery found the result of an earlier delivery (`worker_deduplicate_successful_tasks`).
-        run.close(None, Ending(SUCCEEDED, endings.DEDUPLICATED))
-        return
-    if info is None:
+        if info is not None and state == states.FAILURE:
+            _went_wrong_after(run, info.retval)
+    elif info is not None:
+        error = info.retval
+        run.close(error if isinstance(error, BaseException) else RuntimeError(f"the task ended as {state} before its body"))
+    elif isinstance(retval, celery_trace.ExceptionInfo):
         # Celery acknowledges it, and has no result: the tracer failed before it had made a request.
-        error = endings.error_of(result.retval)
+        error = endings.error_of(retval)
         invalid = isinstance(error, InvalidTaskError)
         run.close(error, Ending(REJECTED, endings.MALFORMED, endings.MALFORMED, str(error)) if invalid else None)
-        return
-    error = info.retval
-    run.close(error if isinstance(error, BaseException) else RuntimeError(f"the task ended as {state} before its body"))
+    else:
+        # Celery found the result of an earlier delivery (`worker_deduplicate_successful_tasks`).
+        run.close(None, Ending(SUCCEEDED, endings.DEDUPLICATED))
 
 
-def _result_not_stored(run: Run) -> None:
-    """Note beside a success that its result could not be kept."""
+def _went_wrong_after(run: Run, error: BaseException) -> None:
+    """Note beside a success that its result could not be kept, or what was to follow not be sent."""
     ending = run.execution.ending
     if ending is not None and ending.state == SUCCEEDED and ending.classification is None:
+        what = endings.after_success(error)
         runtime = _runtime.get()
         if runtime.records:
-            runtime.write(AmendAttempt(run.execution.id, run.execution.token, endings.RESULT_NOT_STORED))
-        logger.warning("otelexec.celery.result_not_stored: %s %s succeeded", run.task.name, run.execution.id)
+            runtime.write(AmendAttempt(run.execution.id, run.execution.token, what))
+        error_type, text = describe(error, runtime.settings.max_error_chars)
+        logger.warning("otelexec.celery.%s: %s %s succeeded, then came %s: %s", what, run.task.name, run.execution.id, error_type, text)
 
 
 def _revoked(task: Any, call: tuple[str, Any, Any, Any], error: ExecutionCancelled) -> Any:

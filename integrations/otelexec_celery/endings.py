@@ -30,6 +30,7 @@ UNKNOWN_TASK: Final = "unknown_task"
 MALFORMED: Final = "malformed"
 DEDUPLICATED: Final = "deduplicated"
 RESULT_NOT_STORED: Final = "result_not_stored"
+CALLBACKS_NOT_SENT: Final = "callbacks_not_sent"
 INTERRUPTED: Final = "interrupted"
 
 HARD_LIMIT_ERROR: Final = "billiard.exceptions.TimeLimitExceeded"
@@ -38,6 +39,9 @@ _EARLY_SECONDS: Final = 0.5
 """The limit's clock starts with the acceptance, a little before the body's; a signal this early is still the limit's."""
 
 _MAX_CHARS: Final = 4096
+
+_SENDING: Final = {"_dispatch_callbacks_and_chain", "_retry_publish", "apply_async", "maybe_signature"}
+"""What a tracer calls for callbacks and the next task of a chain, in the versions that are supported."""
 
 
 def classifier(hard_limit_seconds: float | None, soft_limit_seconds: float | None = None) -> Classifier:
@@ -106,6 +110,21 @@ def _unasked(error: BaseException) -> Ending:
     # An execution that was cancelled before it started has no event: nothing was raised in it.
     exception = None if isinstance(error, ExecutionCancelled) else error
     return Ending(FAILED, None, error_type, message, exception, depends_on_cancellation=True)
+
+
+def after_success(error: BaseException) -> str:
+    """
+    Tell what went wrong once the body had returned: to send what follows, or to store the result.
+
+    Both may raise the same, so it is the function that Celery's tracer had called that tells.
+    """
+    caller, traceback = "", error.__traceback__
+    while traceback is not None:
+        name = traceback.tb_frame.f_code.co_name
+        if caller == "trace_task" and name in _SENDING:
+            return CALLBACKS_NOT_SENT
+        caller, traceback = name, traceback.tb_next
+    return RESULT_NOT_STORED
 
 
 def error_of(exc_info: Any) -> Any:

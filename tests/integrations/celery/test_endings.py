@@ -143,6 +143,24 @@ def test_a_result_that_can_not_be_stored(common: Stage) -> None:
     assert (seen.record.state, seen.attempt.classification) == ("succeeded", "result_not_stored")
 
 
+UNSENDABLE = {"task": "add", "args": [1], "kwargs": {}, "options": {"serializer": "none such"}}
+FOLLOWED: Mapping[str, Mapping[str, Any]] = {
+    "a callback": {"link": [UNSENDABLE]},
+    "callbacks": {"link": [UNSENDABLE, UNSENDABLE]},
+    "no signature": {"link": [{"no": "task"}]},
+    "a chain": {"chain": [UNSENDABLE]},
+}
+
+
+@pytest.mark.parametrize("what", FOLLOWED)
+def test_what_follows_can_not_be_sent(common: Stage, what: str) -> None:
+    result = send(common, "add", 1, 2, **FOLLOWED[what])
+    until(result.ready, RESULT_SECONDS)
+    assert result.state == "FAILURE"
+    seen = common.ended(result.id, "succeeded")
+    until(lambda: (record := common.record(seen.record.execution_id)) and record.attempts[0].classification == "callbacks_not_sent")
+
+
 def test_what_a_handler_raises_takes_no_stored_result_away(fresh: Fresh) -> None:
     if celery.__version__ < "5.7":
         pytest.skip("Celery before 5.7 replaces the result by what a handler raises")
