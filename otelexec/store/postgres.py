@@ -122,7 +122,7 @@ class _Transaction:
         self._session.execute("SET LOCAL enable_seqscan TO on")
 
     def among(self, values: Sequence[Any]) -> tuple[str, Sequence[Any]]:
-        return "= ANY(?)", (list(values),)
+        return "= ANY(?)", ([without_nul(each) for each in values],)
 
     def now_unix_ns(self) -> int:
         return self._now

@@ -394,3 +394,9 @@ class QueueContract:
         newer = store.read(lambda tx: statements.list_runs(tx, limit=2, after=older[-1].seq))
         assert [run.run_id for run in newer] == ["r3", "r2"]
         assert len(store.read(lambda tx: statements.list_runs(tx, limit=9, tasks=("task0",)))) == 3
+
+    def test_a_task_may_have_any_name(self, store: Store) -> None:
+        enqueue(store, run_row("r", task="a\0b"))
+        listed = store.read(lambda tx: statements.list_runs(tx, limit=9, tasks=("none\0", "a\0b")))
+        assert [run.run_id for run in listed] == ["r"]
+        assert [each.run.run_id for each in due(store, "none\0", "a\0b")] == ["r"]
