@@ -17,7 +17,7 @@ MAX_ATTEMPTS: Final = 3
 
 MOST_SECONDS: Final = 10 * 365 * 86_400
 """Ten years: what is longer is a mistake, and a time in nanoseconds must fit into 63 bits."""
-_MOST_ATTEMPTS: Final = 2**31 - 1
+_MOST_WHOLE: Final = 2**31 - 1
 """The columns are 32 bits wide in PostgreSQL."""
 
 
@@ -62,18 +62,18 @@ def row_of(request: RunRequest, run_id: str) -> RunRow:
     ttl = _option(options, "ttl", str, int)
     queue = _option(options, "queue", Mapping) or {}
     key = _option(options, "concurrencyKey", str, int, float)
-    limit = queue.get("concurrencyLimit")
-    if limit is not None and (not isinstance(limit, int) or not 1 <= limit <= _MOST_ATTEMPTS):
-        raise InvalidRequest(f"queue.concurrencyLimit is a whole number above 0, not {limit!r}", status=400)
+    limit = _option(queue, "concurrencyLimit", int)
+    if limit is not None and not 1 <= limit <= _MOST_WHOLE:
+        raise InvalidRequest(f"queue.concurrencyLimit is 1 to {_MOST_WHOLE}, not {limit}", status=400)
     name = _option(queue, "name", str) or f"task/{request.task}"
     lane = None
     if key is not None:
-        lane = f"{name}/{key}"
+        lane = f"{name}/{_part(key)}"
     elif limit is not None:
-        lane = name
+        lane = _part(name)
     attempts = _option(options, "maxAttempts", int)
-    if attempts is not None and not 1 <= attempts <= _MOST_ATTEMPTS:
-        raise InvalidRequest(f"maxAttempts is 1 to {_MOST_ATTEMPTS}, not {attempts}", status=400)
+    if attempts is not None and not 1 <= attempts <= _MOST_WHOLE:
+        raise InvalidRequest(f"maxAttempts is 1 to {_MOST_WHOLE}, not {attempts}", status=400)
     duration = _option(options, "maxDuration", int, float)
     if duration is not None and not 0 < duration <= MOST_SECONDS:
         raise InvalidRequest(f"maxDuration is a number of seconds above 0, up to {MOST_SECONDS}, not {duration}", status=400)
@@ -142,7 +142,7 @@ def keys_of(request: RunRequest) -> tuple[RunKey, ...]:
     now = time.time_ns()
     keys = []
     if request.request_key is not None:
-        keys.append(RunKey(f"request/{request.task}/{request.request_key}", now + int(wire.REQUEST_KEY_SECONDS * 1e9), exact=True))
+        keys.append(RunKey(f"request/{_part(request.task)}/{request.request_key}", now + int(wire.REQUEST_KEY_SECONDS * 1e9), exact=True))
     key = _option(request.options, "idempotencyKey", str)
     if key:
         if len(key) > wire.MAX_KEY_CHARS:
@@ -161,4 +161,9 @@ def _key_seconds(ttl: object) -> float:
 
 def key_name(task: str, key: str) -> str:
     """Give the name under which the store holds a task's idempotency key."""
-    return f"key/{task}/{key}"
+    return f"key/{_part(task)}/{key}"
+
+
+def _part(name: object) -> str:
+    """Give a name without the `/` that joins it to others: ids may hold one, and two that are joined must not look like two others."""
+    return str(name).replace("%", "%25").replace("/", "%2F")

@@ -159,7 +159,7 @@ def create_batch(run_count: int, carrier: Mapping[str, str], *, key: str | None 
     now = time.time_ns()
     keys = []
     if request_key is not None:
-        keys.append(RunKey(f"request/batch/{request_key}", now + int(wire.REQUEST_KEY_SECONDS * 1e9), exact=True))
+        keys.append(RunKey(f"batch-request/{request_key}", now + int(wire.REQUEST_KEY_SECONDS * 1e9), exact=True))
     if key is not None:
         keys.append(RunKey(f"batch/{key}", now + int(wire.KEY_SECONDS * 1e9)))
     found: Any = commit(CreateBatch(new_batch_id(), run_count, json.dumps(dict(carrier)), now, tuple(keys)))

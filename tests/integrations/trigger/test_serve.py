@@ -11,7 +11,7 @@ import httpx
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from otelexec_trigger import wire
+from otelexec_trigger import engine, wire
 
 from otelexec import semconv
 from tests.integrations.trigger.stage import KEY, Stage
@@ -78,6 +78,40 @@ def test_the_idempotency_key_in_the_header_goes_before_the_bodys(client: httpx.C
     assert client.post("/api/v1/idempotencyKeys/nobody/reset", json={"taskIdentifier": "kind"}).status_code == 404
 
 
+def test_keys_of_tasks_whose_ids_have_a_slash_are_keys_of_their_own(client: httpx.Client) -> None:
+    one = trigger(client, "nobody", delay="1h", idempotencyKey="b/c")
+    other = trigger(client, quote("nobody/b", safe=""), delay="1h", idempotencyKey="c")
+    assert one != other
+    assert trigger(client, "nobody", delay="1h", idempotencyKey="b/c") == one
+    assert client.post("/api/v1/idempotencyKeys/c/reset", json={"taskIdentifier": "nobody/b"}).status_code == 200
+    assert trigger(client, "nobody", delay="1h", idempotencyKey="b/c") == one
+
+
+def test_a_call_for_a_run_is_none_for_a_batch_though_the_uuid_is_the_same(client: httpx.Client) -> None:
+    call = {"x-trigger-request-idempotency-key": "of-a-batch"}
+    batch = client.post("/api/v3/batches", json={"runCount": 1}, headers=call).json()["id"]
+    run = client.post("/api/v1/tasks/batch/trigger", json={"options": {"delay": "1h"}}, headers=call).json()["id"]
+    assert (batch[:6], run[:4]) == ("batch_", "run_")
+    assert client.post("/api/v3/batches", json={"runCount": 1}, headers=call).json()["id"] == batch
+
+
+def test_each_concurrency_key_of_a_queue_is_a_lane_of_its_own(common: Stage, client: httpx.Client) -> None:
+    asked: list[dict[str, Any]] = [
+        {"queue": {"name": "lanes/b"}, "concurrencyKey": "c"},
+        {"queue": {"name": "lanes"}, "concurrencyKey": "b/c"},
+        {"queue": {"name": "lanes/b/c", "concurrencyLimit": 1}},
+        {"queue": {"name": "lanes%2Fb"}, "concurrencyKey": "c"},
+        {"concurrencyKey": "k"},
+        {"queue": {"name": "task"}, "concurrencyKey": "nobody/k"},
+        {"queue": {"concurrencyLimit": 1}},
+        {"queue": {"name": "task"}, "concurrencyKey": "nobody"},
+    ]
+    runs = [engine.find(trigger(client, "nobody", delay="1h", **options)) for options in asked]
+    lanes = [run.lane for run in runs if run is not None]
+    assert len(set(lanes)) == len(asked), lanes
+    assert lanes[4] == "task/nobody/k"
+
+
 def test_a_key_lapses_after_its_time(client: httpx.Client) -> None:
     first = trigger(client, "echo", 1, idempotencyKey="short", idempotencyKeyTTL="1s")
     assert ended(client, first)["isSuccess"]
@@ -116,6 +150,9 @@ def test_a_key_lapses_after_its_time(client: httpx.Client) -> None:
         ("/api/v1/tasks/echo/trigger", b'{"options": {"ttl": "' + b"9" * 400 + b's"}}', 400),
         ("/api/v1/tasks/echo/trigger", b'{"options": {"delay": "' + b"9" * 5000 + b's"}}', 400),
         ("/api/v1/tasks/echo/trigger", b'{"options": {"queue": {"name": {}}}}', 400),
+        ("/api/v1/tasks/echo/trigger", b'{"options": {"queue": {"concurrencyLimit": true}}}', 400),
+        ("/api/v1/tasks/echo/trigger", b'{"options": {"queue": {"concurrencyLimit": 0}}}', 400),
+        ("/api/v1/tasks/echo/trigger", b'{"options": {"queue": {"concurrencyLimit": 1.5}}}', 400),
         ("/api/v1/tasks/echo/trigger", b'{"options": {"priority": -1}}', 400),
         ("/api/v1/tasks/echo/trigger", b'{"options": {"priority": 1' + b"0" * 400 + b"}}", 400),
         ("/api/v1/tasks//trigger", b"{}", 404),
