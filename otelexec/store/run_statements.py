@@ -225,8 +225,7 @@ def enqueue_run(tx: Transaction, write: EnqueueRun) -> Enqueued:
                     (f"{_item(run.batch_id)}{run.batch_index}", found.run_id, max(key.expires_unix_ns for key in write.keys)),
                 )
             return Enqueued(found.run_id, found.execution_id, cached=not held[1], created=False)
-        for key in write.keys:  # its run has been pruned
-            tx.execute("UPDATE run_key SET owner = ?, expires_unix_ns = ? WHERE name = ?", (run.run_id, key.expires_unix_ns, key.name))
+        _hand_over(tx, write.keys, run.run_id)  # its run has been pruned
     if run.batch_id is not None:
         row = tx.execute(
             "SELECT run_id, execution_id FROM run WHERE batch_id = ? AND batch_index = ?", (run.batch_id, run.batch_index)
@@ -307,8 +306,13 @@ def _take_keys(tx: Transaction, keys: Sequence[RunKey], owner: str) -> tuple[str
                 # The request is one that the same run answers from now on.
                 tx.execute("UPDATE run_key SET owner = ? WHERE name = ?", (held[0], name))
             return held[0], key.exact
-        tx.execute("UPDATE run_key SET owner = ?, expires_unix_ns = ? WHERE name = ?", (owner, key.expires_unix_ns, key.name))
+        _hand_over(tx, (key,), owner)
     return None
+
+
+def _hand_over(tx: Transaction, keys: Sequence[RunKey], owner: str) -> None:
+    for key in keys:
+        tx.execute("UPDATE run_key SET owner = ?, expires_unix_ns = ? WHERE name = ?", (owner, key.expires_unix_ns, key.name))
 
 
 def _holds(tx: Transaction, owner: str) -> bool:
@@ -385,7 +389,9 @@ def create_batch(tx: Transaction, write: CreateBatch) -> tuple[str, bool]:
     """Announce a batch."""
     held = _take_keys(tx, write.keys, write.batch_id)
     if held is not None:
-        return held[0], not held[1]
+        if tx.execute("SELECT 1 FROM run_batch WHERE batch_id = ?", (held[0],)).fetchone() is not None:
+            return held[0], not held[1]
+        _hand_over(tx, write.keys, write.batch_id)  # its batch has been pruned
     tx.execute(
         "INSERT INTO run_batch (batch_id, run_count, carrier, created_unix_ns) VALUES (?, ?, ?, ?)",
         (write.batch_id, write.run_count, write.carrier, write.created_unix_ns),

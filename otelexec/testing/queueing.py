@@ -314,6 +314,13 @@ class QueueContract:
         assert [run.run_id for run in runs] == ["r3", "r1"]
         assert store.read(lambda tx: statements.find_batch(tx, "none")) is None
 
+    def test_the_key_of_a_batch_that_was_pruned_is_the_next_ones(self, store: Store) -> None:
+        keys = (RunKey("request", FAR, exact=True), RunKey("batch/b", FAR))
+        assert write(store, CreateBatch("b1", 1, "{}", 5, keys)) == [("b1", False)]
+        write(store, Prune(time.time_ns()))
+        assert write(store, CreateBatch("b2", 1, "{}", 5, keys), CreateBatch("b3", 1, "{}", 5, keys[1:])) == [("b2", False), ("b2", True)]
+        assert store.read(lambda tx: statements.find_batch(tx, "b2")) is not None
+
     def test_an_item_of_a_batch_whose_key_has_a_run_is_that_run(self, store: Store) -> None:
         key = (RunKey("key/task/k", FAR),)
         enqueue(store, run_row("known"), keys=key)
