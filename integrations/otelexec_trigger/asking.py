@@ -80,11 +80,14 @@ def row_of(request: RunRequest, run_id: str) -> RunRow:
     waits = (wire.seconds_of(ttl) if isinstance(ttl, str) else ttl) if ttl else None
     if due > now + MOST_SECONDS * 1e9 or (waits is not None and not 0 <= waits <= MOST_SECONDS):
         raise InvalidRequest(f"delay and ttl are 0 to {MOST_SECONDS} seconds", status=400)
+    payload, payload_type = request.payload, request.payload_type
+    if payload is not None:
+        payload, payload_type = storable(payload, payload_type)
     return RunRow(
         run_id=run_id,
         task=request.task,
-        payload=request.payload,
-        payload_type=request.payload_type,
+        payload=payload,
+        payload_type=payload_type,
         options=json.dumps(dict(options)),
         tags=json.dumps(wire.checked_tags(options.get("tags"))),
         metadata=metadata_text(options.get("metadata")),
@@ -99,6 +102,20 @@ def row_of(request: RunRequest, run_id: str) -> RunRow:
         batch_id=request.batch_id,
         batch_index=request.batch_index,
     )
+
+
+def storable(payload: str, payload_type: str) -> tuple[str, str]:
+    """
+    Give a payload in a form that every store holds unaltered, and the media type of that.
+
+    Args:
+        payload: Its text.
+        payload_type: Its media type.
+    """
+    # PostgreSQL's text has no NUL, which JSON escapes; what has one is no JSON yet, whatever its type says.
+    if "\0" in payload and payload_type in (wire.TEXT, wire.JSON, wire.SUPERJSON):
+        return json.dumps(payload), wire.JSON
+    return payload, payload_type
 
 
 def _option(options: Mapping[str, Any], name: str, *kinds: type) -> Any:

@@ -15,6 +15,7 @@ from starlette.responses import JSONResponse, Response
 from otelexec.store import run_statements as statements
 from otelexec.store.runs import PutPacket
 from otelexec_trigger import engine, wire
+from otelexec_trigger.asking import storable
 from otelexec_trigger.parsing import Refused, read_body
 
 _URL_SECONDS: Final = 3600
@@ -45,7 +46,7 @@ class Packets:
         """Take what is uploaded to a presigned URL."""
         name = self._checked(request, "PUT")
         content = (await read_body(request, _MAX_UPLOAD_BYTES)).decode("utf-8", "strict")
-        kind = request.headers.get("content-type", wire.JSON).partition(";")[0].strip()
+        content, kind = storable(content, request.headers.get("content-type", wire.JSON).partition(";")[0].strip())
         await run_in_threadpool(lambda: engine.commit(PutPacket(name, content, kind, time.time_ns())))
         return Response(status_code=200)
 

@@ -6,12 +6,14 @@ import os
 import signal
 from collections import Counter
 
+import httpx
 import pytest
 from otelexec_trigger import LocalBackend, TriggerDevBackend
 
 import otelexec
 from otelexec import runtime
 from tests.integrations.trigger.conftest import Fresh
+from tests.integrations.trigger.stage import KEY
 from tests.postgres_servers import Server
 from tests.records import until
 
@@ -48,4 +50,24 @@ def test_runs_are_attempted_once_each_though_a_worker_dies(postgres: Server, fre
     assert len(records) == len(wanted) + 1
     assert all(attempt.ended_unix_ns is not None for record in records for attempt in record.attempts)
     assert len({record.execution_id for record in records}) == len(records)
+    otelexec.shutdown()
+
+
+def test_a_text_with_a_nul_arrives_as_it_is(postgres: Server, fresh: Fresh, monkeypatch: pytest.MonkeyPatch) -> None:
+    url = postgres.new_database()
+    stage = fresh(OTELEXEC_STORE=url)
+    monkeypatch.setenv("OTELEXEC_STORE", url)
+    _, address = stage.serve()
+    stage.worker(1)
+    backend = LocalBackend()
+    with TriggerDevBackend(address) as client, httpx.Client(base_url=address, headers={"authorization": f"Bearer {KEY}"}) as raw:
+        target = raw.put("/api/v2/packets/nul.txt").json()["presignedUrl"]
+        assert httpx.put(target, content=b"a\0b", headers={"content-type": "text/plain"}).status_code == 200
+        options = {"payloadType": "application/store"}
+        uploaded = raw.post("/api/v1/tasks/echo/trigger", json={"payload": "nul.txt", "options": options}).json()["id"]
+        runs = [backend.trigger("echo", "a\0b"), client.trigger("echo", "a\0b"), client.trigger("echo", {"a": "a\0b"}), uploaded]
+        runs.append(backend.replay(runs[0]))
+        until(lambda: all(backend.get(run).has_ended for run in runs), 60)
+        assert [backend.get(run).output for run in runs] == ["a\0b", "a\0b", {"a": "a\0b"}, "a\0b", "a\0b"]
+        assert (client.get(runs[0]).raw or {})["payload"] == "a\0b"
     otelexec.shutdown()
