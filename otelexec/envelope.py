@@ -218,9 +218,8 @@ def _bound(enqueued: int | None, payload: object) -> tuple[object, ...] | None:
     try:
         canonical = json.dumps(json.loads(json.dumps(payload, default=_text)), sort_keys=True, separators=(",", ":"))
     except (TypeError, ValueError, RecursionError) as error:
-        _logger.warning(
-            "otelexec.signature.impossible: a payload that is no JSON has no signature, and its ids are not believed: %s", error
-        )
+        text = "otelexec.signature.impossible: a payload that is no JSON has no signature, so its ids are not believed: %s"
+        _logger.warning(text, error)
         return None
     return ("payload", enqueued, sha256(canonical.encode("ascii")).hexdigest())
 

@@ -16,7 +16,6 @@ from typing import Any
 
 import psutil
 from celery import Celery
-from celery.result import AsyncResult
 from valkey import Valkey
 
 from tests.integrations.celery.tasks import INSTRUMENT, SETTINGS, make_app
@@ -139,7 +138,7 @@ class Stage(ReadStage):
         """Give a task of the application on this side."""
         return self.app.tasks[name]
 
-    def send_raw(self, name: str, body: Any) -> AsyncResult[Any]:
+    def send_raw(self, name: str, body: Any) -> Any:
         """Send a task message with a body that Celery would not make."""
         task_id = str(uuid.uuid4())
         with self.app.connection_for_write() as connection, connection.Producer() as producer:
@@ -147,7 +146,7 @@ class Stage(ReadStage):
             producer.publish(body, routing_key=self.settings["task_default_queue"], headers=headers, serializer="json")
         return self.app.AsyncResult(task_id)
 
-    def send_untraceable(self, name: str) -> AsyncResult[Any]:
+    def send_untraceable(self, name: str) -> Any:
         """Send a task that Celery accepts and begins, and then can't make a request of: the third part is no mapping."""
         return self.send_raw(name, [[1, 2], {}, [1]])
 
