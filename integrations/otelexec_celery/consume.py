@@ -180,7 +180,7 @@ def open_early(task: Any, task_id: str, request: Mapping[str, Any]) -> Run | Non
 
 def call_trace(trace: Callable[..., Any], name: str, task_id: str, request: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
     """
-    Call what a pool without processes calls for a message; what fails before the tracer closes the run that was opened early.
+    Call what a pool without processes calls for a message, and close the run that was opened early if our tracer never came to it.
 
     Args:
         trace: `fast_trace_task` or its like.
@@ -191,12 +191,20 @@ def call_trace(trace: Callable[..., Any], name: str, task_id: str, request: Mapp
         **kwargs: For `trace`.
     """
     try:
-        return trace(name, task_id, request, *args, **kwargs)
+        done = trace(name, task_id, request, *args, **kwargs)
     except BaseException as error:
-        run = _early.pop(request.get(carrier.DELIVERY, ""), None)
-        if isinstance(run, Run):
+        if (run := _unclaimed(request)) is not None:
             run.close(error)
         raise
+    if (run := _unclaimed(request)) is not None:  # Celery is not instrumented any more since it was opened
+        failed, value, _ = done
+        run.close(endings.error_of(value) if failed else None)
+    return done
+
+
+def _unclaimed(request: Mapping[str, Any]) -> Run | None:
+    early = _early.pop(request.get(carrier.DELIVERY, ""), None)
+    return early if isinstance(early, Run) else None
 
 
 def _links(found: Mapping[str, Any], runtime: _runtime.Runtime) -> tuple[trace.Link, ...]:

@@ -23,10 +23,12 @@ import celery.worker.request
 import celery.worker.strategy
 import pytest
 from celery import signals
+from otelexec_celery import CeleryInstrumentor, carrier, consume
 
 import otelexec
 from tests.integrations.celery.conftest import Fresh
-from tests.integrations.celery.tasks import INSTRUMENT
+from tests.integrations.celery.tasks import INSTRUMENT, make_app
+from tests.records import Records
 
 RESULT_SECONDS = 20.0
 ROOT = Path(__file__).resolve().parents[3]
@@ -63,8 +65,6 @@ def state_of_celery() -> tuple[dict[str, int], dict[str, int]]:
 
 
 def test_uninstrument_leaves_celery_as_it_was() -> None:
-    from otelexec_celery import CeleryInstrumentor
-
     before = state_of_celery()
     for _ in range(2):
         CeleryInstrumentor().instrument()
@@ -76,8 +76,6 @@ def test_uninstrument_leaves_celery_as_it_was() -> None:
 
 
 def test_instrumenting_twice_is_once() -> None:
-    from otelexec_celery import CeleryInstrumentor
-
     before = state_of_celery()
     CeleryInstrumentor().instrument()
     during = state_of_celery()
@@ -85,6 +83,18 @@ def test_instrumenting_twice_is_once() -> None:
     assert state_of_celery() == during
     CeleryInstrumentor().uninstrument()
     assert state_of_celery() == before
+
+
+@pytest.mark.parametrize(("task", "state"), [("total", "succeeded"), ("fail", "failed")])
+def test_what_began_before_uninstrument_and_runs_after_it_is_closed(instrumented: None, records: Records, task: str, state: str) -> None:
+    """In the moment between the acknowledgement and the task, in a pool without processes."""
+    app = make_app({"broker_url": "memory://"})
+    request = {"id": "t-1", carrier.DELIVERY: "d" * 32}
+    assert consume.open_early(app.tasks[task], "t-1", request) is not None
+    CeleryInstrumentor().uninstrument()
+    consume.call_trace(celery.app.trace.trace_task_ret, task, "t-1", request, ([[1, 2]], {}, {}), None, None, app=app)
+    assert records.one().state == state
+    app.close()
 
 
 def test_the_entry_point_is_there() -> None:
