@@ -266,13 +266,18 @@ class Reconciler:
         return _committed(self._store, writes)
 
 
-def _committed(store: Store, writes: Sequence[Write]) -> list[object]:
-    return store.commit(writes, durable=True, timeout_seconds=5.0)
+def _committed(store: Store, writes: Sequence[Write], timeout_seconds: float = 5.0) -> list[object]:
+    return store.commit(writes, durable=True, timeout_seconds=timeout_seconds)
 
 
-def take_in(store: Store, spool: Spool) -> int:
+def take_in(store: Store, spool: Spool, *, timeout_seconds: float = 5.0) -> int:
     """
     Take in what waits in a spool, and give how many writes that was.
+
+    Args:
+        store: The store.
+        spool: The spool.
+        timeout_seconds: How long a commit waits for other writers.
 
     Raises:
         StoreError: The store could not be written; what is left stays where it is.
@@ -280,7 +285,7 @@ def take_in(store: Store, spool: Spool) -> int:
     """
 
     def commit(writes: Sequence[Write]) -> None:
-        for write, result in zip(writes, _committed(store, writes), strict=True):
+        for write, result in zip(writes, _committed(store, writes, timeout_seconds), strict=True):
             if isinstance(result, StoreError):
                 # The segment is deleted after this, so the line is the last place left.
                 logger.critical('{"otelexec.record.homeless": %s, "record": %s}', json.dumps(str(result)), encode(write))

@@ -2,7 +2,8 @@
 The command line: `otelexec` and `python -m otelexec`.
 
 Results go to stdout, everything else to stderr. Exit codes: 0 done; 1 not done, or something is wrong, or the reader of a
-pipe is gone; 2 a setting, an option or the store is wrong; 130 ended by Ctrl-C; 143 ended by SIGTERM.
+pipe is gone; 2 a setting, an option or the store is wrong; 130 ended by Ctrl-C; 143 ended by SIGTERM. `relay` and `reconcile`,
+which stay until somebody ends them so, exit with 0 then.
 """
 
 from __future__ import annotations
@@ -75,13 +76,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _terminate)
+    console.prepare()
     console.log_to_stderr()
+    if not console.is_open(sys.stdout):
+        console.complain("stdout is closed: there is nowhere to write to")
+        return NOT_DONE
     try:
         code = _run(arguments)
         sys.stdout.flush()
-    except BrokenPipeError:
+    except OSError as error:
         # What is left in the buffer would be written once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            console.complain(f"{error.filename or 'input or output failed'}: {error.strerror or error}")
         return NOT_DONE
     return code
 
@@ -110,7 +117,7 @@ def _run(arguments: Sequence[str]) -> int:
         if isinstance(error, options.Failure):
             return error.code
         return WRONG if isinstance(error, SettingsError | StoreNotFound | StoreVersionError) else NOT_DONE
-    except BrokenPipeError:
+    except OSError:
         raise
     except Exception as error:
         return _usage(error)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
+import re
 import sys
 import time
-from typing import TYPE_CHECKING, Any, Final
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, TextIO
 
 from rich.console import Console
 from rich.text import Text
@@ -31,6 +34,7 @@ STYLES: Final = {
 
 PIPE_WIDTH: Final = 1_000
 """Columns of a pipe or a file, where nothing should be cut."""
+_TRAILING: Final = re.compile(r" +(?=\n)")
 _NS: Final = 1_000_000_000
 _KIBI: Final = 1_024
 
@@ -39,6 +43,35 @@ class _Console(Console):
     def on_broken_pipe(self) -> None:
         """Leave it to `main`, so that every command ends the same way when its reader goes."""
         raise BrokenPipeError
+
+
+class _Trimmed:
+    """A pipe or a file, whose lines have no need of the blanks that fill a table up."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        return self._stream.write(_TRAILING.sub("", text))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def prepare() -> None:
+    """Make the process fit for printing, whatever locale, streams and terminal it was started with."""
+    if not is_open(sys.stderr):
+        sys.stderr = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 (for as long as the process runs)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # names and errors hold what not every encoding does
+    if not os.environ.get("COLUMNS", "1").strip("0"):
+        del os.environ["COLUMNS"]
+
+
+def is_open(stream: object) -> bool:
+    """Tell whether a standard stream was open when the process was started."""
+    return stream is not None
 
 
 def out() -> Console:
@@ -53,8 +86,11 @@ def err() -> Console:
 
 def _console(*, stderr: bool) -> Console:
     stream = sys.stderr if stderr else sys.stdout
-    width = None if stream.isatty() or os.environ.get("COLUMNS", "").isdigit() else PIPE_WIDTH
-    return _Console(stderr=stderr, width=width, highlight=False, markup=False, emoji=False)
+    if stream.isatty():
+        return _Console(stderr=stderr, highlight=False, markup=False, emoji=False)
+    width = None if os.environ.get("COLUMNS", "").isdigit() else PIPE_WIDTH
+    trimmed: Any = _Trimmed(stream)
+    return _Console(file=trimmed, stderr=stderr, width=width, highlight=False, markup=False, emoji=False)
 
 
 def say(text: str, *, style: str = "") -> None:

@@ -126,9 +126,9 @@ class Opened:
     spool: Spool
     process: ProcessRow
 
-    def commit(self, writes: Sequence[Write]) -> list[Any]:
-        """Commit in one transaction that survives the process; waits for other writers for 5 s."""
-        return self.store.commit(writes, durable=False, timeout_seconds=5.0)
+    def commit(self, writes: Sequence[Write], timeout_seconds: float = 5.0) -> list[Any]:
+        """Commit in one transaction that survives the process; waits for other writers for `timeout_seconds`."""
+        return self.store.commit(writes, durable=False, timeout_seconds=timeout_seconds)
 
     def announce(self) -> None:
         """Bring the row of this process into the store with whatever is written first."""
@@ -177,7 +177,7 @@ def find(store: Store, given: str) -> ExecutionRecord:
     record = store.execution(given)
     if record is not None:
         return record
-    prefix = given.rstrip("…")  # as `list` shortens it
+    prefix = given.rstrip("…?")  # as `list` shortens it, also where the encoding has no ellipsis
     found = store.ids_with_prefix(prefix, limit=4) if prefix else []
     if len(found) > 1:
         more = ", ..." if len(found) > 3 else ""  # noqa: PLR2004 (enough to see where they differ)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import threading
 import time
-from typing import TYPE_CHECKING, Annotated, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
@@ -17,8 +18,11 @@ from otelexec.relay import Relay
 from otelexec.store.writes import Heartbeat, RetryParked
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from otelexec.cli.options import Opened
     from otelexec.relay import Progress
+    from otelexec.store.writes import Write
 
 DRAIN_SECONDS: Final = 60.0
 SPOOL_SECONDS: Final = 5.0
@@ -26,6 +30,8 @@ SPOOL_SECONDS: Final = 5.0
 REPORT_SECONDS: Final = 10.0
 """At most so often it says what it has sent."""
 _RETRY_SECONDS: Final = 0.2
+_LEAST_SECONDS: Final = 0.5
+_MOST_SECONDS: Final = 5.0
 
 
 def relay(
@@ -70,7 +76,7 @@ class _Relaying:
         self._opened = opened
         store, own = opened.store, opened.process.process_id
         self._relay = Relay(
-            opened.commit,
+            self._commit,
             opened.settings,
             own,
             waiting=store.outbox_rows,
@@ -79,7 +85,15 @@ class _Relaying:
         )
         self._spans = self._parked = 0
         self._reason = ""
+        self._deadline = math.inf
         self._advance: Advance | None = None
+
+    def _patience(self) -> float:
+        """Give how long a commit may wait for other writers: what is left of the time, and enough to settle what was sent."""
+        return max(_LEAST_SECONDS, min(_MOST_SECONDS, self._deadline - time.monotonic()))
+
+    def _commit(self, writes: Sequence[Write]) -> list[Any]:
+        return self._opened.commit(writes, self._patience())
 
     def _count(self, progress: Progress) -> None:
         """Take note of a round, in the relay's thread."""
@@ -92,10 +106,10 @@ class _Relaying:
             self._advance.add(progress.rows, progress.reason)
 
     def drain(self, timeout: float) -> None:
-        deadline = time.monotonic() + timeout
+        self._deadline = time.monotonic() + timeout
         try:
             with Advance("Delivering", "rows", self._opened.store.outbox_rows()) as self._advance:
-                emptied = self._drain(deadline)
+                emptied = self._drain(self._deadline)
         finally:
             self._advance = None
             self._goodbye()
@@ -121,7 +135,7 @@ class _Relaying:
 
     def _take_in(self) -> bool:
         try:
-            take_in(self._opened.store, self._opened.spool)
+            take_in(self._opened.store, self._opened.spool, timeout_seconds=self._patience())
         except (StoreError, OSError) as error:
             self._reason = f"the spool can't be taken in: {error}"
             return False
@@ -165,7 +179,7 @@ class _Relaying:
     def _heartbeat(self, *, ended: bool) -> None:
         """Say to other hosts that this relay lives; the relay itself reports a store that is away."""
         try:
-            self._opened.commit([Heartbeat(self._opened.process, ended=ended)])
+            self._commit([Heartbeat(self._opened.process, ended=ended)])
         except StoreError as error:
             self._reason = str(error)
 

@@ -31,6 +31,7 @@ from otelexec.receiver import Answer, OtlpReceiver
 from otelexec.store.spool import Spool
 from otelexec.store.sqlite import SqliteStore
 from otelexec.store.writes import Cancellation, ClaimOutbox, ExecutionRow, Heartbeat, RecordQueued, RequestCancel, SettleOutbox
+from tests.patience import PATIENCE
 from tests.records import until
 from tests.servers import ROOT
 
@@ -84,6 +85,7 @@ _, rows = store.commit([Heartbeat(process), ClaimOutbox(process.process_id, 600)
 assert rows
 os.kill(os.getpid(), signal.SIGKILL)
 """
+NO_SPACE = "error: input or output failed: No space left on device"
 
 
 class OwnStore(SqliteStore):
@@ -264,6 +266,42 @@ def test_on_a_terminal_of_80_columns_no_line_breaks_and_states_are_coloured(work
 
 def _without_colours(text: str) -> str:
     return re.sub(r"\x1b\[[0-9;?]*[mKhlAG]|\x1b\]8;[^\x1b]*\x1b\\", "", text)
+
+
+def test_what_the_encoding_has_not_is_replaced(worked: Cli) -> None:
+    shown = worked.ok("list", PYTHONIOENCODING="ascii", COLUMNS="100").splitlines()[1].split()[-1]
+    assert shown.endswith("?")  # an ellipsis
+    assert json.loads(worked.ok("show", shown, "--json"))["name"] == "nightly.report"
+    assert "?????" in worked.ok("show", shown, PYTHONIOENCODING="ascii")
+
+
+@pytest.mark.parametrize("where", [">/dev/full", ">&-"])
+@pytest.mark.parametrize("arguments", [["list"], ["list", "--json"], ["--help"]])
+def test_an_output_that_can_not_be_written_is_one_line_and_exit_1(worked: Cli, arguments: list[str], where: str) -> None:
+    command = ["sh", "-c", f'exec "$@" {where}', "sh", *worked.command(*arguments)]
+    done = subprocess.run(command, env=worked.environ, stderr=subprocess.PIPE, text=True, timeout=SECONDS, check=False)
+    assert done.returncode == 1
+    [line] = done.stderr.splitlines()
+    assert line == ("error: stdout is closed: there is nowhere to write to" if "&" in where else NO_SPACE)
+
+
+def test_without_a_stderr_a_command_does_its_work(worked: Cli) -> None:
+    command = ["sh", "-c", 'exec "$@" 2>&-', "sh", *worked.command("list", "--json")]
+    done = subprocess.run(command, env=worked.environ, stdout=subprocess.PIPE, text=True, timeout=SECONDS, check=False)
+    assert (done.returncode, len(done.stdout.splitlines())) == (0, 3)
+
+
+def test_a_width_of_0_is_none(worked: Cli) -> None:
+    assert worked.ok("list", COLUMNS="0") == worked.ok("list")
+
+
+@pytest.mark.parametrize("arguments", [["list"], ["show"], ["doctor"]])
+def test_in_a_pipe_no_line_ends_in_blanks(worked: Cli, arguments: list[str]) -> None:
+    if arguments == ["show"]:
+        arguments = ["show", worked.records("--state", "succeeded")[0]["execution_id"]]
+    text = worked(*arguments).stdout
+    assert text
+    assert [line for line in text.splitlines() if line.endswith(" ")] == []
 
 
 def test_an_empty_store_is_no_error(cli: Cli) -> None:
@@ -495,6 +533,18 @@ def test_a_drain_waits_for_a_relay_that_lives(worked: Cli, receiver: OtlpReceive
     assert not receiver.requests
     store.commit([SettleOutbox(process.process_id, released=[row.id for row in rows])], durable=False, timeout_seconds=5)
     store.close()
+
+
+def test_a_drain_keeps_to_its_time_while_the_store_is_locked(worked: Cli, receiver: OtlpReceiver) -> None:
+    connection = sqlite3.connect(worked.path, isolation_level=None)
+    connection.execute("BEGIN IMMEDIATE")
+    begun = time.monotonic()
+    done = worked("relay", "--drain", "--timeout", "0.2", "--otlp-endpoint", receiver.endpoint)
+    took = time.monotonic() - begun
+    connection.close()
+    assert done.returncode == 1
+    assert "not drained within 0.2 s" in done.stderr
+    assert took < 5 * PATIENCE  # as long as a single commit waits otherwise; two of them were waited for
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
