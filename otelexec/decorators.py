@@ -114,7 +114,14 @@ def _wrapper_for(target: Any, options: Options) -> Callable[..., Any]:
     drive = _driver_for(target)
 
     def wrapper(wrapped: Any, _: Any, args: Any, kwargs: Any) -> Any:
-        runtime = _runtime.get()
+        try:
+            runtime = _runtime.get()
+        except Exception:
+            if not sys.is_finalizing():
+                raise
+            # A finalizer at the interpreter's end, where nothing can be imported any more.
+            logger.error("otelexec.exit.unrecorded: %s has no record: the interpreter is shutting down", options.name)  # noqa: TRY400
+            return wrapped(*args, **kwargs)
         return drive(runtime, lifecycle(runtime, options), functools.partial(wrapped, *args, **kwargs), options.timeout)
 
     return wrapper

@@ -61,23 +61,27 @@ backend's own exceptions."""
 
 def describe(exception: BaseException, max_chars: int) -> tuple[str, str]:
     """
-    Give the fully qualified class of an exception and its text, whatever its `__str__` does.
+    Give the fully qualified class of an exception and its text, whatever its `__str__` and its metaclass do.
 
     Args:
         exception: The exception.
         max_chars: Longest text in characters.
     """
-    cls = type(exception)
-    name = cls.__qualname__ if cls.__module__ == "builtins" else f"{cls.__module__}.{cls.__qualname__}"
     try:
         text = str(exception)
     except BaseException as error:  # the user's __str__ may raise anything
         if raised_by_signal_handler(error):
             raise
-        text = f"<its text could not be made: {type(error).__name__}>"
+        text = f"<its text could not be made: {_name(error)}>"
     if len(text) > max_chars:
         text = text[: max_chars - 1] + "\u2026"
-    return clean(name), text.encode("utf-8", "backslashreplace").decode("utf-8")
+    return clean(_name(exception)), text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def _name(exception: BaseException) -> str:
+    # Past the class's own metaclass, which may raise anything, too.
+    module, name = (type.__dict__[attribute].__get__(type(exception)) for attribute in ("__module__", "__qualname__"))
+    return str(name) if module == "builtins" else f"{module}.{name}"
 
 
 _MARK = "__otelexec_finalized__"

@@ -308,6 +308,17 @@ class HidesItself(Exception):
         return super().__getattribute__(name)
 
 
+class Nameless(type):
+    def __getattribute__(cls, name: str) -> Any:
+        if name in ("__qualname__", "__module__"):
+            raise RuntimeError(name)
+        return super().__getattribute__(name)
+
+
+class OfNoName(Exception, metaclass=Nameless):
+    pass
+
+
 @pytest.mark.parametrize(
     ("error", "message"),
     [
@@ -316,12 +327,13 @@ class HidesItself(Exception):
         (Slotted("x"), "x"),
         (Frozen(3), "3"),
         (HidesItself("x"), "x"),
+        (OfNoName("x"), "x"),
         (ValueError("lone \ud800"), "lone \\ud800"),
         (ValueError("nul \x00"), "nul \x00"),
         (ValueError(), ""),
         (ExceptionGroup("many", [ValueError("a"), ExceptionGroup("more", [KeyError("b")])]), "many (2 sub-exceptions)"),
     ],
-    ids=["str", "setattr", "slots", "frozen", "getattribute", "surrogate", "nul", "empty", "group"],
+    ids=["str", "setattr", "slots", "frozen", "getattribute", "metaclass", "surrogate", "nul", "empty", "group"],
 )
 def test_an_awkward_exception_is_recorded_and_comes_out_as_it_is(records: Records, error: Exception, message: str) -> None:
     """Behaviour 19."""

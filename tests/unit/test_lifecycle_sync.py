@@ -10,6 +10,8 @@ import json
 import logging
 import pickle
 import signal
+import subprocess
+import sys
 import time
 import traceback
 import typing
@@ -24,6 +26,7 @@ from otelexec import runtime
 from otelexec.endings import describe
 from otelexec.errors import ExecutionError, SettingsError
 from tests.records import Records
+from tests.servers import ROOT
 
 
 def test_a_return_is_one_succeeded_record_and_one_span_before_the_call_returns(records: Records) -> None:
@@ -557,4 +560,26 @@ def test_the_first_execution_configures_from_the_environment(records: Records, c
         pass
     assert "otelexec.configured" in caplog.text
     assert str(records.path) in caplog.text
+    assert records.one().state == "succeeded"
+
+
+def test_what_a_finalizer_calls_at_the_interpreter_s_end_is_run(records: Records) -> None:
+    """Nothing can be imported any more, and so no store opened."""
+    code = """
+import otelexec
+
+@otelexec.execution("job")
+def job(said):
+    print(said)
+
+class Finalized:
+    def __del__(self):
+        job("finalizer")
+
+kept = Finalized()
+job("before")
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout == "before\nfinalizer\n"
+    assert done.stderr == "otelexec.exit.unrecorded: job has no record: the interpreter is shutting down\n"
     assert records.one().state == "succeeded"
