@@ -42,6 +42,7 @@ _LONGEST_PAUSE: Final = 8.0
 _DENIED_PAUSE: Final = 30.0
 _LONGEST_ASKED: Final = 3_600.0  # a Retry-After beyond it is a mistake of the endpoint
 _GRACE: Final = 5.0
+_LEAST_TIMEOUT: Final = 0.1
 # Not the module's functions: a user's random.seed() must neither govern the jitter nor be disturbed by it.
 _jitter: Final = random.SystemRandom()
 
@@ -248,13 +249,18 @@ class Relay:
         Send what is left, in this thread and as long as all goes well.
 
         Args:
-            deadline: When to begin no further request, by `time.monotonic()`.
+            deadline: When to begin no further request, by `time.monotonic()`, and to wait no longer for one begun here.
         """
         over = _Deadline(deadline)
-        while not self._refusals and not over.is_set():
-            progress = self._round(over)
-            if progress.pause is not None or not progress.seen:
-                return
+        left = max(_LEAST_TIMEOUT, deadline - time.monotonic())
+        self._transport.timeout_seconds = min(self.endpoint.timeout_seconds, left)
+        try:
+            while not self._refusals and not over.is_set():
+                progress = self._round(over)
+                if progress.pause is not None or not progress.seen:
+                    return
+        finally:
+            self._transport.timeout_seconds = self.endpoint.timeout_seconds
 
     def _serve(self) -> None:
         while not self._stop.is_set():

@@ -77,7 +77,11 @@ class Settings(BaseSettings):
         default=0.5, description="How soon at the latest a running attempt sees a cancellation asked for in another process."
     )
     progress_seconds: Seconds = Field(default=0.5, description="Least time between two progress markers written for one attempt.")
-    exit_timeout_seconds: Seconds = Field(default=2.0, description="How long a normal exit may wait for the relay to send what is left.")
+    exit_timeout_seconds: Seconds = Field(
+        default=2.0,
+        description="How long a normal exit may wait for the relay to send what is left. "
+        "A request that is already under way is waited for longer, for OTEL_EXPORTER_OTLP_TIMEOUT at most.",
+    )
     relay: bool = Field(default=True, description="Whether this process sends spans itself, beside any `otelexec relay`.")
     relay_interval_seconds: Seconds = Field(default=1.0, description="How often the relay looks for spans of other processes.")
     reconcile: bool = Field(default=True, description="Whether this process also closes the attempts of dead workers.")

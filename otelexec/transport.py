@@ -76,10 +76,16 @@ class Reply:
 
 
 class HttpTransport:
-    """OTLP over HTTP/protobuf."""
+    """
+    OTLP over HTTP/protobuf.
+
+    Attributes:
+        timeout_seconds: How long a request may wait for its answer.
+    """
 
     def __init__(self, endpoint: Endpoint) -> None:
         self._endpoint = endpoint
+        self.timeout_seconds = endpoint.timeout_seconds
         self._session = requests.Session()
         self._session.headers.update(_HEADERS | dict(endpoint.headers))
         certificate, key = endpoint.client_certificate, endpoint.client_key
@@ -110,7 +116,7 @@ class HttpTransport:
             What became of it; the endpoint never makes this raise.
         """
         data = self._encode(body) if self._encode is not None else body
-        timeout = self._endpoint.timeout_seconds
+        timeout = self.timeout_seconds
         connect_timeout = min(timeout, _CONNECT_SECONDS)
         try:
             # Redirects are not followed: they would carry the headers elsewhere, and turn the POST into a GET.
@@ -128,9 +134,9 @@ class HttpTransport:
         except (requests.exceptions.SSLError, requests.exceptions.ProxyError) as error:
             return Reply(Verdict.LATER, _named(error))
         except requests.exceptions.ConnectTimeout:
-            return Reply(Verdict.LATER, f"no connection within {connect_timeout:g} s")
+            return Reply(Verdict.LATER, f"no connection within {connect_timeout:.3g} s")
         except requests.exceptions.Timeout:
-            return Reply(Verdict.FAILED, f"no answer within {timeout:g} s")
+            return Reply(Verdict.FAILED, f"no answer within {timeout:.3g} s")
         except requests.exceptions.RequestException as error:
             never_sent = isinstance(getattr(error.args[0] if error.args else None, "reason", None), NewConnectionError)
             return Reply(Verdict.LATER if never_sent else Verdict.FAILED, _named(error))
@@ -142,10 +148,16 @@ class HttpTransport:
 
 
 class GrpcTransport:
-    """OTLP over gRPC, with the bytes as they are: no message is built."""
+    """
+    OTLP over gRPC, with the bytes as they are: no message is built.
+
+    Attributes:
+        timeout_seconds: How long a request may wait for its answer.
+    """
 
     def __init__(self, endpoint: Endpoint) -> None:
         self._endpoint = endpoint
+        self.timeout_seconds = endpoint.timeout_seconds
         self._channel: Any = None
         self._export: Any = None
 
@@ -167,7 +179,7 @@ class GrpcTransport:
                 self._export = self._channel.unary_unary(EXPORT)
         try:
             with _untraced():
-                text = self._export(body, timeout=self._endpoint.timeout_seconds, metadata=tuple(self._endpoint.headers.items()) or None)
+                text = self._export(body, timeout=self.timeout_seconds, metadata=tuple(self._endpoint.headers.items()) or None)
         except grpc.RpcError as error:
             return _grpc_reply(error)
         return _accepted(text)

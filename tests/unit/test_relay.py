@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+import socket
 import threading
 import time
 from datetime import UTC, datetime, timedelta
@@ -586,6 +587,25 @@ def test_the_thread_sends_new_rows_when_woken_and_by_itself(outbox: Outbox, rece
     receiver.wait_for(2)
     sender.stop(5)
     assert sent_once(receiver)
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_a_request_that_is_begun_at_the_end_is_waited_for_no_longer_than_the_end_may_take(
+    outbox: Outbox, make: Callable[..., Relay], monkeypatch: pytest.MonkeyPatch, protocol: str
+) -> None:
+    """The endpoint takes connections and never answers."""
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc" if protocol == "grpc" else "http/protobuf")
+        outbox.add("a")
+        sender = make()
+        begun = time.monotonic()
+        sender.send_rest(begun + 0.2)
+        assert time.monotonic() - begun < sender.endpoint.timeout_seconds / 2
+    assert len(outbox.rows) == 1
+    assert not outbox.claims
 
 
 def test_a_backoff_is_not_cut_short_by_new_rows(outbox: Outbox, http: OtlpReceiver, make: Callable[..., Relay]) -> None:
