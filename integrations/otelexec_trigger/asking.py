@@ -17,6 +17,7 @@ MAX_ATTEMPTS: Final = 3
 
 MOST_SECONDS: Final = 10 * 365 * 86_400
 """Ten years: what is longer is a mistake, and a time in nanoseconds must fit into 63 bits."""
+NANOSECONDS: Final = 1_000_000_000
 _MOST_WHOLE: Final = 2**31 - 1
 """The columns are 32 bits wide in PostgreSQL."""
 
@@ -53,9 +54,8 @@ def row_of(request: RunRequest, run_id: str) -> RunRow:
         InvalidRequest: An option can't be used.
     """
     options = request.options
-    now = time.time_ns()
     delay = _option(options, "delay", str)
-    due = now if delay is None else max(now, wire.due_unix_ns(delay, now))
+    wait, date = (0, None) if delay is None else checked_delay(delay)
     priority = _option(options, "priority", int, float) or 0
     if not 0 <= priority <= MOST_SECONDS:
         raise InvalidRequest(f"priority is a number of seconds, 0 to {MOST_SECONDS}, not {priority}", status=400)
@@ -77,9 +77,9 @@ def row_of(request: RunRequest, run_id: str) -> RunRow:
     duration = _option(options, "maxDuration", int, float)
     if duration is not None and not 0 < duration <= MOST_SECONDS:
         raise InvalidRequest(f"maxDuration is a number of seconds above 0, up to {MOST_SECONDS}, not {duration}", status=400)
-    waits = (wire.seconds_of(ttl) if isinstance(ttl, str) else ttl) if ttl else None
-    if due > now + MOST_SECONDS * 1e9 or (waits is not None and not 0 <= waits <= MOST_SECONDS):
-        raise InvalidRequest(f"delay and ttl are 0 to {MOST_SECONDS} seconds", status=400)
+    seconds = (wire.seconds_of(ttl) if isinstance(ttl, str) else ttl) if ttl else None
+    if seconds is not None and not 0 <= seconds <= MOST_SECONDS:
+        raise InvalidRequest(f"ttl is 0 to {MOST_SECONDS} seconds", status=400)
     payload, payload_type = request.payload, request.payload_type
     if payload is not None:
         payload, payload_type = storable(payload, payload_type)
@@ -95,10 +95,11 @@ def row_of(request: RunRequest, run_id: str) -> RunRow:
         lane_limit=limit or 1,
         max_attempts=attempts or MAX_ATTEMPTS,
         max_seconds=None if duration is None else float(duration),
-        created_unix_ns=now,
-        # As if it had been asked for so much earlier; a run with a delay is due when that is over, and not before.
-        due_unix_ns=due if delay is not None else due - int(priority * 1e9),
-        expires_unix_ns=None if waits is None else due + int(waits * 1e9),
+        delay_ns=wait,
+        not_before_unix_ns=date,
+        # A run with a delay is due when that is over, and not before.
+        priority_ns=0 if delay is not None else int(priority * NANOSECONDS),
+        ttl_ns=None if seconds is None else int(seconds * NANOSECONDS),
         batch_id=request.batch_id,
         batch_index=request.batch_index,
     )
@@ -116,6 +117,22 @@ def storable(payload: str, payload_type: str) -> tuple[str, str]:
     if "\0" in payload and payload_type in (wire.TEXT, wire.JSON, wire.SUPERJSON):
         return json.dumps(payload), wire.JSON
     return payload, payload_type
+
+
+def checked_delay(delay: str) -> tuple[int, int | None]:
+    """
+    Give a delay as `wire.delay_of` does.
+
+    Args:
+        delay: A duration or a date.
+
+    Raises:
+        InvalidRequest: It is neither, or too long.
+    """
+    wait, date = wire.delay_of(delay)
+    if (wait if date is None else date - time.time_ns()) > MOST_SECONDS * NANOSECONDS:
+        raise InvalidRequest(f"a delay is {MOST_SECONDS} seconds at most", status=400)
+    return wait, date
 
 
 def _option(options: Mapping[str, Any], name: str, *kinds: type) -> Any:
@@ -156,15 +173,14 @@ def keys_of(request: RunRequest) -> tuple[RunKey, ...]:
     Raises:
         InvalidRequest: The idempotency key is none.
     """
-    now = time.time_ns()
     keys = []
     if request.request_key is not None:
-        keys.append(RunKey(f"request/{_part(request.task)}/{request.request_key}", now + int(wire.REQUEST_KEY_SECONDS * 1e9), exact=True))
+        keys.append(RunKey(f"request/{_part(request.task)}/{request.request_key}", wire.REQUEST_KEY_SECONDS * NANOSECONDS, exact=True))
     key = _option(request.options, "idempotencyKey", str)
     if key:
         if len(key) > wire.MAX_KEY_CHARS:
             raise InvalidRequest(f"an idempotency key has at most {wire.MAX_KEY_CHARS} characters, not {len(key)}", status=400)
-        keys.append(RunKey(key_name(request.task, key), now + int(_key_seconds(request.options.get("idempotencyKeyTTL")) * 1e9)))
+        keys.append(RunKey(key_name(request.task, key), int(_key_seconds(request.options.get("idempotencyKeyTTL")) * NANOSECONDS)))
     return tuple(keys)
 
 

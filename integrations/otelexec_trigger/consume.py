@@ -206,7 +206,7 @@ def _attributes(run: RunRecord) -> dict[str, Any]:
         semconv.MESSAGING_OPERATION_TYPE: "process",
         semconv.MESSAGING_DESTINATION_NAME: run.task,
         semconv.MESSAGING_MESSAGE_ID: run.run_id,
-        semconv.QUEUE_LATENCY: max(0.0, (time.time_ns() - max(run.created_unix_ns, run.due_unix_ns)) / 1e9),
+        semconv.QUEUE_LATENCY: max(0.0, (run.read_unix_ns - max(run.created_unix_ns, run.due_unix_ns)) / 1e9),
     }
 
 

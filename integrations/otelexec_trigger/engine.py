@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import secrets
 import string
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, TypeVar
 
@@ -46,7 +45,7 @@ from otelexec.store.schema import Transaction
 from otelexec.store.writes import CANCELLED, FAILED, LOST, PAUSED, QUEUED, RETRYING, RUNNING, SUCCEEDED, TIMED_OUT
 from otelexec.w3c import decode_trace
 from otelexec_trigger import wire
-from otelexec_trigger.asking import MOST_SECONDS, RunRequest, key_name, keys_of, metadata_text, row_of
+from otelexec_trigger.asking import NANOSECONDS, RunRequest, checked_delay, key_name, keys_of, metadata_text, row_of
 from otelexec_trigger.runs import InvalidRequest, RunNotFound
 
 EXPIRED: Final = "expired"
@@ -156,13 +155,12 @@ def create_batch(run_count: int, carrier: Mapping[str, str], *, key: str | None 
     Returns:
         The batch's id, and whether an earlier call with the same key had announced it.
     """
-    now = time.time_ns()
     keys = []
     if request_key is not None:
-        keys.append(RunKey(f"batch-request/{request_key}", now + int(wire.REQUEST_KEY_SECONDS * 1e9), exact=True))
+        keys.append(RunKey(f"batch-request/{request_key}", wire.REQUEST_KEY_SECONDS * NANOSECONDS, exact=True))
     if key is not None:
-        keys.append(RunKey(f"batch/{key}", now + int(wire.KEY_SECONDS * 1e9)))
-    found: Any = commit(CreateBatch(new_batch_id(), run_count, json.dumps(dict(carrier)), now, tuple(keys)))
+        keys.append(RunKey(f"batch/{key}", wire.KEY_SECONDS * NANOSECONDS))
+    found: Any = commit(CreateBatch(new_batch_id(), run_count, json.dumps(dict(carrier)), tuple(keys)))
     return found[0], found[1]
 
 
@@ -218,18 +216,12 @@ def list_runs(
     return found[:limit] if after is None else found[-limit:]
 
 
-def status_of(run: RunRecord, now_unix_ns: int | None = None) -> str:
-    """
-    Give a run's status as the wire contract spells it.
-
-    Args:
-        run: The run.
-        now_unix_ns: The time; None: now.
-    """
+def status_of(run: RunRecord) -> str:
+    """Give the status that a run had when it was read, as the wire contract spells it."""
     if run.goes_on:
         return "EXECUTING"
     if run.state == QUEUED:
-        return "DELAYED" if run.due_unix_ns > (time.time_ns() if now_unix_ns is None else now_unix_ns) else "QUEUED"
+        return "DELAYED" if run.due_unix_ns > run.read_unix_ns else "QUEUED"
     if run.state == CANCELLED:
         return "EXPIRED" if run.classification == EXPIRED else "CANCELED"
     return _STATUSES.get(run.state, "FAILED")
@@ -320,11 +312,7 @@ def reschedule(run_id: str, delay: str) -> RunRecord:
         RunNotFound: There is no such run.
         InvalidRequest: It does not wait for its time any more, or that is no delay.
     """
-    now = time.time_ns()
-    due = max(now, wire.due_unix_ns(delay, now))
-    if due > now + MOST_SECONDS * 1e9:
-        raise InvalidRequest(f"a delay is {MOST_SECONDS} seconds at most", status=400)
-    answer = commit(RescheduleRun(run_id, due, now))
+    answer = commit(RescheduleRun(run_id, *checked_delay(delay)))
     if answer is False:
         raise InvalidRequest(f"{run_id} is {status_of(_found(find(run_id), run_id))}: only a DELAYED run can be rescheduled", status=400)
     return _found(find(run_id) if answer else None, run_id)
@@ -339,7 +327,7 @@ def add_tags(run_id: str, tags: object) -> None:
         InvalidRequest: They would be too many, or one is too long; none was added.
     """
     given = wire.checked_tags(tags)
-    answer = commit(AddTags(run_id, tuple(given), wire.MAX_TAGS, time.time_ns()))
+    answer = commit(AddTags(run_id, tuple(given), wire.MAX_TAGS))
     if answer is None:
         raise _missing(run_id)
     if not answer:
@@ -364,7 +352,7 @@ def change_metadata(run_id: str, change: Callable[[Any], Any]) -> Any:
     for _ in range(_CHANGES):
         run = _found(find(run_id), run_id)
         new = change(None if run.metadata is None else json.loads(run.metadata))
-        if commit(SetRunMetadata(run_id, metadata_text(new), run.metadata, time.time_ns())):
+        if commit(SetRunMetadata(run_id, metadata_text(new), run.metadata)):
             return new
     raise StoreUnavailable(f"the metadata of {run_id} is being changed by others all the time")
 

@@ -47,7 +47,7 @@ class Packets:
         name = self._checked(request, "PUT")
         content = (await read_body(request, _MAX_UPLOAD_BYTES)).decode("utf-8", "strict")
         content, kind = storable(content, request.headers.get("content-type", wire.JSON).partition(";")[0].strip())
-        await run_in_threadpool(lambda: engine.commit(PutPacket(name, content, kind, time.time_ns())))
+        await run_in_threadpool(lambda: engine.commit(PutPacket(name, content, kind)))
         return Response(status_code=200)
 
     async def download(self, request: Request) -> Response:

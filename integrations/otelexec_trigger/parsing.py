@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any, Final
 
@@ -132,8 +131,7 @@ def run_filter(query: Mapping[str, str]) -> Callable[[RunRecord], bool]:
     since = _milliseconds(query.get("filter[createdAt][from]"), 0) * 1_000_000
     until = _milliseconds(query.get("filter[createdAt][to]"), 2**42) * 1_000_000
     period = query.get("filter[createdAt][period]")
-    if period is not None:
-        since = max(since, time.time_ns() - int(wire.seconds_of(period) * 1e9))
+    latest = 2**62 if period is None else int(wire.seconds_of(period) * 1e9)
 
     def wanted(run: RunRecord) -> bool:
         return (
@@ -141,6 +139,7 @@ def run_filter(query: Mapping[str, str]) -> Callable[[RunRecord], bool]:
             and (not tags or not tags.isdisjoint(json.loads(run.tags)))
             and (test is None or bool(json.loads(run.options).get("test", False)) is (test == "true"))
             and since <= run.created_unix_ns <= until
+            and run.read_unix_ns - run.created_unix_ns <= latest
         )
 
     return wanted
@@ -151,7 +150,7 @@ def _milliseconds(text: str | None, default: int) -> int:
     try:
         return number(text, default)
     except Refused:
-        return wire.due_unix_ns(str(text), 0) // 1_000_000
+        return wire.date_unix_ns(str(text)) // 1_000_000
 
 
 def operated(metadata: Any, operation: Any) -> Any:

@@ -54,7 +54,7 @@ DUPLICATE: Final = "duplicate"
 _RETRY_AFTER: Final = {"retry-after": "5"}
 _PATIENCE_SECONDS: Final = 5.0
 _HELD_SECONDS: Final = 86_400.0
-"""How long a proof is held at least: the clock that it was verified by may not be the store's."""
+"""How long a proof is held after it is valid no more: the clocks that it is verified by differ."""
 
 ASGIScope = MutableMapping[str, Any]
 ASGIReceive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -271,8 +271,8 @@ class Receiver:
         runtime = _runtime.get()
         if not verified.proof or not runtime.records:
             return
-        until = max(verified.valid_until, time.time() + _HELD_SECONDS)
-        write = HoldKey(f"proof/{verified.proof}", verified.identity, int(until * 1e9))
+        seconds = max(0.0, verified.valid_until - time.time()) + _HELD_SECONDS
+        write = HoldKey(f"proof/{verified.proof}", verified.identity, int(seconds * 1e9))
         holder = runtime.commit(write, durable=True, timeout_seconds=_PATIENCE_SECONDS)
         if holder != verified.identity:
             raise VerificationError("The token came with another message id before.")

@@ -126,31 +126,45 @@ def delay_text(value: str | float | timedelta | datetime) -> str:
     if isinstance(value, datetime):
         return value.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
     if isinstance(value, str) and not _DURATION.match(value.strip()):
-        due_unix_ns(value, 0)
+        delay_of(value)
         return value
     return duration_text(value)
 
 
-def due_unix_ns(delay: str, now_unix_ns: int) -> int:
+def delay_of(delay: str) -> tuple[int, int | None]:
     """
-    Give when a delay is over, in nanoseconds since 1970.
+    Give how long a delay is, in nanoseconds, and the date that it is, in nanoseconds since 1970.
+
+    A duration has no date: it counts from when the run is taken, by the clock of who takes it. A date is 0 long.
 
     Args:
         delay: A duration or a date.
-        now_unix_ns: From when a duration counts.
 
     Raises:
         InvalidRequest: It is neither.
     """
     try:
-        return now_unix_ns + int(seconds_of(delay) * 1e9)
+        return int(seconds_of(delay) * 1e9), None
     except InvalidRequest:
         pass
     try:
-        when = datetime.fromisoformat(delay)
+        return 0, date_unix_ns(delay)
+    except InvalidRequest:
+        raise InvalidRequest(f"{delay!r} is neither a duration such as '2h30m' nor a date in ISO 8601", status=400) from None
+
+
+def date_unix_ns(text: str) -> int:
+    """
+    Read a date, as nanoseconds since 1970; one without a time zone is in UTC.
+
+    Raises:
+        InvalidRequest: It is none.
+    """
+    try:
+        when = datetime.fromisoformat(text)
         return int((when if when.tzinfo is not None else when.replace(tzinfo=UTC)).timestamp() * 1e9)
     except (ValueError, OverflowError):
-        raise InvalidRequest(f"{delay!r} is neither a duration such as '2h30m' nor a date in ISO 8601", status=400) from None
+        raise InvalidRequest(f"{text!r} is no date in ISO 8601", status=400) from None
 
 
 def iso(unix_ns: int) -> str:

@@ -105,6 +105,7 @@ class Worker:
         self._supervisor = Supervisor()
         self._sweeper = Sweeper()
         self._endings: dict[int, dict[str, Ending]] = {}
+        self._asked: dict[str, float] = {}
         # No Event: its lock may be held by the very wait that a signal handler interrupts.
         self._stopping = False
         self._next_limits = 0.0
@@ -185,10 +186,10 @@ class Worker:
         mine = {slot.process.pid: slot for slot in self._slots if slot.process is not None}
         processes = self._processes(mine)
         work = [item for item in store.open_work(list(processes), limit=500) if item.kind == "attempt"] if processes else []
-        if not work:
-            return
+        wishes = store.cancellations([item.execution_id for item in work]) if work else {}
+        # From when it is known here: the clock of whoever asked is another one.
+        self._asked = {item.token: self._asked.get(item.token, time.monotonic()) for item in work if item.execution_id in wishes}
         now = time.time_ns()
-        wishes = store.cancellations([item.execution_id for item in work])
         for item in work:
             wish = wishes.get(item.execution_id)
             if item.deadline_unix_ns is not None and now > item.deadline_unix_ns + LIMIT_GRACE_SECONDS * 1e9:
@@ -197,7 +198,7 @@ class Worker:
                 if wish is not None:
                     ending = Ending(CANCELLED, error_message=f"killed after its {seconds:g} s, as it did not heed its cancellation")
                 self._kill(mine[processes[item.process_id]], item, ending)
-            elif wish is not None and now > max(wish.requested_unix_ns, item.started_unix_ns) + CANCEL_GRACE_SECONDS * 1e9:
+            elif wish is not None and time.monotonic() > self._asked[item.token] + CANCEL_GRACE_SECONDS:
                 self._kill(
                     mine[processes[item.process_id]], item, Ending(CANCELLED, error_message="killed, as it did not heed its cancellation")
                 )

@@ -20,6 +20,7 @@ from otelexec.store.runs import (
     ResetKey,
     RunKey,
     RunRecord,
+    RunRow,
     SetRunMetadata,
     SetRunOutput,
 )
@@ -66,10 +67,12 @@ _RUN = _select("r.payload", "r.output", "a.output")
 _LISTED = _select("NULL", "NULL", "NULL")
 
 # When a `retrying` run may be attempted again: at once after a first attempt that was lost, since that says little of the next one.
+# An attempt ends on the clock of its process, whose heartbeats tell how far that is from the store's.
 # Both stores shift integers; neither has the other's LEAST.
-_RETRY_NS = f"""CASE WHEN a.state = '{LOST}' AND e.attempts = 1 THEN 0
-    WHEN e.attempts > 6 THEN CAST({LAST_RETRY_SECONDS * _NANOSECONDS} AS BIGINT)
-    ELSE CAST({FIRST_RETRY_SECONDS * _NANOSECONDS} AS BIGINT) << (e.attempts - 1) END"""
+_RETRIED = f"""(a.ended_unix_ns IS NULL OR (a.state = '{LOST}' AND e.attempts = 1)
+    OR a.ended_unix_ns + COALESCE(p.heartbeat_unix_ns - p.clock_unix_ns, 0)
+        + CASE WHEN e.attempts > 6 THEN CAST({LAST_RETRY_SECONDS * _NANOSECONDS} AS BIGINT)
+          ELSE CAST({FIRST_RETRY_SECONDS * _NANOSECONDS} AS BIGINT) << (e.attempts - 1) END <= ?)"""
 
 # A core may end before the code around it: until that has ended as well, the attempt goes on, and keeps its place.
 _GOES_ON = f"(a.state = '{RUNNING}' OR (a.outer_token IS NOT NULL AND a.outer_outcome IS NULL))"
@@ -79,10 +82,14 @@ _AT_WORK = f"""(x.state = '{RUNNING}' OR EXISTS (SELECT 1 FROM attempt b WHERE b
 _LAPSED = "p.heartbeat_unix_ns + CAST(p.lease_seconds * 1000000000 AS BIGINT) < ?"
 
 
+def _record(tx: Transaction, row: Any) -> RunRecord:
+    return RunRecord(*(*row, tx.now_unix_ns()))
+
+
 def find_run(tx: Transaction, run_id: str) -> RunRecord | None:
     """Give one run; None when it is not there."""
     row = tx.execute(f"{_RUN} WHERE r.run_id = ?", (run_id,)).fetchone()
-    return None if row is None else RunRecord(*row)
+    return None if row is None else _record(tx, row)
 
 
 def find_key(tx: Transaction, name: str) -> RunRecord | None:
@@ -124,7 +131,7 @@ def list_runs(
         parameters.append(batch_id)
     order = "DESC" if after is None else "ASC"
     rows = tx.execute(f"{_LISTED} WHERE {' AND '.join(conditions)} ORDER BY r.seq {order} LIMIT ?", (*parameters, limit)).fetchall()
-    found = [RunRecord(*row) for row in rows]
+    found = [_record(tx, row) for row in rows]
     return found if after is None else found[::-1]
 
 
@@ -163,17 +170,18 @@ def due_runs(tx: Transaction, tasks: Sequence[str], *, limit: int, lapsed_too: b
         lapsed_too: Whether leases count at this time.
     """
     now = tx.now_unix_ns()
-    waits = f"(e.state = '{QUEUED}' OR (e.state = '{RETRYING}' AND (a.ended_unix_ns IS NULL OR a.ended_unix_ns + {_RETRY_NS} <= ?)))"
+    waits = f"(e.state = '{QUEUED}' OR (e.state = '{RETRYING}' AND {_RETRIED}))"
     among, values = tx.among(tasks)
     rows = tx.execute(
-        f"""{_RUN} WHERE r.pending = 1 AND r.due_unix_ns <= ? AND {waits} AND r.task {among}
+        f"""{_RUN} LEFT JOIN process p ON p.process_id = a.process_id AND p.clock_unix_ns > 0
+            WHERE r.pending = 1 AND r.due_unix_ns <= ? AND {waits} AND r.task {among}
             AND (e.attempts > 0 OR r.expires_unix_ns IS NULL OR r.expires_unix_ns >= ?)
             AND (r.lane IS NULL OR (SELECT COUNT(*) FROM run o JOIN execution x ON x.execution_id = o.execution_id
                                     WHERE o.lane = r.lane AND o.pending = 1 AND o.run_id <> r.run_id AND {_AT_WORK}) < r.lane_limit)
             ORDER BY r.due_unix_ns, r.seq LIMIT ?""",
         (now, now, *values, now, limit),
     ).fetchall()
-    found = [DueRun(RunRecord(*row), lapsed=lapsed_too) for row in rows]
+    found = [DueRun(_record(tx, row), lapsed=lapsed_too) for row in rows]
     if lapsed_too:
         # Ahead of those that wait, of which there may be any number.
         rows = tx.execute(
@@ -182,7 +190,7 @@ def due_runs(tx: Transaction, tasks: Sequence[str], *, limit: int, lapsed_too: b
                 AND {_LAPSED} AND r.task {among} ORDER BY r.due_unix_ns, r.seq LIMIT ?""",
             (now, *values, limit),
         ).fetchall()
-        found = [DueRun(RunRecord(*row), lapsed=True) for row in rows] + found
+        found = [DueRun(_record(tx, row), lapsed=True) for row in rows] + found
     return found
 
 
@@ -194,7 +202,7 @@ def hopeless_runs(tx: Transaction, *, limit: int) -> list[RunRecord]:
                  OR EXISTS (SELECT 1 FROM cancellation c WHERE c.execution_id = r.execution_id)) LIMIT ?""",
         (tx.now_unix_ns(), limit),
     ).fetchall()
-    return [RunRecord(*row) for row in rows]
+    return [_record(tx, row) for row in rows]
 
 
 def ended_runs(tx: Transaction, *, limit: int) -> list[str]:
@@ -214,7 +222,7 @@ def ended_runs(tx: Transaction, *, limit: int) -> list[str]:
 
 def enqueue_run(tx: Transaction, write: EnqueueRun) -> Enqueued:
     """Make a run and its queued record, unless one of its keys has a run already."""
-    run = write.run
+    run, now = write.run, tx.now_unix_ns()
     held = _take_keys(tx, write.keys, run.run_id)
     if held is not None:
         found = find_run(tx, held[0])
@@ -222,7 +230,7 @@ def enqueue_run(tx: Transaction, write: EnqueueRun) -> Enqueued:
             if run.batch_id is not None:
                 tx.execute(
                     "INSERT INTO run_key (name, owner, expires_unix_ns) VALUES (?, ?, ?) ON CONFLICT (name) DO NOTHING",
-                    (f"{_item(run.batch_id)}{run.batch_index}", found.run_id, max(key.expires_unix_ns for key in write.keys)),
+                    (f"{_item(run.batch_id)}{run.batch_index}", found.run_id, now + max(key.ttl_ns for key in write.keys)),
                 )
             return Enqueued(found.run_id, found.execution_id, cached=not held[1], created=False)
         _hand_over(tx, write.keys, run.run_id)  # its run has been pruned
@@ -245,9 +253,10 @@ def enqueue_run(tx: Transaction, write: EnqueueRun) -> Enqueued:
             execution.source,
             execution.correlation,
             execution.parent_execution_id,
-            run.created_unix_ns,
+            now,
         ),
     )
+    due = _due_unix_ns(run, now)
     tx.execute(
         """INSERT INTO run (run_id, execution_id, task, payload, payload_type, carrier, options, tags, metadata, lane, lane_limit,
                             max_attempts, max_seconds, created_unix_ns, updated_unix_ns, due_unix_ns, expires_unix_ns, batch_id,
@@ -267,15 +276,19 @@ def enqueue_run(tx: Transaction, write: EnqueueRun) -> Enqueued:
             run.lane_limit,
             run.max_attempts,
             run.max_seconds,
-            run.created_unix_ns,
-            run.created_unix_ns,
-            run.due_unix_ns,
-            run.expires_unix_ns,
+            now,
+            now,
+            due - run.priority_ns,
+            None if run.ttl_ns is None else due + run.ttl_ns,
             run.batch_id,
             run.batch_index,
         ),
     )
     return Enqueued(run.run_id, execution.execution_id, cached=False, created=True)
+
+
+def _due_unix_ns(write: RunRow | RescheduleRun, now: int) -> int:
+    return now + write.delay_ns if write.not_before_unix_ns is None else max(now, write.not_before_unix_ns)
 
 
 def _choose(tx: Transaction, executions: Sequence[tuple[ExecutionRow, str]]) -> tuple[ExecutionRow, str]:
@@ -295,7 +308,7 @@ def _take_keys(tx: Transaction, keys: Sequence[RunKey], owner: str) -> tuple[str
     for key in keys:
         made = tx.execute(
             "INSERT INTO run_key (name, owner, expires_unix_ns) VALUES (?, ?, ?) ON CONFLICT (name) DO NOTHING",
-            (key.name, owner, key.expires_unix_ns),
+            (key.name, owner, now + key.ttl_ns),
         ).rowcount
         if made:
             taken.append(key.name)
@@ -312,7 +325,8 @@ def _take_keys(tx: Transaction, keys: Sequence[RunKey], owner: str) -> tuple[str
 
 def _hand_over(tx: Transaction, keys: Sequence[RunKey], owner: str) -> None:
     for key in keys:
-        tx.execute("UPDATE run_key SET owner = ?, expires_unix_ns = ? WHERE name = ?", (owner, key.expires_unix_ns, key.name))
+        expires = tx.now_unix_ns() + key.ttl_ns
+        tx.execute("UPDATE run_key SET owner = ?, expires_unix_ns = ? WHERE name = ?", (owner, expires, key.name))
 
 
 def _holds(tx: Transaction, owner: str) -> bool:
@@ -333,7 +347,7 @@ def add_tags(tx: Transaction, write: AddTags) -> bool | None:
     tags = list(dict.fromkeys((*json.loads(row[0]), *write.tags)))
     if len(tags) > write.limit:
         return False
-    tx.execute("UPDATE run SET tags = ?, updated_unix_ns = ? WHERE run_id = ?", (json.dumps(tags), write.at_unix_ns, write.run_id))
+    tx.execute("UPDATE run SET tags = ?, updated_unix_ns = ? WHERE run_id = ?", (json.dumps(tags), tx.now_unix_ns(), write.run_id))
     return True
 
 
@@ -344,7 +358,7 @@ def set_run_metadata(tx: Transaction, write: SetRunMetadata) -> bool | None:
         return None
     if row[0] != write.expected:
         return False
-    tx.execute("UPDATE run SET metadata = ?, updated_unix_ns = ? WHERE run_id = ?", (write.metadata, write.at_unix_ns, write.run_id))
+    tx.execute("UPDATE run SET metadata = ?, updated_unix_ns = ? WHERE run_id = ?", (write.metadata, tx.now_unix_ns(), write.run_id))
     return True
 
 
@@ -353,13 +367,15 @@ def reschedule_run(tx: Transaction, write: RescheduleRun) -> bool | None:
     row = tx.execute(f"SELECT execution_id, due_unix_ns FROM run WHERE run_id = ? {tx.lock}", (write.run_id,)).fetchone()
     if row is None:
         return None
+    now = tx.now_unix_ns()
     state = tx.execute(f"SELECT state FROM execution WHERE execution_id = ? {tx.lock}", (row[0],)).fetchone()
-    if state is None or state[0] != QUEUED or row[1] <= tx.now_unix_ns():
+    if state is None or state[0] != QUEUED or row[1] <= now:
         return False
+    due = _due_unix_ns(write, now)
     tx.execute(
         """UPDATE run SET due_unix_ns = ?, updated_unix_ns = ?, expires_unix_ns = expires_unix_ns + (? - due_unix_ns)
            WHERE run_id = ?""",
-        (write.due_unix_ns, write.at_unix_ns, write.due_unix_ns, write.run_id),
+        (due, now, due, write.run_id),
     )
     return True
 
@@ -394,7 +410,7 @@ def create_batch(tx: Transaction, write: CreateBatch) -> tuple[str, bool]:
         _hand_over(tx, write.keys, write.batch_id)  # its batch has been pruned
     tx.execute(
         "INSERT INTO run_batch (batch_id, run_count, carrier, created_unix_ns) VALUES (?, ?, ?, ?)",
-        (write.batch_id, write.run_count, write.carrier, write.created_unix_ns),
+        (write.batch_id, write.run_count, write.carrier, tx.now_unix_ns()),
     )
     return write.batch_id, False
 
@@ -404,13 +420,13 @@ def put_packet(tx: Transaction, write: PutPacket) -> None:
     tx.execute(
         """INSERT INTO run_packet (name, content, media_type, at_unix_ns) VALUES (?, ?, ?, ?)
            ON CONFLICT (name) DO UPDATE SET content = excluded.content, media_type = excluded.media_type""",
-        (write.name, write.content, write.media_type, write.at_unix_ns),
+        (write.name, write.content, write.media_type, tx.now_unix_ns()),
     )
 
 
 def hold_key(tx: Transaction, write: HoldKey) -> str:
     """Take a key that nobody holds, or whose time is over."""
-    held = _take_keys(tx, (RunKey(write.name, write.expires_unix_ns, exact=True),), write.owner)
+    held = _take_keys(tx, (RunKey(write.name, write.ttl_ns, exact=True),), write.owner)
     return write.owner if held is None else held[0]
 
 

@@ -5,6 +5,8 @@ A run is an execution that somebody asked to be run by whoever knows its task. W
 truth about it: a run that is `queued` or `retrying` may be attempted, an attempt at it is opened exclusively
 (`OpenAttempt.exclusive`), and what closes that attempt ends the run or leaves it to be retried. So a run and its record
 can't disagree, and a run needs no lease beside the one of the process that works on it.
+
+What is written here counts on the store's clock, which all who ask and work share: it is told how long, and not until when.
 """
 
 from __future__ import annotations
@@ -35,9 +37,10 @@ class RunRow:
         lane_limit: How many runs of the lane may be attempted at a time.
         max_attempts: How many attempts there may be.
         max_seconds: How long an attempt may take; None for no limit.
-        created_unix_ns: When it was asked for.
-        due_unix_ns: When the first attempt may begin; runs are attempted in this order.
-        expires_unix_ns: Until when the first attempt must have begun; None: it waits for ever.
+        delay_ns: How long after now the first attempt may begin.
+        not_before_unix_ns: The date of that instead, if it is not over; None: `delay_ns` counts.
+        priority_ns: By how much it goes before others that may begin as early.
+        ttl_ns: How long after that the first attempt must have begun; None: it waits for ever.
         batch_id: The batch that it belongs to; None without one.
         batch_index: Its place in the batch; None without one.
     """
@@ -53,9 +56,10 @@ class RunRow:
     lane_limit: int
     max_attempts: int
     max_seconds: float | None
-    created_unix_ns: int
-    due_unix_ns: int
-    expires_unix_ns: int | None = None
+    delay_ns: int = 0
+    not_before_unix_ns: int | None = None
+    priority_ns: int = 0
+    ttl_ns: int | None = None
     batch_id: str | None = None
     batch_index: int | None = None
 
@@ -67,12 +71,12 @@ class RunKey:
 
     Attributes:
         name: The key, with whatever it is unique within.
-        expires_unix_ns: Until when it holds.
+        ttl_ns: How long it holds.
         exact: Whether it names one request, whose answer is given again: then it holds however the run ended.
     """
 
     name: str
-    expires_unix_ns: int
+    ttl_ns: int
     exact: bool = False
 
 
@@ -118,7 +122,6 @@ class AddTags:
     run_id: str
     tags: tuple[str, ...]
     limit: int
-    at_unix_ns: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,16 +131,22 @@ class SetRunMetadata:
     run_id: str
     metadata: str | None
     expected: str | None
-    at_unix_ns: int
 
 
 @dataclass(frozen=True, slots=True)
 class RescheduleRun:
-    """Give a run that still waits for its time another one. Gives whether it waited; None when there is no such run."""
+    """
+    Give a run that still waits for its time another one. Gives whether it waited; None when there is no such run.
+
+    Attributes:
+        run_id: Which.
+        delay_ns: As in `RunRow`.
+        not_before_unix_ns: As in `RunRow`.
+    """
 
     run_id: str
-    due_unix_ns: int
-    at_unix_ns: int
+    delay_ns: int = 0
+    not_before_unix_ns: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,14 +180,12 @@ class CreateBatch:
         batch_id: Its id.
         run_count: How many runs it will have.
         carrier: What every run of it carries to its worker besides its own, as JSON text.
-        created_unix_ns: When.
         keys: As in `EnqueueRun`.
     """
 
     batch_id: str
     run_count: int
     carrier: str
-    created_unix_ns: int
     keys: tuple[RunKey, ...] = ()
 
 
@@ -189,7 +196,6 @@ class PutPacket:
     name: str
     content: str
     media_type: str
-    at_unix_ns: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,7 +204,7 @@ class HoldKey:
 
     name: str
     owner: str
-    expires_unix_ns: int
+    ttl_ns: int
 
 
 RunWrite = EnqueueRun | AddTags | SetRunMetadata | RescheduleRun | SetRunOutput | ForgetRuns | ResetKey | CreateBatch | PutPacket | HoldKey
@@ -214,6 +220,7 @@ class RunRecord:
 
     Attributes:
         goes_on: Whether code around a core still runs, which had taken the attempt over and has ended.
+        read_unix_ns: When it was read.
     """
 
     seq: int
@@ -246,6 +253,7 @@ class RunRecord:
     error_type: str | None
     error_message: str | None
     goes_on: bool
+    read_unix_ns: int
 
     @property
     def result(self) -> str | None:

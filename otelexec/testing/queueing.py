@@ -45,13 +45,12 @@ from otelexec.store.writes import (
 from otelexec.testing.rows import OpenStore, beat, closing, execution, losing, opened, opening, process, record, states, write
 from otelexec.testing.sharing import at_once
 
-FAR = 2**62
 HOUR = 3_600_000_000_000
 
 
-def run_row(run_id: str = "r", *, task: str = "task", lane: str | None = None, limit: int = 1, attempts: int = 3, due: int = 1) -> RunRow:
-    """Give a run that is due."""
-    return RunRow(run_id, task, "1", "application/json", "{}", "[]", None, lane, limit, attempts, None, 1, due)
+def run_row(run_id: str = "r", *, task: str = "task", lane: str | None = None, limit: int = 1, attempts: int = 3, delay: int = 0) -> RunRow:
+    """Give a run that is due, if it has no delay."""
+    return RunRow(run_id, task, "1", "application/json", "{}", "[]", None, lane, limit, attempts, None, delay)
 
 
 def enqueue(store: Store, row: RunRow, execution_id: str | None = None, *, keys: tuple[RunKey, ...] = ()) -> Enqueued:
@@ -149,6 +148,43 @@ class QueueContract:
             write(store, closing(attempt, FAILED, retrying=True, ended=ended))
             assert found(store).state == "retrying"
             assert len(due(store)) == (0 if number == 1 else 1)
+
+    def test_how_long_something_waits_counts_on_the_stores_clock(self, store: Store) -> None:
+        before = store.now_unix_ns()
+        enqueue(store, replace(run_row("delayed", delay=HOUR), ttl_ns=2 * HOUR))
+        enqueue(store, replace(run_row("dated"), not_before_unix_ns=before + 2 * HOUR))
+        enqueue(store, replace(run_row("past"), not_before_unix_ns=before - HOUR, ttl_ns=HOUR))
+        enqueue(store, replace(run_row("ahead"), priority_ns=HOUR, ttl_ns=HOUR))
+        after = store.now_unix_ns()
+        delayed, dated, past, ahead = (found(store, run_id) for run_id in ("delayed", "dated", "past", "ahead"))
+        assert before <= delayed.created_unix_ns == delayed.due_unix_ns - HOUR == (delayed.expires_unix_ns or 0) - 3 * HOUR <= after
+        assert dated.due_unix_ns == before + 2 * HOUR
+        assert before <= past.due_unix_ns == (past.expires_unix_ns or 0) - HOUR <= after
+        assert before <= ahead.due_unix_ns + HOUR == (ahead.expires_unix_ns or 0) - HOUR <= after
+        assert [each.run.run_id for each in due(store)] == ["ahead", "past"]
+        assert write(store, RescheduleRun("delayed", 3 * HOUR), RescheduleRun("dated", not_before_unix_ns=after + HOUR)) == [True, True]
+        assert before + 3 * HOUR <= found(store, "delayed").due_unix_ns <= store.now_unix_ns() + 3 * HOUR
+        assert (found(store, "delayed").expires_unix_ns or 0) - found(store, "delayed").due_unix_ns == 2 * HOUR
+        assert found(store, "dated").due_unix_ns == after + HOUR
+        assert record(store, "e-delayed").queued_unix_ns == delayed.created_unix_ns
+        assert after <= found(store, "past").read_unix_ns <= store.now_unix_ns()
+
+    def test_a_workers_clock_changes_nothing_about_when_a_run_is_retried(self, store: Store) -> None:
+        for skew in (-HOUR, HOUR):
+            worker = f"p{skew}"
+            write(store, Heartbeat(process(worker), clock_unix_ns=store.now_unix_ns() + skew))
+            for since, again in ((0, False), (HOUR // 2, True)):
+                run_id = f"r{skew}-{since}"
+                enqueue(store, run_row(run_id))
+                attempt = exclusive("t", f"e-{run_id}", process_id=worker)
+                opened(store, attempt)
+                write(store, closing(attempt, FAILED, retrying=True, ended=store.now_unix_ns() + skew - since))
+                assert (run_id in {each.run.run_id for each in due(store)}) is again, run_id
+        enqueue(store, run_row("lost"))
+        attempt = exclusive("t", "e-lost", process_id=f"p{HOUR}")
+        opened(store, attempt)
+        write(store, losing(attempt, ended=store.now_unix_ns() + HOUR))
+        assert "lost" in {each.run.run_id for each in due(store)}
 
     def test_what_was_attempted_meanwhile_is_looked_at_anew(self, store: Store) -> None:
         enqueue(store, run_row())
@@ -253,7 +289,7 @@ class QueueContract:
         assert opened(store, exclusive("t2", "e-r2")).number == 1
 
     def test_a_key_asks_for_one_run_until_that_has_failed(self, store: Store) -> None:
-        key = (RunKey("key/task/k", FAR),)
+        key = (RunKey("key/task/k", HOUR),)
         enqueue(store, run_row("r1"), keys=key)
         assert enqueue(store, run_row("r2"), keys=key) == Enqueued("r1", "e-r1", cached=True, created=False)
         held = store.read(lambda tx: statements.find_key(tx, "key/task/k"))
@@ -268,7 +304,7 @@ class QueueContract:
         assert enqueue(store, run_row("r4"), keys=key).created
 
     def test_a_call_that_is_repeated_gets_the_same_answer(self, store: Store) -> None:
-        keys = (RunKey("request/1", FAR, exact=True), RunKey("key/task/k", FAR))
+        keys = (RunKey("request/1", HOUR, exact=True), RunKey("key/task/k", HOUR))
         enqueue(store, run_row("r1"), keys=keys)
         attempt = exclusive("t", "e-r1")
         opened(store, attempt)
@@ -276,14 +312,14 @@ class QueueContract:
         assert enqueue(store, run_row("r2"), keys=keys) == Enqueued("r1", "e-r1", cached=False, created=False)
 
     def test_a_key_lapses(self, store: Store) -> None:
-        key = (RunKey("key/task/k", store.now_unix_ns() - 1),)
+        key = (RunKey("key/task/k", -1),)
         assert enqueue(store, run_row("r1"), keys=key).created
         assert enqueue(store, run_row("r2"), keys=key).created
-        assert write(store, HoldKey("proof", "a", FAR), HoldKey("proof", "b", FAR)) == ["a", "a"]
+        assert write(store, HoldKey("proof", "a", HOUR), HoldKey("proof", "b", HOUR)) == ["a", "a"]
 
     def test_one_key_asked_for_by_many_at_once_has_one_run(self, store: Store, other_store: OpenStore) -> None:
         stores = [store, other_store()]
-        key = (RunKey("key/task/k", FAR),)
+        key = (RunKey("key/task/k", HOUR),)
         answers: list[Enqueued] = []
 
         def ask(number: int) -> None:
@@ -300,9 +336,9 @@ class QueueContract:
         assert enqueue(store, run_row("r3"), "worked").execution_id == "spare-r3"
 
     def test_a_batch_has_each_of_its_runs_once(self, store: Store) -> None:
-        key = (RunKey("batch/b", FAR),)
-        assert write(store, CreateBatch("b1", 2, "{}", 5, key)) == [("b1", False)]
-        assert write(store, CreateBatch("b2", 2, "{}", 5, key)) == [("b1", True)]
+        key = (RunKey("batch/b", HOUR),)
+        assert write(store, CreateBatch("b1", 2, "{}", key)) == [("b1", False)]
+        assert write(store, CreateBatch("b2", 2, "{}", key)) == [("b1", True)]
         row = replace(run_row("r1"), batch_id="b1", batch_index=0)
         assert enqueue(store, row).created
         assert enqueue(store, replace(row, run_id="r2")) == Enqueued("r1", "e-r1", cached=False, created=False)
@@ -315,16 +351,16 @@ class QueueContract:
         assert store.read(lambda tx: statements.find_batch(tx, "none")) is None
 
     def test_the_key_of_a_batch_that_was_pruned_is_the_next_ones(self, store: Store) -> None:
-        keys = (RunKey("request", FAR, exact=True), RunKey("batch/b", FAR))
-        assert write(store, CreateBatch("b1", 1, "{}", 5, keys)) == [("b1", False)]
-        write(store, Prune(time.time_ns()))
-        assert write(store, CreateBatch("b2", 1, "{}", 5, keys), CreateBatch("b3", 1, "{}", 5, keys[1:])) == [("b2", False), ("b2", True)]
+        keys = (RunKey("request", HOUR, exact=True), RunKey("batch/b", HOUR))
+        assert write(store, CreateBatch("b1", 1, "{}", keys)) == [("b1", False)]
+        write(store, Prune(store.now_unix_ns() + 1))
+        assert write(store, CreateBatch("b2", 1, "{}", keys), CreateBatch("b3", 1, "{}", keys[1:])) == [("b2", False), ("b2", True)]
         assert store.read(lambda tx: statements.find_batch(tx, "b2")) is not None
 
     def test_an_item_of_a_batch_whose_key_has_a_run_is_that_run(self, store: Store) -> None:
-        key = (RunKey("key/task/k", FAR),)
+        key = (RunKey("key/task/k", HOUR),)
         enqueue(store, run_row("known"), keys=key)
-        write(store, CreateBatch("b1", 2, "{}", 5))
+        write(store, CreateBatch("b1", 2, "{}"))
         enqueue(store, replace(run_row("r1"), batch_id="b1", batch_index=1))
         for _ in range(2):
             item = replace(run_row("r2"), batch_id="b1", batch_index=0)
@@ -334,26 +370,22 @@ class QueueContract:
         assert batch.runs == ("known", "r1")
 
     def test_what_can_be_changed_of_a_run(self, store: Store) -> None:
-        enqueue(store, replace(run_row(due=FAR), expires_unix_ns=FAR + 10))
+        enqueue(store, replace(run_row(delay=HOUR), ttl_ns=10))
         assert not due(store)
-        assert write(store, RescheduleRun("r", 7, 2), RescheduleRun("r", 9, 2), RescheduleRun("none", 7, 2)) == [True, False, None]
-        assert (found(store).due_unix_ns, found(store).expires_unix_ns) == (7, 17)
-        assert write(store, AddTags("r", ("a", "b"), 2, 3), AddTags("r", ("b", "c"), 2, 3), AddTags("none", (), 2, 3)) == [
-            True,
-            False,
-            None,
-        ]
+        assert write(store, RescheduleRun("r"), RescheduleRun("r", HOUR), RescheduleRun("none")) == [True, False, None]
+        assert (found(store).expires_unix_ns or 0) - found(store).due_unix_ns == 10
+        assert write(store, AddTags("r", ("a", "b"), 2), AddTags("r", ("b", "c"), 2), AddTags("none", (), 2)) == [True, False, None]
         assert found(store).tags == '["a", "b"]'
-        changes = [SetRunMetadata("r", "1", None, 4), SetRunMetadata("r", "2", None, 4), SetRunMetadata("none", "1", None, 4)]
+        changes = [SetRunMetadata("r", "1", None), SetRunMetadata("r", "2", None), SetRunMetadata("none", "1", None)]
         assert write(store, *changes) == [True, False, None]
-        write(store, SetRunOutput("e-r", "42"), PutPacket("name", "content", "text/plain", 1))
-        assert (found(store).metadata, found(store).result, found(store).updated_unix_ns) == ("1", "42", 4)
+        write(store, SetRunOutput("e-r", "42"), PutPacket("name", "content", "text/plain"))
+        assert (found(store).metadata, found(store).result) == ("1", "42")
         assert store.read(lambda tx: statements.find_packet(tx, "name")) == ("content", "text/plain")
 
     def test_runs_that_will_not_be_run_are_found(self, store: Store) -> None:
-        enqueue(store, replace(run_row("expired", lane="lane"), expires_unix_ns=1))
+        enqueue(store, replace(run_row("expired", lane="lane"), ttl_ns=-1))
         assert not due(store), "its time to live is over"
-        enqueue(store, run_row("cancelled", lane="lane", due=FAR))
+        enqueue(store, run_row("cancelled", lane="lane", delay=HOUR))
         enqueue(store, run_row("running", lane="lane"))
         write(store, RequestCancel("e-cancelled", Cancellation(1, terminate=True)))
         opened(store, exclusive("t", "e-running"))
@@ -372,7 +404,7 @@ class QueueContract:
         assert store.read(lambda tx: statements.ended_runs(tx, limit=10)) == ["e-r1"]
         write(store, ForgetRuns(("e-r1",)))
         assert not store.read(lambda tx: statements.ended_runs(tx, limit=10))
-        write(store, Prune(time.time_ns()))
+        write(store, Prune(store.now_unix_ns() + 1))
         assert store.read(lambda tx: statements.find_run(tx, "r1")) is None
         assert found(store, "r2").state == "queued"
 
