@@ -12,11 +12,13 @@ from __future__ import annotations
 import base64
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import json
 import logging
 import os
 import threading
+import time
 import uuid
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +31,10 @@ from otelexec.store.writes import Ingested, ProcessRow, Write
 logger = logging.getLogger("otelexec.spool")
 
 SUFFIX = ".jsonl"
+PATIENCE_SECONDS = 2.0
+"""How long an ingestion waits for another one. What it leaves behind is taken in by whoever comes next."""
+
+_POLL_SECONDS = 0.02
 _GROUP = 200
 _MAX_SEGMENT_BYTES = 8 * 1024 * 1024  # whoever takes a segment in has it in memory
 
@@ -188,11 +194,11 @@ class Spool:
         Hold the folder's lock: one takes in at a time.
 
         Raises:
-            OSError: The folder can't be used.
+            OSError: The folder can't be used, or somebody else holds the lock for longer than `PATIENCE_SECONDS`.
         """
         descriptor = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            _lock_soon(descriptor)
             yield
         finally:
             _let_go(descriptor)
@@ -212,7 +218,7 @@ class Spool:
             How many writes went in.
 
         Raises:
-            OSError: A segment can't be read; it stays.
+            OSError: A segment can't be read, or somebody else holds a lock for longer than `PATIENCE_SECONDS`; it stays.
         """
         if not self.folder.is_dir():
             return 0
@@ -225,7 +231,7 @@ class Spool:
         except FileNotFoundError:
             return 0
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)  # its process is in the middle of a line at most
+            _lock_soon(descriptor)  # its process is in the middle of a line at most
             data = path.read_bytes()
             done = ingested(path.name)
             count = self._commit(path, data, done, commit)
@@ -268,6 +274,15 @@ def _lock_now(descriptor: int) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+def _lock_soon(descriptor: int) -> None:
+    # Whoever has the lock may be suspended, and must not keep others from their heartbeat and their end.
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not _lock_now(descriptor):
+        if time.monotonic() >= deadline:
+            raise TimeoutError(errno.ETIMEDOUT, "another process has the lock of the spool")
+        time.sleep(_POLL_SECONDS)
 
 
 def _let_go(descriptor: int) -> None:
