@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import hypothesis
 import pytest
 from opentelemetry import context as otel_context
 from opentelemetry import trace
@@ -20,6 +21,11 @@ from tests.records import Records
 
 if TYPE_CHECKING:
     from tests.postgres_servers import Server
+
+
+# How long it takes to make an example says how busy the machine is.
+hypothesis.settings.register_profile("otelexec", suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("otelexec")
 
 
 def pytest_configure() -> None:

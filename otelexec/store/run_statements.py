@@ -83,7 +83,8 @@ _LAPSED = "p.heartbeat_unix_ns + CAST(p.lease_seconds * 1000000000 AS BIGINT) < 
 
 
 def _record(tx: Transaction, row: Any) -> RunRecord:
-    return RunRecord(*(*row, tx.now_unix_ns()))
+    values: tuple[Any, ...] = (*row, tx.now_unix_ns())
+    return RunRecord(*values)
 
 
 def find_run(tx: Transaction, run_id: str) -> RunRecord | None:
