@@ -73,8 +73,6 @@ class Child:
         return 0
 
     def _attempt(self, due: DueRun) -> bool:
-        if self._skipped.get(due.run.run_id, 0.0) > time.monotonic():
-            return False
         try:
             return attempt(due, TASKS[due.run.task])
         except StoreUnavailable:
@@ -97,7 +95,9 @@ class Child:
             self._awake_since_ns = now
         self._looked_ns = now
         lapsed_too = now - self._awake_since_ns > lease_ns / 3 and now - store.up_since_unix_ns() > lease_ns
-        return store.read(lambda tx: statements.due_runs(tx, tasks, limit=_CANDIDATES, lapsed_too=lapsed_too))
+        self._skipped = {run_id: until for run_id, until in self._skipped.items() if until > time.monotonic()}
+        skipped = list(self._skipped)
+        return store.read(lambda tx: statements.due_runs(tx, tasks, limit=_CANDIDATES, lapsed_too=lapsed_too, but=skipped))
 
 
 def load(app: str) -> None:

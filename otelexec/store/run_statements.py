@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
@@ -53,18 +54,19 @@ _LAST = f"""a.attempt = CASE WHEN e.state = '{SUCCEEDED}' THEN
         WHEN e.latest > 0 THEN e.latest ELSE e.attempts END"""
 
 
-def _select(payload: str, output: str, attempt_output: str) -> str:
-    return f"""SELECT r.seq, r.run_id, r.execution_id, r.task, {payload}, r.payload_type, r.carrier, r.options, r.tags, r.metadata, r.lane,
+def _columns(payload: str, output: str, attempt_output: str) -> str:
+    return f"""r.seq, r.run_id, r.execution_id, r.task, {payload}, r.payload_type, r.carrier, r.options, r.tags, r.metadata, r.lane,
     r.max_attempts, r.max_seconds, r.created_unix_ns, r.updated_unix_ns, r.due_unix_ns, r.expires_unix_ns, r.batch_id, r.batch_index,
     {output}, e.state, e.attempts, e.started_unix_ns, e.ended_unix_ns, {attempt_output}, a.ended_unix_ns, a.classification, a.error_type,
-    a.error_message, a.outer_token IS NOT NULL AND a.outer_outcome IS NULL
-    FROM run r JOIN execution e ON e.execution_id = r.execution_id
+    a.error_message, a.outer_token IS NOT NULL AND a.outer_outcome IS NULL"""
+
+
+_WHOLE = _columns("r.payload", "r.output", "a.output")
+_FROM = f"""FROM run r JOIN execution e ON e.execution_id = r.execution_id
     LEFT JOIN attempt a ON a.execution_id = r.execution_id AND {_LAST}"""
-
-
-_RUN = _select("r.payload", "r.output", "a.output")
+_RUN = f"SELECT {_WHOLE} {_FROM}"
 # Hundreds of runs are read for a list, which shows neither what they were given nor what they gave.
-_LISTED = _select("NULL", "NULL", "NULL")
+_LISTED = f"SELECT {_columns('NULL', 'NULL', 'NULL')} {_FROM}"
 
 # When a `retrying` run may be attempted again: at once after a first attempt that was lost, since that says little of the next one.
 # An attempt ends on the clock of its process, whose heartbeats tell how far that is from the store's.
@@ -76,8 +78,14 @@ _RETRIED = f"""(a.ended_unix_ns IS NULL OR (a.state = '{LOST}' AND e.attempts = 
 
 # A core may end before the code around it: until that has ended as well, the attempt goes on, and keeps its place.
 _GOES_ON = f"(a.state = '{RUNNING}' OR (a.outer_token IS NOT NULL AND a.outer_outcome IS NULL))"
-_AT_WORK = f"""(x.state = '{RUNNING}' OR EXISTS (SELECT 1 FROM attempt b WHERE b.execution_id = x.execution_id
-    AND b.outer_token IS NOT NULL AND b.outer_outcome IS NULL))"""
+# The runs that have a place in a lane. Found from the attempts that are open: any number of runs may wait.
+_AT_WORK = f"""at_work AS MATERIALIZED (
+    SELECT o.lane, o.execution_id FROM attempt b JOIN execution x ON x.execution_id = b.execution_id
+        JOIN run o ON o.execution_id = b.execution_id
+    WHERE b.state = '{RUNNING}' AND x.state = '{RUNNING}' AND o.pending = 1 AND o.lane IS NOT NULL
+    UNION SELECT o.lane, o.execution_id FROM attempt b JOIN run o ON o.execution_id = b.execution_id
+    WHERE b.outer_token IS NOT NULL AND b.outer_outcome IS NULL AND o.pending = 1 AND o.lane IS NOT NULL)"""
+_ROOM = "r.lane_limit - (SELECT COUNT(*) FROM at_work w WHERE w.lane = r.lane AND w.execution_id <> r.execution_id)"
 
 _LAPSED = "p.heartbeat_unix_ns + CAST(p.lease_seconds * 1000000000 AS BIGINT) < ?"
 
@@ -160,39 +168,63 @@ def find_packet(tx: Transaction, name: str) -> tuple[str, str] | None:
     return None if row is None else (row[0], row[1])
 
 
-def due_runs(tx: Transaction, tasks: Sequence[str], *, limit: int, lapsed_too: bool) -> list[DueRun]:
+def due_runs(tx: Transaction, tasks: Sequence[str], *, limit: int, lapsed_too: bool, but: Sequence[str] = ()) -> list[DueRun]:
     """
-    Give runs that may be attempted now: those whose worker's lease has lapsed, then those due first.
+    Give runs that may be attempted now: those whose worker's lease has lapsed, then those due first, of each lane as many as have room.
 
     Args:
         tx: The transaction.
         tasks: Of which tasks.
         limit: At most so many of each kind.
         lapsed_too: Whether leases count at this time.
+        but: The ids of runs that are not meant.
     """
-    now = tx.now_unix_ns()
-    waits = f"(e.state = '{QUEUED}' OR (e.state = '{RETRYING}' AND {_RETRIED}))"
-    among, values = tx.among(tasks)
-    rows = tx.execute(
-        f"""{_RUN} LEFT JOIN process p ON p.process_id = a.process_id AND p.clock_unix_ns > 0
-            WHERE r.pending = 1 AND r.due_unix_ns <= ? AND {waits} AND r.task {among}
-            AND (e.attempts > 0 OR r.expires_unix_ns IS NULL OR r.expires_unix_ns >= ?)
-            AND (r.lane IS NULL OR (SELECT COUNT(*) FROM run o JOIN execution x ON x.execution_id = o.execution_id
-                                    WHERE o.lane = r.lane AND o.pending = 1 AND o.run_id <> r.run_id AND {_AT_WORK}) < r.lane_limit)
-            ORDER BY r.due_unix_ns, r.seq LIMIT ?""",
-        (now, now, *values, now, limit),
-    ).fetchall()
-    found = [DueRun(_record(tx, row), lapsed=lapsed_too) for row in rows]
+    found = [DueRun(run, lapsed=lapsed_too) for run in _waiting(tx, tasks, limit, but)]
     if lapsed_too:
         # Ahead of those that wait, of which there may be any number.
+        task_among, values = tx.among(tasks)
+        but_among, but_values = tx.among(but)
         rows = tx.execute(
             f"""{_RUN} JOIN process p ON p.process_id = a.process_id
                 WHERE r.pending = 1 AND e.state = '{RUNNING}' AND a.state = '{RUNNING}' AND e.attempts < r.max_attempts
-                AND {_LAPSED} AND r.task {among} ORDER BY r.due_unix_ns, r.seq LIMIT ?""",
-            (now, *values, limit),
+                AND {_LAPSED} AND r.task {task_among} AND NOT r.run_id {but_among} ORDER BY r.due_unix_ns, r.seq LIMIT ?""",
+            (tx.now_unix_ns(), *values, *but_values, limit),
         ).fetchall()
         found = [DueRun(_record(tx, row), lapsed=True) for row in rows] + found
     return found
+
+
+def _waiting(tx: Transaction, tasks: Sequence[str], limit: int, but: Sequence[str]) -> list[RunRecord]:
+    now = tx.now_unix_ns()
+    task_among, values = tx.among(tasks)
+    but_among, but_values = tx.among(but)
+    found: list[RunRecord] = []
+    taken: Counter[str] = Counter()
+    full: set[str] = set()
+    place = (-1, -1)
+    while True:
+        full_among, full_values = tx.among(sorted(full))
+        rows = tx.execute(
+            f"""WITH {_AT_WORK} SELECT {_ROOM}, {_WHOLE} {_FROM}
+                LEFT JOIN process p ON p.process_id = a.process_id AND p.clock_unix_ns > 0
+                WHERE r.pending = 1 AND (r.due_unix_ns, r.seq) > (?, ?) AND r.due_unix_ns <= ? AND r.task {task_among}
+                AND (r.lane IS NULL OR (NOT r.lane {full_among} AND {_ROOM} > 0)) AND NOT r.run_id {but_among}
+                AND (e.state = '{QUEUED}' OR (e.state = '{RETRYING}' AND {_RETRIED}))
+                AND (e.attempts > 0 OR r.expires_unix_ns IS NULL OR r.expires_unix_ns >= ?)
+                ORDER BY r.due_unix_ns, r.seq LIMIT ?""",
+            (*place, now, *values, *full_values, *but_values, now, now, limit),
+        ).fetchall()
+        for room, *row in rows:
+            run = _record(tx, row)
+            place = (run.due_unix_ns, run.seq)
+            if run.lane is not None and taken[run.lane] >= room:
+                full.add(run.lane)
+                continue
+            found.append(run)
+            if run.lane is not None and not run.goes_on:  # what goes on has its place already
+                taken[run.lane] += 1
+        if len(rows) < limit or len(found) >= limit:
+            return found[:limit]
 
 
 def hopeless_runs(tx: Transaction, *, limit: int) -> list[RunRecord]:
@@ -516,11 +548,7 @@ def _is_full(tx: Transaction, lane: str, limit: int, but: str) -> bool:
         # Held until the commit, so that two that open runs of one lane count one after the other.
         tx.execute("INSERT INTO run_lane (lane) VALUES (?) ON CONFLICT (lane) DO NOTHING", (lane,))
         tx.execute(f"SELECT 1 FROM run_lane WHERE lane = ? {tx.lock}", (lane,))
-    row = tx.execute(
-        f"""SELECT COUNT(*) FROM run o JOIN execution x ON x.execution_id = o.execution_id
-            WHERE o.lane = ? AND o.pending = 1 AND o.execution_id <> ? AND {_AT_WORK}""",
-        (lane, but),
-    ).fetchone()
+    row = tx.execute(f"WITH {_AT_WORK} SELECT COUNT(*) FROM at_work WHERE lane = ? AND execution_id <> ?", (lane, but)).fetchone()
     return int(row[0]) >= limit
 
 

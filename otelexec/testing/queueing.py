@@ -46,6 +46,8 @@ from otelexec.testing.rows import OpenStore, beat, closing, execution, losing, o
 from otelexec.testing.sharing import at_once
 
 HOUR = 3_600_000_000_000
+MOST_SECONDS = 0.5
+"""How long a look for what is due may take: some milliseconds, on a machine that does other things as well."""
 
 
 def run_row(run_id: str = "r", *, task: str = "task", lane: str | None = None, limit: int = 1, attempts: int = 3, delay: int = 0) -> RunRow:
@@ -228,6 +230,8 @@ class QueueContract:
         opened(store, exclusive("t1", "e-r", process_id="hung"))
         first = until_lapsed(store)
         assert (first.run.run_id, first.lapsed) == ("r", True), "ahead of any number that wait"
+        others = store.read(lambda tx: statements.due_runs(tx, ("task",), limit=100, lapsed_too=True, but=("r",)))
+        assert len(others) == 20
         second = replace(exclusive("t2", "e-r"), takes_lapsed=True, expected_attempts=1)
         assert opened(store, second).number == 2
         write(store, closing(second, FAILED, retrying=True, ended=store.now_unix_ns() - HOUR))
@@ -279,14 +283,66 @@ class QueueContract:
     def test_runs_of_a_lane_wait_for_each_other(self, store: Store) -> None:
         for number in range(3):
             enqueue(store, run_row(f"r{number}", lane="lane", limit=2))
+        assert [each.run.run_id for each in due(store)] == ["r0", "r1"]
         opened(store, exclusive("t0", "e-r0"))
-        assert len(due(store)) == 2
+        assert [each.run.run_id for each in due(store)] == ["r1"]
         opened(store, exclusive("t1", "e-r1"))
         assert not due(store)
         (busy,) = write(store, exclusive("t2", "e-r2"))
         assert isinstance(busy, Busy)
         write(store, closing(opening("t0", "e-r0")))
         assert opened(store, exclusive("t2", "e-r2")).number == 1
+
+    def test_of_each_lane_as_many_are_due_as_have_room(self, store: Store) -> None:
+        for lane, limit in (("one", 1), ("two", 2)):
+            for number in range(9):
+                enqueue(store, run_row(f"{lane}{number}", lane=lane, limit=limit))
+        enqueue(store, run_row("larger", lane="one", limit=3))
+        enqueue(store, run_row("free"))
+
+        def some(*but: str) -> list[str]:
+            found = store.read(lambda tx: statements.due_runs(tx, ("task",), limit=4, lapsed_too=False, but=but))
+            return [each.run.run_id for each in found]
+
+        assert some() == ["one0", "two0", "two1", "free"]
+        assert some("one0", "two0") == ["one1", "two1", "two2", "free"], "what can't be opened does not stand in the way"
+        opened(store, exclusive("t", "e-one0"))
+        assert some() == ["two0", "two1", "larger", "free"], "each by its own limit"
+        opened(store, exclusive("t", "e-two0"))
+        assert some() == ["two1", "larger", "free"]
+        opened(store, exclusive("t", "e-two1"))
+        assert some() == ["larger", "free"]
+
+    def test_a_run_that_goes_on_takes_one_place_in_its_lane(self, store: Store) -> None:
+        for number in range(3):
+            enqueue(store, run_row(f"r{number}", lane="lane", limit=2))
+        outer = exclusive("t", "e-r0")
+        opened(store, outer)
+        core = replace(outer, takes_over=True, outer_token="outer", outer_started_unix_ns=1)
+        opened(store, core)
+        write(store, closing(core, FAILED, retrying=True, ended=store.now_unix_ns() - HOUR))
+        assert "r1" in {each.run.run_id for each in due(store)}
+        opened(store, exclusive("t", "e-r1"))
+        assert "r2" not in {each.run.run_id for each in due(store)}
+        (busy,) = write(store, exclusive("t", "e-r2"))
+        assert isinstance(busy, Busy)
+
+    def test_thousands_may_wait_in_one_lane(self, store: Store) -> None:
+        rows = [run_row(f"r{number}", lane="lane") for number in range(2000)]
+        write(store, *(EnqueueRun(row, ((execution(f"e-{row.run_id}"), "{}"),)) for row in rows))
+        enqueue(store, run_row("free"))
+
+        def looked() -> tuple[list[str], float]:
+            begun = time.monotonic()
+            return [each.run.run_id for each in due(store)], time.monotonic() - begun
+
+        found, seconds = looked()
+        assert found == ["r0", "free"]
+        assert seconds < MOST_SECONDS
+        opened(store, exclusive("t", "e-r0"))
+        found, seconds = looked()
+        assert found == ["free"]
+        assert seconds < MOST_SECONDS
 
     def test_a_key_asks_for_one_run_until_that_has_failed(self, store: Store) -> None:
         key = (RunKey("key/task/k", HOUR),)
