@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 from otelexec import runtime
 from otelexec.settings import Settings
 from otelexec.store.base import Store
+from otelexec.store.sqlite import SqliteStore
 from tests.patience import PATIENCE
 
 if TYPE_CHECKING:
@@ -36,6 +37,14 @@ def is_postgres(url: str) -> bool:
 def sqlite_path(url: str) -> Path:
     """Give the file of a SQLite store."""
     return Path(url.removeprefix("sqlite:///"))
+
+
+class DroppedStore(SqliteStore):
+    """Is closed when a test drops it: from Python 3.13 on sqlite3 warns of connections that nobody closes."""
+
+    def __del__(self) -> None:
+        """Close it."""
+        self.close()
 
 
 def opened(url: str, *, create: bool = True) -> Store:

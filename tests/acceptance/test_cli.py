@@ -34,6 +34,7 @@ from otelexec.store.writes import Cancellation, ClaimOutbox, ExecutionRow, Heart
 from tests.patience import PATIENCE
 from tests.records import until
 from tests.servers import ROOT
+from tests.stores import DroppedStore
 
 SECONDS = 60.0
 WORK = """
@@ -88,11 +89,6 @@ os.kill(os.getpid(), signal.SIGKILL)
 NO_SPACE = "error: input or output failed: No space left on device"
 
 
-class OwnStore(SqliteStore):
-    def __del__(self) -> None:
-        self.close()
-
-
 READING = [["list"], ["list", "--json"], ["show", "x"], ["doctor"], ["doctor", "--json"]]
 
 
@@ -105,7 +101,7 @@ class Cli:
 
     @property
     def store(self) -> SqliteStore:
-        return OwnStore(self.path)
+        return DroppedStore(self.path)
 
     @staticmethod
     def command(*arguments: str) -> list[str]:

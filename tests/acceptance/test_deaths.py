@@ -13,10 +13,9 @@ import pytest
 from otelexec.reconcile import Reconciler
 from otelexec.store.records import ExecutionRecord
 from otelexec.store.spool import Spool
-from otelexec.store.sqlite import SqliteStore
 from tests.acceptance.agreement import disagreements, drained, settle
 from tests.servers import ROOT
-from tests.stores import beside
+from tests.stores import DroppedStore, beside
 
 PRELUDE = """
 import os, signal, sys, time
@@ -37,7 +36,7 @@ def pipes(process: subprocess.Popen[str]) -> tuple[IO[str], IO[str]]:
 
 
 def records(path: Path) -> dict[str, ExecutionRecord]:
-    return {record.name: record for record in SqliteStore(path, create=False).executions()}
+    return {record.name: record for record in DroppedStore(path, create=False).executions()}
 
 
 def settled(path: Path) -> dict[str, ExecutionRecord]:
@@ -101,7 +100,7 @@ with otelexec.execution("after"):
     found = settled(path)
     assert {name: record.state for name, record in found.items()} == {"parent": "succeeded", "busy": "succeeded", "after": "succeeded"}
     assert found["parent"].attempts[0].output == '"by the parent"'
-    assert len(list(SqliteStore(path).executions())) == 1 + 5 + 6
+    assert len(list(DroppedStore(path).executions())) == 1 + 5 + 6
 
 
 def test_a_child_that_is_forked_while_the_spool_is_locked_does_not_keep_its_lock(tmp_path: Path) -> None:
@@ -152,7 +151,7 @@ time.sleep(60)
                     other.close()
                 return taken
 
-        store = SqliteStore(path)
+        store = DroppedStore(path)
         Reconciler(store, ReadTooEarly(store.spool_folder, lambda: None)).run_once()  # type: ignore[arg-type, return-value]
     [attempt] = records(path)["job"].attempts
     assert (attempt.state, attempt.finalized_by) == ("succeeded", "spool")

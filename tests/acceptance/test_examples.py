@@ -18,9 +18,9 @@ import pytest
 
 from otelexec.decoded import DecodedSpan, decode
 from otelexec.store.records import ExecutionRecord
-from otelexec.store.sqlite import SqliteStore
 from tests.records import until
 from tests.servers import STOP_SECONDS, free_ports, missing
+from tests.stores import DroppedStore
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
@@ -128,7 +128,7 @@ def terminals(tmp_path: Path, example: Path) -> Iterator[Terminals]:
 
 
 def test_the_webhook_app_does_what_its_readme_says(terminals: Terminals, tmp_path: Path) -> None:
-    store = SqliteStore(tmp_path / "shop" / "store.db", create=False)
+    store = DroppedStore(tmp_path / "shop" / "store.db", create=False)
     app = terminals.open(terminals.block("python app.py"), tmp_path / "app.log")
     worker = terminals.open(terminals.block("python worker.py"), tmp_path / "worker.log")
     answer = json.loads(terminals.run(terminals.block('"invoice": 7')))
@@ -179,7 +179,7 @@ def test_the_celery_app_does_what_its_readme_says(terminals: Terminals, tmp_path
     answer = json.loads(terminals.run(terminals.block('"invoice": 7')))
     until(lambda: f"page {PAGES_BEFORE_THE_KILL} of" in (tmp_path / "worker.log").read_text(), 40)
     terminals.run(terminals.block("kill -9"))
-    store = SqliteStore(path, create=False)
+    store = DroppedStore(path, create=False)
 
     def chain() -> dict[str, ExecutionRecord]:
         found = {record.name: record for record in store.executions() if record.request_id == answer["request_id"]}
@@ -211,7 +211,7 @@ def finished_example(terminals: Terminals, tmp_path: Path, worker_command: str) 
     answer = json.loads(terminals.run(terminals.block('"invoice": 7')))
     until(lambda: f"page {PAGES_BEFORE_THE_KILL} of" in (tmp_path / "worker.log").read_text(), 40)
     terminals.run(terminals.block("kill -9"))
-    store = SqliteStore(tmp_path / "shop" / "store.db", create=False)
+    store = DroppedStore(tmp_path / "shop" / "store.db", create=False)
 
     def ended() -> list[ExecutionRecord]:
         run = store.execution(answer["execution_id"])
