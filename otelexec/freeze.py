@@ -17,6 +17,7 @@ from opentelemetry.sdk.trace import ReadableSpan
 
 from otelexec import otlp, semconv
 from otelexec.endings import describe, raised_by_signal_handler
+from otelexec.spans import lost_members
 from otelexec.store.writes import (
     CANCELLED,
     FAILED,
@@ -141,14 +142,9 @@ def freeze(execution: Execution, ending: Ending, ended_ns: int, *, outer: bool =
 def _encode(execution: Execution, span: ReadableSpan, ended_ns: int, status: tuple[int, str], attributes: dict[str, Any]) -> bytes:
     """Encode the ended span; what was encoded when it started is used again unless the user's code changed it."""
     row, started_with = execution.attempt_row.span, execution.start_attributes
-    found = otlp.attributes_of(span)
-    # A span drops its oldest attributes when there are too many, and cuts them where the SDK is told to.
-    lost = {name: value for name, value in execution.correlation.members().items() if found.get(name) != value}
-    attributes |= lost
     if (
         row is not None
-        and not lost
-        and started_with == found
+        and started_with == otlp.attributes_of(span)
         and started_with.keys().isdisjoint(attributes)
         and len(span.links) == execution.start_links
         and span.name == execution.name
@@ -157,7 +153,8 @@ def _encode(execution: Execution, span: ReadableSpan, ended_ns: int, status: tup
         return otlp.complete_start(
             row.start, end_unix_ns=ended_ns, attributes=attributes, status_code=status[0], status_message=status[1], events=span.events
         )
-    return otlp.encode_span(span, end_unix_ns=ended_ns, status=status, extra_attributes=attributes)
+    extra = {**lost_members(span, execution.correlation.members()), **attributes}
+    return otlp.encode_span(span, end_unix_ns=ended_ns, status=status, extra_attributes=extra)
 
 
 def _request(span: ReadableSpan, encoded: bytes) -> bytes:
@@ -200,7 +197,8 @@ def observed(runtime: Runtime, execution: Execution, frozen: Frozen) -> RecordOb
         return RecordObserved(row, Frozen(frozen.outcome, b""), None)
     new_id = runtime.id_generator.generate_span_id()
     outcome = frozen.outcome
-    attributes = outcome_attributes(outcome.state, outcome.classification, outcome.error_type)
+    attributes: dict[str, Any] = dict(lost_members(span, execution.correlation.members()))
+    attributes |= outcome_attributes(outcome.state, outcome.classification, outcome.error_type)
     attributes[semconv.OBSERVED_OF] = f"{span.get_span_context().span_id:016x}"
     encoded = otlp.encode_span(
         span,

@@ -199,7 +199,7 @@ def _describe(execution: Execution, runtime: Runtime, base: Context, *, takes_ov
         process_id=runtime.process_id,
         started_unix_ns=execution.started_unix_ns,
         deadline_unix_ns=execution.deadline_unix_ns,
-        span=row_of(span),
+        span=row_of(span, execution.correlation.members()),
         outer_token=None if outer is None else outer.token,
         outer=None if outer is None else outer.attempt_row.span,
         outer_started_unix_ns=None if outer is None else outer.started_unix_ns,

@@ -103,20 +103,22 @@ def encode_scope(scope: InstrumentationScope | None) -> bytes:
     return known[1]
 
 
-def encode_start(span: ReadableSpan) -> bytes:
+def encode_start(span: ReadableSpan, extra_attributes: Mapping[str, Any] | None = None) -> bytes:
     """
     Encode what is known of a span when it starts, for `complete_start` in whichever process ends it.
 
     Args:
         span: A recording SDK span, usually still open: its ids, parent, name, kind, start time, links and the
             attributes it has now.
+        extra_attributes: As for `encode_span`.
 
     Returns:
         Fields of a Span message, not length-delimited.
     """
     parts: list[bytes] = []
     _put_start(parts, span, None)
-    _put_attributes(parts, _HEADS[0x4A], attributes_of(span))
+    attributes = attributes_of(span)
+    _put_attributes(parts, _HEADS[0x4A], {**attributes, **extra_attributes} if extra_attributes else attributes)
     _put_links(parts, span.links)
     _put_counts(parts, ((b"\x50", span.dropped_attributes), (b"\x70", span.dropped_links)))
     return b"".join(parts)

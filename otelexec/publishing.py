@@ -114,7 +114,7 @@ class publish(Block[Message]):  # noqa: N801 (read as a verb: `with publish(...)
         attributes = {**correlation.members(), **self._attributes}
         span = runtime.start_span(self._span_name, base, SpanKind.PRODUCER, attributes, self._links, started)
         patience = runtime.settings.open_timeout_seconds
-        row = row_of(span) if runtime.records else None
+        row = row_of(span, correlation.members()) if runtime.records else None
         if runtime.records:
             queued = RecordQueued(execution_row(self._name, correlation), row, runtime.process_id, started, runtime.open_ancestors(base))
             yield from persist(runtime, queued, durable=False, patience_seconds=patience)
@@ -137,7 +137,7 @@ class publish(Block[Message]):  # noqa: N801 (read as a verb: `with publish(...)
         spans = AddSpans(execution_id=correlation.execution_id, process_id=runtime.process_id)
         if row is not None and isinstance(span, ReadableSpan):
             spans = AddSpans(
-                recorded=((row, request_of((span,), runtime.resource)),),
+                recorded=((row, request_of((span,), runtime.resource, correlation.members())),),
                 execution_id=correlation.execution_id,
                 process_id=runtime.process_id,
             )

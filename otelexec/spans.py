@@ -80,11 +80,25 @@ def span_id_hex(span: trace.Span) -> str:
     return f"{span.get_span_context().span_id:016x}"
 
 
-def row_of(span: trace.Span) -> SpanRow | None:
-    """Give the row of a live span as far as it is known at its start; None when it is not sampled."""
+def row_of(span: trace.Span, members: Mapping[str, str] | None = None) -> SpanRow | None:
+    """
+    Give the row of a live span as far as it is known at its start; None when it is not sampled.
+
+    Args:
+        span: The span.
+        members: The correlation that a span of our own was started with; None for others.
+    """
     if not isinstance(span, ReadableSpan):
         return None
-    return SpanRow(trace_id_hex(span), span_id_hex(span), otlp.encode_start(span))
+    return SpanRow(trace_id_hex(span), span_id_hex(span), otlp.encode_start(span, lost_members(span, members)))
+
+
+def lost_members(span: ReadableSpan, members: Mapping[str, str] | None) -> dict[str, str]:
+    """Give what a span does not hold of its correlation: it drops its oldest attributes, and cuts them, where the SDK limits them."""
+    if not members:
+        return {}
+    found = otlp.attributes_of(span)
+    return {name: value for name, value in members.items() if found.get(name) != value}
 
 
 def keep_attributes(span: trace.Span, attributes: Mapping[str, Any]) -> None:
@@ -93,17 +107,20 @@ def keep_attributes(span: trace.Span, attributes: Mapping[str, Any]) -> None:
         span.set_attributes(attributes)
 
 
-def request_of(spans: Iterable[ReadableSpan], resource: Resource) -> bytes:
+def request_of(spans: Iterable[ReadableSpan], resource: Resource, members: Mapping[str, str] | None = None) -> bytes:
     """
     Encode ended spans as one request.
 
     Args:
         spans: The spans.
         resource: That of the process. A span's own is its tracer's, which a forked child has from its parent.
+        members: As for `row_of`.
     """
     scopes: dict[bytes, list[bytes]] = {}
     for span in spans:
-        scopes.setdefault(otlp.encode_scope(span.instrumentation_scope), []).append(otlp.encode_span(span))
+        scopes.setdefault(otlp.encode_scope(span.instrumentation_scope), []).append(
+            otlp.encode_span(span, extra_attributes=lost_members(span, members))
+        )
     return otlp.wrap(otlp.encode_resource(resource), scopes)
 
 

@@ -108,7 +108,7 @@ class Run:
         if previous is None or not isinstance(span, ReadableSpan) or previous.span_id in {link.context.span_id for link in span.links}:
             return
         span.add_link(previous)
-        execution.attempt_row = replace(execution.attempt_row, span=row_of(span))
+        execution.attempt_row = replace(execution.attempt_row, span=row_of(span, execution.correlation.members()))
         execution.start_links = len(span.links)
         # Whoever closes it in place of this process writes the span from this row.
         self._runtime.write(replace(execution.attempt_row, takes_over=True))

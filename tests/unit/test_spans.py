@@ -266,6 +266,13 @@ def test_a_limit_on_the_length_of_attributes_cuts_no_id(records: Records, monkey
         pass
     records.check_agreement()
     assert records.spans()[0].attributes["otelexec.request_id"] == records.one().request_id
+    with otelexec.publish("sent", destination="q") as message:
+        pass
+    assert records.span_named("send q").attributes["otelexec.execution_id"] == message.id
+    with otelexec.execution("lost") as run:
+        start = records.query("SELECT span_start FROM attempt WHERE state = 'running'")[0][0]
+    assert isinstance(start, bytes)
+    assert run.id.encode() in start  # for whoever ends it in place of this process
 
 
 def test_a_sampler_that_fails_costs_the_span_and_not_the_work(records: Records, caplog: pytest.LogCaptureFixture) -> None:
