@@ -19,7 +19,7 @@ from typing import Any, Final
 from otelexec import runtime as _runtime
 from otelexec.cli import console
 from otelexec.errors import OtelexecError, StoreError, StoreUnavailable
-from otelexec.store import run_statements as statements
+from otelexec.store import run_queries
 from otelexec.store.runs import DueRun
 from otelexec_trigger import engine
 from otelexec_trigger.consume import attempt, leaving
@@ -97,7 +97,7 @@ class Child:
         lapsed_too = now - self._awake_since_ns > lease_ns / 3 and now - store.up_since_unix_ns() > lease_ns
         self._skipped = {run_id: until for run_id, until in self._skipped.items() if until > time.monotonic()}
         skipped = list(self._skipped)
-        return store.read(lambda tx: statements.due_runs(tx, tasks, limit=_CANDIDATES, lapsed_too=lapsed_too, but=skipped))
+        return store.read(lambda tx: run_queries.due_runs(tx, tasks, limit=_CANDIDATES, lapsed_too=lapsed_too, but=skipped))
 
 
 def load(app: str) -> None:

@@ -25,7 +25,7 @@ from otelexec.envelope import receive
 from otelexec.errors import SettingsError, StoreUnavailable
 from otelexec.lifecycle import execution_row
 from otelexec.propagation import entries, incoming
-from otelexec.store import run_statements as statements
+from otelexec.store import run_queries
 from otelexec.store.base import Store
 from otelexec.store.runs import (
     AddTags,
@@ -169,17 +169,17 @@ def create_batch(run_count: int, carrier: Mapping[str, str], *, key: str | None 
 
 def find(run_id: str) -> RunRecord | None:
     """Give a run; None when there is none."""
-    return read(lambda tx: statements.find_run(tx, run_id))
+    return read(lambda tx: run_queries.find_run(tx, run_id))
 
 
 def find_by_key(task: str, key: str) -> RunRecord | None:
     """Give the run that holds a task's idempotency key; None when none does."""
-    return read(lambda tx: statements.find_key(tx, key_name(task, key)))
+    return read(lambda tx: run_queries.find_key(tx, key_name(task, key)))
 
 
 def find_batch(batch_id: str) -> BatchRecord | None:
     """Give a batch; None when there is none."""
-    return read(lambda tx: statements.find_batch(tx, batch_id))
+    return read(lambda tx: run_queries.find_batch(tx, batch_id))
 
 
 def list_runs(
@@ -204,7 +204,7 @@ def list_runs(
     """
     found: list[RunRecord] = []
     while len(found) < limit:
-        page = read(lambda tx: statements.list_runs(tx, limit=_PAGE, before=before, after=after, tasks=tasks, batch_id=batch_id))  # noqa: B023 (called at once)
+        page = read(lambda tx: run_queries.list_runs(tx, limit=_PAGE, before=before, after=after, tasks=tasks, batch_id=batch_id))  # noqa: B023 (called at once)
         among = [run for run in page if wanted(run)]
         found = found + among if after is None else among + found
         if len(page) < _PAGE:

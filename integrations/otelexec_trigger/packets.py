@@ -12,7 +12,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from otelexec.store import run_statements as statements
+from otelexec.store import run_queries
 from otelexec.store.runs import PutPacket
 from otelexec_trigger import engine, wire
 from otelexec_trigger.asking import storable
@@ -53,7 +53,7 @@ class Packets:
     async def download(self, request: Request) -> Response:
         """Give what was uploaded."""
         name = self._checked(request, "GET")
-        found = await run_in_threadpool(lambda: engine.read(lambda tx: statements.find_packet(tx, name)))
+        found = await run_in_threadpool(lambda: engine.read(lambda tx: run_queries.find_packet(tx, name)))
         if found is None:
             raise Refused(404, "nothing was uploaded here")
         return Response(found[0], media_type=found[1])

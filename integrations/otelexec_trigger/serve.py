@@ -21,7 +21,7 @@ from starlette.routing import Route
 
 from otelexec import semconv
 from otelexec.errors import SettingsError, StoreError, StoreRejected
-from otelexec.store import run_statements as statements
+from otelexec.store import run_queries
 from otelexec.store.runs import RunRecord
 from otelexec_trigger import engine, wire
 from otelexec_trigger.asking import RunRequest
@@ -148,7 +148,7 @@ class Server:
     def _stored(name: Any) -> tuple[str, str]:
         if not isinstance(name, str) or not name:
             raise Refused(400, "the payload of application/store is the name of what was uploaded")
-        found = engine.read(lambda tx: statements.find_packet(tx, name))
+        found = engine.read(lambda tx: run_queries.find_packet(tx, name))
         if found is None:
             raise Refused(400, f"nothing was uploaded as {name[:128]!r}")
         return found

@@ -9,7 +9,7 @@ from typing import Final
 from otelexec import runtime as _runtime
 from otelexec.errors import StoreError, StoreUnavailable
 from otelexec.reconcile import Reconciler
-from otelexec.store import run_statements as statements
+from otelexec.store import run_queries
 from otelexec.store.runs import ForgetRuns
 from otelexec_trigger import engine
 from otelexec_trigger.consume import dismiss
@@ -60,13 +60,13 @@ class Sweeper:
             OSError: A spool could not be read.
         """
         self._reconciler.run_once()
-        for run in engine.read(lambda tx: statements.hopeless_runs(tx, limit=_BATCH)):
+        for run in engine.read(lambda tx: run_queries.hopeless_runs(tx, limit=_BATCH)):
             try:
                 dismiss(run)
             except StoreUnavailable:
                 raise
             except Exception:  # those behind it are closed all the same
                 logger.exception("otelexec.trigger.sweep: %s", run.run_id)
-        ended = engine.read(lambda tx: statements.ended_runs(tx, limit=_BATCH))
+        ended = engine.read(lambda tx: run_queries.ended_runs(tx, limit=_BATCH))
         if ended:
             engine.commit(ForgetRuns(tuple(ended)))

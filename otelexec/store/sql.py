@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
-from otelexec.store import outbox_statements, run_statements
+from otelexec.store import outbox_statements, run_admission, run_statements
 from otelexec.store.outbox_statements import add_row
 from otelexec.store.schema import Transaction
 from otelexec.store.writes import (
@@ -130,10 +130,10 @@ def open_attempt(tx: Transaction, write: OpenAttempt) -> Opened | Busy:
         found = tx.execute(_FIND_OPENED, (execution.execution_id, write.token)).fetchone()
         if found is not None:
             return Opened(found[0], bool(found[1]), _cancellation(tx, execution.execution_id), found[2])
-    if write.exclusive and (reason := run_statements.hindrance(tx, write)) is not None:
+    if write.exclusive and (reason := run_admission.hindrance(tx, write)) is not None:
         return Busy(reason)
     if write.number is not None:
-        run_statements.ensure_execution(tx, execution)
+        run_admission.ensure_execution(tx, execution)
         before = write.number - 1
         tx.execute("UPDATE execution SET attempts = ? WHERE execution_id = ? AND attempts < ?", (before, execution.execution_id, before))
     number, state, snapshot, requested, terminate = tx.execute(
@@ -298,9 +298,9 @@ def close_lost(tx: Transaction, write: CloseLost) -> bool:
     row = tx.execute(_CLOSE_ATTEMPT, (*_closing_values(outcome), None, write.execution_id, write.token)).fetchone()
     if row is None:
         return False
-    if outcome.state == LOST and run_statements.is_cancelled(tx, write.execution_id):
+    if outcome.state == LOST and run_admission.is_cancelled(tx, write.execution_id):
         outcome = replace(outcome, state=CANCELLED, sticky=True)  # the attempt stays lost
-    elif outcome.state == LOST and run_statements.is_retried(tx, write.execution_id, row[0]):
+    elif outcome.state == LOST and run_admission.is_retried(tx, write.execution_id, row[0]):
         outcome = replace(outcome, retrying=True)
     _end_execution(tx, write.execution_id, row[0], outcome, duplicate=bool(row[1]))
     if write.frozen.request:

@@ -6,7 +6,7 @@ import time
 from dataclasses import replace
 from functools import partial
 
-from otelexec.store import run_statements as statements
+from otelexec.store import run_queries
 from otelexec.store.base import Store
 from otelexec.store.runs import (
     AddTags,
@@ -71,14 +71,14 @@ def exclusive(token: str, execution_id: str, *, process_id: str = "p") -> OpenAt
 
 def found(store: Store, run_id: str = "r") -> RunRecord:
     """Give a run that must be there."""
-    run = store.read(lambda tx: statements.find_run(tx, run_id))
+    run = store.read(lambda tx: run_queries.find_run(tx, run_id))
     assert run is not None
     return run
 
 
 def due(store: Store, *tasks: str, lapsed: bool = False) -> list[DueRun]:
     """Give what may be attempted."""
-    return store.read(lambda tx: statements.due_runs(tx, tasks or ("task",), limit=100, lapsed_too=lapsed))
+    return store.read(lambda tx: run_queries.due_runs(tx, tasks or ("task",), limit=100, lapsed_too=lapsed))
 
 
 def until_lapsed(store: Store) -> DueRun:
@@ -230,7 +230,7 @@ class QueueContract:
         opened(store, exclusive("t1", "e-r", process_id="hung"))
         first = until_lapsed(store)
         assert (first.run.run_id, first.lapsed) == ("r", True), "ahead of any number that wait"
-        others = store.read(lambda tx: statements.due_runs(tx, ("task",), limit=100, lapsed_too=True, but=("r",)))
+        others = store.read(lambda tx: run_queries.due_runs(tx, ("task",), limit=100, lapsed_too=True, but=("r",)))
         assert len(others) == 20
         second = replace(exclusive("t2", "e-r"), takes_lapsed=True, expected_attempts=1)
         assert opened(store, second).number == 2
@@ -301,7 +301,7 @@ class QueueContract:
         enqueue(store, run_row("free"))
 
         def some(*but: str) -> list[str]:
-            found = store.read(lambda tx: statements.due_runs(tx, ("task",), limit=4, lapsed_too=False, but=but))
+            found = store.read(lambda tx: run_queries.due_runs(tx, ("task",), limit=4, lapsed_too=False, but=but))
             return [each.run.run_id for each in found]
 
         assert some() == ["one0", "two0", "two1", "free"]
@@ -348,13 +348,13 @@ class QueueContract:
         key = (RunKey("key/task/k", HOUR),)
         enqueue(store, run_row("r1"), keys=key)
         assert enqueue(store, run_row("r2"), keys=key) == Enqueued("r1", "e-r1", cached=True, created=False)
-        held = store.read(lambda tx: statements.find_key(tx, "key/task/k"))
+        held = store.read(lambda tx: run_queries.find_key(tx, "key/task/k"))
         assert held is not None
         assert held.run_id == "r1"
         attempt = exclusive("t", "e-r1")
         opened(store, attempt)
         write(store, closing(attempt, FAILED))
-        assert store.read(lambda tx: statements.find_key(tx, "key/task/k")) is None
+        assert store.read(lambda tx: run_queries.find_key(tx, "key/task/k")) is None
         assert enqueue(store, run_row("r3"), keys=key).created
         assert write(store, ResetKey("key/task/k"), ResetKey("key/task/k")) == [True, False]
         assert enqueue(store, run_row("r4"), keys=key).created
@@ -399,19 +399,19 @@ class QueueContract:
         assert enqueue(store, row).created
         assert enqueue(store, replace(row, run_id="r2")) == Enqueued("r1", "e-r1", cached=False, created=False)
         enqueue(store, replace(row, run_id="r3", batch_index=1))
-        batch = store.read(lambda tx: statements.find_batch(tx, "b1"))
+        batch = store.read(lambda tx: run_queries.find_batch(tx, "b1"))
         assert batch is not None
         assert (batch.run_count, batch.runs) == (2, ("r1", "r3"))
-        runs = store.read(lambda tx: statements.list_runs(tx, limit=10, batch_id="b1"))
+        runs = store.read(lambda tx: run_queries.list_runs(tx, limit=10, batch_id="b1"))
         assert [run.run_id for run in runs] == ["r3", "r1"]
-        assert store.read(lambda tx: statements.find_batch(tx, "none")) is None
+        assert store.read(lambda tx: run_queries.find_batch(tx, "none")) is None
 
     def test_the_key_of_a_batch_that_was_pruned_is_the_next_ones(self, store: Store) -> None:
         keys = (RunKey("request", HOUR, exact=True), RunKey("batch/b", HOUR))
         assert write(store, CreateBatch("b1", 1, "{}", keys)) == [("b1", False)]
         write(store, Prune(store.now_unix_ns() + 1))
         assert write(store, CreateBatch("b2", 1, "{}", keys), CreateBatch("b3", 1, "{}", keys[1:])) == [("b2", False), ("b2", True)]
-        assert store.read(lambda tx: statements.find_batch(tx, "b2")) is not None
+        assert store.read(lambda tx: run_queries.find_batch(tx, "b2")) is not None
 
     def test_an_item_of_a_batch_whose_key_has_a_run_is_that_run(self, store: Store) -> None:
         key = (RunKey("key/task/k", HOUR),)
@@ -421,7 +421,7 @@ class QueueContract:
         for _ in range(2):
             item = replace(run_row("r2"), batch_id="b1", batch_index=0)
             assert enqueue(store, item, keys=key).run_id == "known"
-        batch = store.read(lambda tx: statements.find_batch(tx, "b1"))
+        batch = store.read(lambda tx: run_queries.find_batch(tx, "b1"))
         assert batch is not None
         assert batch.runs == ("known", "r1")
 
@@ -436,7 +436,7 @@ class QueueContract:
         assert write(store, *changes) == [True, False, None]
         write(store, SetRunOutput("e-r", "42"), PutPacket("name", "content", "text/plain"))
         assert (found(store).metadata, found(store).result) == ("1", "42")
-        assert store.read(lambda tx: statements.find_packet(tx, "name")) == ("content", "text/plain")
+        assert store.read(lambda tx: run_queries.find_packet(tx, "name")) == ("content", "text/plain")
 
     def test_runs_that_will_not_be_run_are_found(self, store: Store) -> None:
         enqueue(store, replace(run_row("expired", lane="lane"), ttl_ns=-1))
@@ -445,7 +445,7 @@ class QueueContract:
         enqueue(store, run_row("running", lane="lane"))
         write(store, RequestCancel("e-cancelled", Cancellation(1, terminate=True)))
         opened(store, exclusive("t", "e-running"))
-        hopeless = store.read(lambda tx: statements.hopeless_runs(tx, limit=10))
+        hopeless = store.read(lambda tx: run_queries.hopeless_runs(tx, limit=10))
         assert {run.run_id for run in hopeless} == {"expired", "cancelled"}
         # An attempt that only closes it takes no place in its lane.
         assert opened(store, exclusive("t2", "e-expired")).number == 1
@@ -457,11 +457,11 @@ class QueueContract:
         attempt = exclusive("t", "e-r1")
         opened(store, attempt)
         write(store, replace(closing(attempt), frozen=replace(closing(attempt).frozen, request=b"")))
-        assert store.read(lambda tx: statements.ended_runs(tx, limit=10)) == ["e-r1"]
+        assert store.read(lambda tx: run_queries.ended_runs(tx, limit=10)) == ["e-r1"]
         write(store, ForgetRuns(("e-r1",)))
-        assert not store.read(lambda tx: statements.ended_runs(tx, limit=10))
+        assert not store.read(lambda tx: run_queries.ended_runs(tx, limit=10))
         write(store, Prune(store.now_unix_ns() + 1))
-        assert store.read(lambda tx: statements.find_run(tx, "r1")) is None
+        assert store.read(lambda tx: run_queries.find_run(tx, "r1")) is None
         assert found(store, "r2").state == "queued"
 
     def test_a_queued_execution_whose_message_was_taken_back_is_cancelled_for_good(self, store: Store) -> None:
@@ -481,17 +481,17 @@ class QueueContract:
     def test_lists_go_both_ways(self, store: Store) -> None:
         for number in range(5):
             enqueue(store, run_row(f"r{number}", task=f"task{number % 2}"))
-        newest = store.read(lambda tx: statements.list_runs(tx, limit=2))
+        newest = store.read(lambda tx: run_queries.list_runs(tx, limit=2))
         assert [run.run_id for run in newest] == ["r4", "r3"]
         assert [(run.payload, found(store, run.run_id).payload) for run in newest] == [(None, "1")] * 2, "a list may be long"
-        older = store.read(lambda tx: statements.list_runs(tx, limit=2, before=newest[-1].seq))
+        older = store.read(lambda tx: run_queries.list_runs(tx, limit=2, before=newest[-1].seq))
         assert [run.run_id for run in older] == ["r2", "r1"]
-        newer = store.read(lambda tx: statements.list_runs(tx, limit=2, after=older[-1].seq))
+        newer = store.read(lambda tx: run_queries.list_runs(tx, limit=2, after=older[-1].seq))
         assert [run.run_id for run in newer] == ["r3", "r2"]
-        assert len(store.read(lambda tx: statements.list_runs(tx, limit=9, tasks=("task0",)))) == 3
+        assert len(store.read(lambda tx: run_queries.list_runs(tx, limit=9, tasks=("task0",)))) == 3
 
     def test_a_task_may_have_any_name(self, store: Store) -> None:
         enqueue(store, run_row("r", task="a\0b"))
-        listed = store.read(lambda tx: statements.list_runs(tx, limit=9, tasks=("none\0", "a\0b")))
+        listed = store.read(lambda tx: run_queries.list_runs(tx, limit=9, tasks=("none\0", "a\0b")))
         assert [run.run_id for run in listed] == ["r"]
         assert [each.run.run_id for each in due(store, "none\0", "a\0b")] == ["r"]
