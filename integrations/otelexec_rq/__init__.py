@@ -33,7 +33,7 @@ from rq.registry import StartedJobRegistry
 
 from otelexec import runtime as _runtime
 from otelexec.patches import Patches
-from otelexec_rq import callbacks, consume, publish, schedule, worker
+from otelexec_rq import callbacks, consume, publish, schedule, spawning, unrun, worker
 from otelexec_rq.settings import CHOICES
 
 __all__ = ["RQInstrumentor"]
@@ -124,7 +124,7 @@ def _patch_sending(patches: Patches) -> None:
 def _patch_running(patches: Patches) -> None:
     patches.replace(Job, "perform", consume.wrap_perform)
     patches.replace(Job, "save_meta", consume.wrap_save_meta)
-    patches.replace(Job, "cancel", worker.wrap_cancel)
+    patches.replace(Job, "cancel", unrun.wrap_cancel)
     _patch_workers(patches, "perform_job", consume.wrap_perform_job)
     _patch_workers(patches, "handle_execution_ended", consume.wrap_execution_ended)
     for kind in callbacks.KINDS:
@@ -136,17 +136,17 @@ def _patch_running(patches: Patches) -> None:
 
 
 def _patch_worker(patches: Patches) -> None:
-    spawning = getattr(rq_worker, "SpawnWorker", None)
-    if spawning is not None:
-        patches.replace(spawning, "fork_work_horse", worker.wrap_spawn)
+    spawn_worker = getattr(rq_worker, "SpawnWorker", None)
+    if spawn_worker is not None:
+        patches.replace(spawn_worker, "fork_work_horse", spawning.wrap_spawn)
     _patch_workers(patches, "fork_work_horse", worker.after(worker.on_horse_started))
     _patch_workers(patches, "wait_for_horse", worker.wrap_wait_for_horse)
     _patch_workers(patches, "kill_horse", worker.wrap_kill_horse)
     _patch_workers(patches, "request_force_stop", worker.before(worker.on_force_stop))
     _patch_workers(patches, "register_birth", worker.after(worker.on_worker_started))
     _patch_workers(patches, "register_death", worker.after(worker.on_worker_ended))
-    patches.replace(StartedJobRegistry, "cleanup", worker.wrap_cleanup)
-    patches.replace(IntermediateQueue, "cleanup", worker.wrap_intermediate_cleanup)
+    patches.replace(StartedJobRegistry, "cleanup", unrun.wrap_cleanup)
+    patches.replace(IntermediateQueue, "cleanup", unrun.wrap_intermediate_cleanup)
     patches.on_undo(worker.MAIN.forget)
 
 
