@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from collections import Counter
 from typing import Annotated, Final
 
 import typer
@@ -11,10 +12,9 @@ import typer
 from otelexec.cli import console, options
 from otelexec.cli.progress import Advance
 from otelexec.errors import StoreError
-from otelexec.store.writes import Prune
+from otelexec.store.pruning import deletions
+from otelexec.store.writes import Prune, Pruned
 
-BATCH: Final = 500
-"""Executions deleted in one transaction: workers wait no longer than that takes."""
 _UNITS: Final = {"s": 1, "m": 60, "h": 3_600, "d": 86_400, "w": 604_800}
 _MOST_SECONDS: Final = 100 * 366 * 86_400
 
@@ -37,21 +37,29 @@ def prune(
     settings = options.load(store=store)
     with options.opened(settings) as opened:
         before = opened.store.now_unix_ns() - int(age * 1e9)
-        deleted = 0
-        with Advance("Deleting", "executions") as advance:
-            while True:
-                try:
-                    [count] = opened.commit([Prune(before, BATCH)])
-                except StoreError as error:
-                    raise options.Failure(f"deleted {console.plural(deleted, 'execution')}, then: {error}") from error
-                if isinstance(count, Exception):
-                    raise options.Failure(f"deleted {console.plural(deleted, 'execution')}, then: {count}")
-                deleted += count
+        deleted: Counter[str] = Counter()
+
+        def so_far() -> str:
+            return console.plural(deleted["execution"], "execution")
+
+        def step(write: Prune) -> Pruned:
+            start = time.monotonic()
+            try:
+                [done] = opened.commit([write])
+            except StoreError as error:
+                raise options.Failure(f"deleted {so_far()}, then: {error}") from error
+            if not isinstance(done, Pruned):
+                raise options.Failure(f"deleted {so_far()}, then: {done}")
+            time.sleep(time.monotonic() - start)  # workers get the store for as long as they had to wait for it
+            return done
+
+        with Advance("Deleting", "rows") as advance:
+            for table, count in deletions(step, before):
+                deleted[table] += count
                 advance.add(count)
-                if count < BATCH:
-                    break
-                time.sleep(0)  # let a worker have the lock
-        console.say(f"Deleted {console.plural(deleted, 'execution')} that ended before {console.local_time(before)}.")
+        others = deleted.total() - deleted["execution"]
+        beside = f", and {console.plural(others, 'row')} of processes, keys and the like that nothing needs any more" if others else ""
+        console.say(f"Deleted {so_far()} that ended before {console.local_time(before)}{beside}.")
 
 
 def parse_duration(text: str) -> float:

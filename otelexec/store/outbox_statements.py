@@ -1,14 +1,14 @@
-"""The statements of the outbox, and those that delete what nobody needs any more; as in `sql.py`."""
+"""The statements of the outbox; as in `sql.py`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Final
 
 from otelexec.store.schema import Transaction
-from otelexec.store.writes import ClaimOutbox, ForgetNonces, OutboxRow, Prune, ReleaseClaims, RetryParked, SettleOutbox
+from otelexec.store.writes import ClaimOutbox, ForgetNonces, OutboxRow, ReleaseClaims, RetryParked, SettleOutbox
 
-_MAX_PARAMETERS = 512  # with the others of a statement still below 999, SQLite's limit before 3.32
+MAX_PARAMETERS: Final = 512  # with the others of a statement still below 999, SQLite's limit before 3.32
 
 
 def add_row(tx: Transaction, request: bytes, count: int, execution_id: str | None) -> None:
@@ -36,14 +36,14 @@ def claim_outbox(tx: Transaction, write: ClaimOutbox) -> list[OutboxRow]:
         wanted.append(row_id)
     until = now + int(write.lease_seconds * 1e9)
     claimed: list[OutboxRow] = []
-    for among, ids in _chunks(tx, wanted):
+    for among, ids in chunks(tx, wanted):
         mine = tx.execute(
             f"""INSERT INTO claim (id, owner, until_unix_ns) SELECT id, ?, ? FROM outbox WHERE id {among}
                 ON CONFLICT (id) DO UPDATE SET owner = excluded.owner, until_unix_ns = excluded.until_unix_ns
                 WHERE claim.until_unix_ns < ? RETURNING id""",
             (write.owner, until, *ids, now),
         ).fetchall()
-        for which, taken in _chunks(tx, [row[0] for row in mine]):
+        for which, taken in chunks(tx, [row[0] for row in mine]):
             rows = tx.execute(f"SELECT id, request, count, failures FROM outbox WHERE id {which} ORDER BY id", taken).fetchall()
             claimed += [OutboxRow(row[0], bytes(row[1]), row[2], row[3]) for row in rows]
     return claimed
@@ -58,18 +58,18 @@ def settle_outbox(tx: Transaction, write: SettleOutbox) -> None:
             (reason, tx.now_unix_ns(), row_id),
         )
     gone = (*write.delivered, *(row_id for row_id, _ in write.parked))
-    for among, ids in _chunks(tx, gone):
+    for among, ids in chunks(tx, gone):
         tx.execute(f"DELETE FROM outbox WHERE id {among}", ids)
-    for among, ids in _chunks(tx, write.failed):
+    for among, ids in chunks(tx, write.failed):
         tx.execute(f"UPDATE outbox SET failures = failures + 1 WHERE id {among}", ids)
-    for among, ids in _chunks(tx, (*gone, *write.released, *write.failed)):
+    for among, ids in chunks(tx, (*gone, *write.released, *write.failed)):
         tx.execute(f"DELETE FROM claim WHERE owner = ? AND id {among}", (write.owner, *ids))
 
 
-def _chunks(tx: Transaction, ids: Sequence[Any]) -> Iterator[tuple[str, Sequence[Any]]]:
+def chunks(tx: Transaction, ids: Sequence[Any]) -> Iterator[tuple[str, Sequence[Any]]]:
     """Give ids in lists that one statement can take, each as the end of a condition with its parameters."""
-    for start in range(0, len(ids), _MAX_PARAMETERS):
-        yield tx.among(ids[start : start + _MAX_PARAMETERS])
+    for start in range(0, len(ids), MAX_PARAMETERS):
+        yield tx.among(ids[start : start + MAX_PARAMETERS])
 
 
 def release_claims(tx: Transaction, write: ReleaseClaims) -> int:
@@ -83,7 +83,7 @@ def retry_parked(tx: Transaction, _: RetryParked) -> int:
     while True:
         rows = tx.execute(
             "DELETE FROM parked WHERE id IN (SELECT id FROM parked ORDER BY id LIMIT ?) RETURNING id, request, count, execution_id",
-            (_MAX_PARAMETERS,),
+            (MAX_PARAMETERS,),
         ).fetchall()
         if not rows:
             return moved
@@ -97,46 +97,10 @@ def forget_nonces(tx: Transaction, write: ForgetNonces) -> None:
     tx.execute("DELETE FROM written WHERE nonce < ?", (write.before,))
 
 
-def prune(tx: Transaction, write: Prune) -> int:
-    """Delete a batch of old ended executions; what is undelivered, parked or open keeps its execution."""
-    rows = tx.execute(
-        f"""SELECT o.execution_id FROM execution o WHERE o.ended_unix_ns < ?
-            AND NOT EXISTS (SELECT 1 FROM attempt a WHERE a.execution_id = o.execution_id
-                            AND (a.state = 'running' OR (a.outer_token IS NOT NULL AND a.outer_outcome IS NULL)))
-            AND NOT EXISTS (SELECT 1 FROM outbox w WHERE w.execution_id = o.execution_id)
-            AND NOT EXISTS (SELECT 1 FROM parked w WHERE w.execution_id = o.execution_id)
-            ORDER BY o.ended_unix_ns LIMIT ? {tx.skip_locked}""",
-        (write.ended_before_unix_ns, write.limit),
-    ).fetchall()
-    for among, ids in _chunks(tx, [row[0] for row in rows]):
-        tx.execute(f"DELETE FROM cancellation WHERE execution_id IN (SELECT token FROM attempt WHERE execution_id {among})", ids)
-        for table in ("attempt", "cancellation", "contribution", "run", "execution"):
-            tx.execute(f"DELETE FROM {table} WHERE execution_id {among}", ids)
-    tx.execute(
-        """DELETE FROM process WHERE heartbeat_unix_ns < ?
-           AND NOT EXISTS (SELECT 1 FROM attempt a WHERE a.process_id = process.process_id AND a.state = 'running')
-           AND NOT EXISTS (SELECT 1 FROM attempt a WHERE a.process_id = process.process_id
-                           AND a.outer_token IS NOT NULL AND a.outer_outcome IS NULL)
-           AND NOT EXISTS (SELECT 1 FROM open_span s WHERE s.process_id = process.process_id)
-           AND NOT EXISTS (SELECT 1 FROM claim c WHERE c.owner = process.process_id)""",
-        (write.ended_before_unix_ns,),
-    )
-    tx.execute("DELETE FROM ingested WHERE at_unix_ns < ?", (write.ended_before_unix_ns,))
-    tx.execute("DELETE FROM run_packet WHERE at_unix_ns < ?", (write.ended_before_unix_ns,))
-    tx.execute("DELETE FROM run_key WHERE expires_unix_ns < ?", (write.ended_before_unix_ns,))
-    tx.execute(
-        """DELETE FROM run_batch WHERE created_unix_ns < ?
-           AND NOT EXISTS (SELECT 1 FROM run r WHERE r.batch_id = run_batch.batch_id)""",
-        (write.ended_before_unix_ns,),
-    )
-    return len(rows)
-
-
 APPLY: dict[type, Callable[[Transaction, Any], object]] = {
     ClaimOutbox: claim_outbox,
     SettleOutbox: settle_outbox,
     ReleaseClaims: release_claims,
     RetryParked: retry_parked,
     ForgetNonces: forget_nonces,
-    Prune: prune,
 }

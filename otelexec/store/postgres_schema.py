@@ -49,11 +49,10 @@ STARTED: Final = "(extract(epoch FROM greatest(pg_postmaster_start_time(), pg_st
 SERVER_CHANGED: Final = "OX001"
 """SQLSTATE of `commit_writes` where the server is not the one that it was when the caller last looked."""
 
-# What one machine's SQLite file can do without: executions that did not succeed by their state, the ended ones by time.
+# What one machine's SQLite file can do without: executions that did not succeed, by their state.
 # Of a span's bytes there is nothing to compress that would be worth the time.
 _OWN: Final = (
     "CREATE INDEX execution_state ON execution (state, seq) WHERE state <> 'succeeded'",
-    "CREATE INDEX execution_ended ON execution (ended_unix_ns) WHERE ended_unix_ns IS NOT NULL",
     "ALTER TABLE outbox ALTER COLUMN request SET STORAGE EXTERNAL",
     "ALTER TABLE attempt ALTER COLUMN span_start SET STORAGE EXTERNAL",
 )

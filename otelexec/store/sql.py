@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
-from otelexec.store import outbox_statements, run_admission, run_statements
+from otelexec.store import outbox_statements, pruning, run_admission, run_statements
 from otelexec.store.outbox_statements import add_row
 from otelexec.store.schema import Transaction
 from otelexec.store.writes import (
@@ -521,6 +521,7 @@ _APPLY: dict[type, Callable[[Transaction, Any], object]] = {
     RequestCancel: request_cancel,
     Ingested: ingested,
     **outbox_statements.APPLY,
+    **pruning.APPLY,
     **run_statements.APPLY,
 }
 

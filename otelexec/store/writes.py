@@ -572,15 +572,35 @@ class ForgetNonces:
 @dataclass(frozen=True, slots=True)
 class Prune:
     """
-    Delete ended executions with everything delivered, in one bounded batch. Gives how many were deleted.
+    Look at some rows of a table, in the order of its key, and delete what is old and needed by nobody. Gives `Pruned`.
+
+    What it costs depends on how many rows it looks at, and not on how many there are; see `pruning.deletions`.
 
     Attributes:
-        ended_before_unix_ns: Only executions that ended before this.
-        limit: At most so many.
+        before_unix_ns: Only what ended, expired or gave its last sign of life before this.
+        table: One of `pruning.TABLES`.
+        after: Only rows behind this key; None: from the first one on.
+        limit: At how many rows to look.
     """
 
-    ended_before_unix_ns: int
+    before_unix_ns: int
+    table: str = "execution"
+    after: int | str | None = None
     limit: int = 500
+
+
+@dataclass(frozen=True, slots=True)
+class Pruned:
+    """
+    What a `Prune` did.
+
+    Attributes:
+        deleted: How many rows of the table it deleted, beside what belongs to them.
+        last: The last key that it looked at; None when there is nothing behind it that is old enough.
+    """
+
+    deleted: int
+    last: int | str | None
 
 
 Write: TypeAlias = (

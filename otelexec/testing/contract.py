@@ -6,13 +6,14 @@ from otelexec.testing.attempts import AttemptContract
 from otelexec.testing.family import FamilyContract
 from otelexec.testing.model import check_against_model
 from otelexec.testing.outbox import OutboxContract
+from otelexec.testing.pruning import PruningContract
 from otelexec.testing.queueing import QueueContract
 from otelexec.testing.reading import ReadingContract
 from otelexec.testing.rows import OpenStore
 from otelexec.testing.sharing import SharingContract
 
 
-class StoreContract(AttemptContract, FamilyContract, OutboxContract, QueueContract, ReadingContract, SharingContract):
+class StoreContract(AttemptContract, FamilyContract, OutboxContract, PruningContract, QueueContract, ReadingContract, SharingContract):
     """
     Tests that a store inherits. The class that inherits them has two fixtures.
 

@@ -15,10 +15,9 @@ from otelexec.store.writes import (
     Frozen,
     Heartbeat,
     Outcome,
-    Prune,
     ReadContributions,
 )
-from otelexec.testing.rows import closed, closing, execution, opened, opening, process, record, span, states, write
+from otelexec.testing.rows import closed, closing, execution, opened, opening, process, pruned, record, span, states, write
 
 OOPS = "result_not_stored"
 
@@ -87,6 +86,6 @@ class FamilyContract:
         opened(store, row)
         write(store, Contribute("body", "e", "1" * 32, "a" * 16))
         closed(store, replace(closing(row), frozen=Frozen(Outcome(SUCCEEDED, 10), b"")))
-        assert write(store, Prune(ended_before_unix_ns=2**60)) == [1]
+        assert pruned(store, 2**60) == 1
         opened(store, opening())
         assert write(store, ReadContributions("body")) == [[]]

@@ -6,15 +6,10 @@ from collections.abc import Sequence
 
 from otelexec.store.base import Store
 from otelexec.store.writes import (
-    FAILED,
     AddSpans,
-    Cancellation,
     ClaimOutbox,
     ForgetNonces,
-    Heartbeat,
-    Prune,
     ReleaseClaims,
-    RequestCancel,
     RetryParked,
     SettleOutbox,
 )
@@ -27,8 +22,6 @@ from otelexec.testing.rows import (
     opened,
     opening,
     outbox,
-    outer_closing,
-    process,
     record,
     span,
     write,
@@ -40,8 +33,22 @@ def fill(store: Store, *requests: bytes, execution_id: str | None = None) -> Non
     write(store, *(AddSpans(request, 1, execution_id=execution_id, process_id="p") for request in requests))
 
 
+def deliver_all(store: Store, *, but: bytes = b"") -> None:
+    """Have a relay deliver what waits, except for one request."""
+    rows = claim(store, "deliverer")
+    keep: Sequence[int] = [row.id for row in rows if row.request == but]
+    write(store, SettleOutbox("deliverer", delivered=[row.id for row in rows if row.id not in keep], released=keep))
+
+
+def park_all(store: Store, *, but: bytes = b"") -> None:
+    """Have a relay park what waits, except for one request."""
+    rows = claim(store, "parker")
+    parked = [(row.id, "no") for row in rows if row.request != but]
+    write(store, SettleOutbox("parker", parked=parked, released=[row.id for row in rows]))
+
+
 class OutboxContract:
-    """Spans on their way: written once, claimed, settled, parked, released, pruned."""
+    """Spans on their way: written once, claimed, settled, parked, released."""
 
     def test_spans_are_put_in_with_their_count(self, store: Store) -> None:
         write(store, AddSpans(b"three", 3), AddSpans(), AddSpans(b"one", 1))
@@ -142,73 +149,16 @@ class OutboxContract:
         fill(store, b"2")
         assert claim(store)[0].id > max(row.id for row in first)
 
-    def test_prune_deletes_what_is_old_and_delivered_with_all_that_belongs_to_it(self, store: Store) -> None:
-        for number in range(3):
-            row = opening(f"t{number}", f"e{number}")
-            opened(store, row)
-            wishes = [RequestCancel(name, Cancellation(7, None)) for name in (f"t{number}", f"e{number}")]
-            write(store, *wishes)  # for the attempt alone, and for the execution
-            closed(store, closing(row, ended=10 + number))
-        self._deliver_all(store)
-        assert write(store, Prune(12, limit=1)) == [1]
-        assert write(store, Prune(12)) == [1]
-        assert write(store, Prune(12)) == [0]
-        assert set(store.cancellations(["t0", "e0", "t1", "e1", "t2", "e2"])) == {"t2", "e2"}
-        assert [found.execution_id for found in store.executions()] == ["e2"]
-        assert store.statistics().executions == {"succeeded": 1}
-        assert opened(store, opening("new", "e0")).number == 1
-
-    def test_prune_never_takes_what_is_undelivered_parked_or_open(self, store: Store) -> None:
-        names = ("undelivered", "parked", "outer open", "running again", "children", "paused")
-        for name in names:
-            row = opening(f"t {name}", name)
-            opened(store, row)
-            if name == "outer open":
-                core = opening(f"t {name}", name, outer_token=f"t {name}", takes_over=True)
-                opened(store, core)
-            closed(store, closing(row, "paused" if name == "paused" else FAILED, ended=10))
-            if name == "parked":
-                self._park_all(store)
-            elif name != "undelivered":
-                self._deliver_all(store, but=b"failed t undelivered")
-        opened(store, opening("second", "running again"))
-        fill(store, b"late child", execution_id="children")
-        assert write(store, Prune(2**62)) == [0]
-        assert {found.execution_id for found in store.executions()} == set(names)
-        write(store, outer_closing("t outer open", "outer open"))
-        self._deliver_all(store, but=b"failed t undelivered")
-        assert write(store, Prune(2**62)) == [2]
-        assert {found.execution_id for found in store.executions()} == {"undelivered", "parked", "running again", "paused"}
-
-    def test_prune_keeps_a_process_that_has_something_open(self, store: Store) -> None:
-        write(store, Heartbeat(process("busy")), Heartbeat(process("idle")), Heartbeat(process("claims")))
-        opened(store, opening(process_id="busy"))
-        fill(store, b"0")
-        claim(store, "claims")
-        write(store, Prune(2**62))
-        assert {found.process_id for found in store.processes()} == {"busy", "claims"}
-        assert store.statistics().processes == 2
-
     def test_held_requests_of_an_execution_are_found_until_they_are_delivered(self, store: Store) -> None:
         row = opening()
         opened(store, row)
         fill(store, b"child", execution_id="e")
-        self._park_all(store)
+        park_all(store)
         closed(store, closing(row))
         fill(store, b"somebody else's", execution_id="x")
         assert sorted(store.held_requests(record(store))) == [b"child", b"succeeded t"]
-        self._deliver_all(store)
+        deliver_all(store)
         assert store.held_requests(record(store)) == [b"child"]
-
-    def _deliver_all(self, store: Store, *, but: bytes = b"") -> None:
-        rows = claim(store, "deliverer")
-        keep: Sequence[int] = [row.id for row in rows if row.request == but]
-        write(store, SettleOutbox("deliverer", delivered=[row.id for row in rows if row.id not in keep], released=keep))
-
-    def _park_all(self, store: Store) -> None:
-        rows = claim(store, "parker")
-        parked = [(row.id, "no") for row in rows if row.request != b"failed t undelivered"]
-        write(store, SettleOutbox("parker", parked=parked, released=[row.id for row in rows]))
 
     def test_what_is_in_hand_is_kept_by_another_connection_too(self, store: Store, other_store: OpenStore) -> None:
         fill(store, b"0", b"1")

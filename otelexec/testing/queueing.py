@@ -38,11 +38,10 @@ from otelexec.store.writes import (
     OpenAttempt,
     Opened,
     Outcome,
-    Prune,
     RefuseQueued,
     RequestCancel,
 )
-from otelexec.testing.rows import OpenStore, beat, closing, execution, losing, opened, opening, process, record, states, write
+from otelexec.testing.rows import OpenStore, beat, closing, execution, losing, opened, opening, process, pruned, record, states, write
 from otelexec.testing.sharing import at_once
 
 HOUR = 3_600_000_000_000
@@ -409,7 +408,7 @@ class QueueContract:
     def test_the_key_of_a_batch_that_was_pruned_is_the_next_ones(self, store: Store) -> None:
         keys = (RunKey("request", HOUR, exact=True), RunKey("batch/b", HOUR))
         assert write(store, CreateBatch("b1", 1, "{}", keys)) == [("b1", False)]
-        write(store, Prune(store.now_unix_ns() + 1))
+        pruned(store, store.now_unix_ns() + 1)
         assert write(store, CreateBatch("b2", 1, "{}", keys), CreateBatch("b3", 1, "{}", keys[1:])) == [("b2", False), ("b2", True)]
         assert store.read(lambda tx: run_queries.find_batch(tx, "b2")) is not None
 
@@ -460,7 +459,7 @@ class QueueContract:
         assert store.read(lambda tx: run_queries.ended_runs(tx, limit=10)) == ["e-r1"]
         write(store, ForgetRuns(("e-r1",)))
         assert not store.read(lambda tx: run_queries.ended_runs(tx, limit=10))
-        write(store, Prune(store.now_unix_ns() + 1))
+        pruned(store, store.now_unix_ns() + 1)
         assert store.read(lambda tx: run_queries.find_run(tx, "r1")) is None
         assert found(store, "r2").state == "queued"
 

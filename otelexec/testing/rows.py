@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from otelexec.store.base import Store
+from otelexec.store.pruning import deletions
 from otelexec.store.records import ExecutionRecord
 from otelexec.store.writes import (
     CANCELLED,
@@ -25,6 +26,8 @@ from otelexec.store.writes import (
     OutboxRow,
     Outcome,
     ProcessRow,
+    Prune,
+    Pruned,
     RecordObserved,
     ReleaseClaims,
     SpanRow,
@@ -173,6 +176,17 @@ def outbox(store: Store) -> list[bytes]:
     rows = claim(store, "contract reader")
     write(store, ReleaseClaims(["contract reader"]))
     return [row.request for row in rows]
+
+
+def pruned(store: Store, before_unix_ns: int) -> int:
+    """Delete what is old, and give how many executions that were."""
+
+    def step(prune: Prune) -> Pruned:
+        (done,) = write(store, prune)
+        assert isinstance(done, Pruned)
+        return done
+
+    return sum(count for table, count in deletions(step, before_unix_ns) if table == "execution")
 
 
 def states(store: Store, execution_id: str = "e") -> tuple[str, Sequence[str]]:

@@ -1,5 +1,5 @@
 """
-What `list`, `show` and `prune` cost in a PostgreSQL store of 5,000,000 executions, with the plans of every statement.
+What `list`, `show` and `prune` cost in a PostgreSQL store of 10,000,000 executions, with the plans of every statement.
 
 There is no peer to compare with and no time promised; what is promised is that nothing reads a table or an index from end to
 end, and that `prune` does not hold up the executions that end meanwhile: their latency is taken in turn with and without it.
@@ -13,9 +13,9 @@ from statistics import median, quantiles
 from typing import TYPE_CHECKING, Final
 
 import otelexec
-from otelexec.cli.pruning import BATCH
 from otelexec.store.postgres import PostgresStore
-from otelexec.store.writes import CANCELLED, FAILED, PAUSED, RUNNING, SUCCEEDED, Prune
+from otelexec.store.pruning import TABLES, deletions
+from otelexec.store.writes import CANCELLED, FAILED, PAUSED, RUNNING, SUCCEEDED, Prune, Pruned
 from tests.benchmarks import postgres_plans
 from tests.benchmarks.measure import Result
 from tests.benchmarks.postgres_by_hand import server_as_installed
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from multiprocessing.connection import Connection
     from pathlib import Path
 
-ROWS: Final = 5_000_000
+ROWS: Final = 10_000_000
 SHORT_ROWS: Final = 50_000
 PAGE: Final = 50
 REPEATS: Final = 20
@@ -53,17 +53,20 @@ def _readings(rows: int) -> Mapping[str, Callable[[PostgresStore], object]]:
 
 
 def _prune(orders: Connection, url: str, before: int) -> None:
-    """Delete batches, in a process of its own, whenever told to; tell how many rows that were."""
+    """Delete step by step, in a process of its own, whenever told to; tell how many rows that were."""
     store = PostgresStore(url)
-    orders.send(store.commit([Prune(before, BATCH)], durable=False, timeout_seconds=5.0)[0])
+
+    def step(prune: Prune) -> Pruned:
+        [done] = store.commit([prune], durable=False, timeout_seconds=5.0)
+        assert isinstance(done, Pruned)
+        return done
+
+    steps = deletions(step, before)
+    orders.send(next(steps))
     while orders.recv():
         deleted = 0
         while not orders.poll():
-            [count] = store.commit([Prune(before, BATCH)], durable=False, timeout_seconds=5.0)
-            assert isinstance(count, int)
-            deleted += count
-            if not count:
-                break
+            deleted += next(steps, ("", 0))[1]
         orders.recv()
         orders.send(deleted)
     store.close()
@@ -113,7 +116,7 @@ def _beside_prune(folder: Path, url: str, before: int, *, short: bool) -> list[R
     return [
         Result("PostgreSQL: latency of an execution beside prune, median", without, middle, "x time", None),
         Result("PostgreSQL: latency of an execution beside prune, 99th percentile", without, tail, "x time", None),
-        Result(f"PostgreSQL: prune in batches of {BATCH}, beside executions", "-", rate, "rows/s", None),
+        Result(f"PostgreSQL: prune in steps of {Prune(0).limit}, beside executions", "-", rate, "rows/s", None),
     ]
 
 
@@ -149,8 +152,8 @@ def run(folder: Path, *, short: bool = False) -> list[Result]:
                 times.append((time.perf_counter() - start) * 1e3)
             results.append(Result(f"PostgreSQL: {what}, of {rows:,}", "-", times, "ms", None))
         with recorder.recorded() as plans:
-            looking.commit([Prune(EPOCH_NS + rows // 2 * 1_000_000, BATCH)], durable=False, timeout_seconds=5.0)
-        postgres_plans.show("prune, one batch", plans)
+            looking.commit([Prune(EPOCH_NS + rows // 2 * 1_000_000, table) for table in TABLES], durable=False, timeout_seconds=5.0)
+        postgres_plans.show("prune, a step through each table", plans)
         recorder.forget()
         looking.close()
         store.close()

@@ -13,6 +13,7 @@ import pytest
 
 from otelexec.store.base import Store
 from otelexec.store.postgres import PostgresStore
+from otelexec.store.pruning import TABLES
 from otelexec.store.writes import (
     FAILED,
     PAUSED,
@@ -163,7 +164,7 @@ WRITINGS: Final[dict[str, Work]] = {
     "in groups": _groups,
     "a relay's": _relay,
     "a heartbeat": lambda store: write(store, Heartbeat(process("p1"))),
-    "a batch of prune": lambda store: write(store, Prune(EPOCH_NS + ROWS // 4 * 1_000_000, limit=100)),
+    "a step of prune": lambda store: write(store, *(Prune(EPOCH_NS + ROWS // 4 * 1_000_000, table, limit=100) for table in TABLES)),
 }
 
 
