@@ -237,6 +237,12 @@ class Runtime:
         self._parent = identity.parent_of_this_process()
         self.settings = self.settings.model_copy(update={"relay": False, "reconcile": False})
 
+    def attend(self) -> None:
+        """Open the store, and relay and reconcile from now on, also while nothing runs here: for children that don't."""
+        if self.records:
+            self.write(Heartbeat(self.process))
+            self.heartbeat.ensure()
+
     def _announce(self) -> Sequence[Write]:
         return (Heartbeat(self.process),)
 

@@ -28,7 +28,7 @@ from otelexec import runtime as _runtime
 from otelexec.endings import Ending
 from otelexec.ids import random_word
 from otelexec.patches import Guard
-from otelexec.store.writes import CANCELLED, REJECTED, Cancellation, Heartbeat, RequestCancel
+from otelexec.store.writes import CANCELLED, REJECTED, Cancellation, RequestCancel
 from otelexec.supervision import Delivery, Supervisor
 from otelexec_celery import carrier, consume, endings
 from otelexec_celery.messages import hard_limit_of, open_context, options_of
@@ -310,10 +310,7 @@ def on_pool_start(pool: Any) -> None:
 
 def on_pool_started(_: Any) -> None:
     """Relay and reconcile here for the children, and have the store open before the first acceptance."""
-    runtime = _runtime.get()
-    if runtime.records:
-        runtime.write(Heartbeat(runtime.process))
-        runtime.heartbeat.ensure()
+    _runtime.get().attend()
 
 
 def on_worker_ready(sender: Any = None, **_: Any) -> None:

@@ -22,7 +22,7 @@ from otelexec import runtime as _runtime
 from otelexec.endings import Ending
 from otelexec.execution import INTERRUPTED
 from otelexec.patches import Guard
-from otelexec.store.writes import CANCELLED, Cancellation, Heartbeat
+from otelexec.store.writes import CANCELLED, Cancellation
 from otelexec.supervision import Delivery, Supervisor
 from otelexec_rq import consume, endings
 from otelexec_rq.messages import open_context, options_of
@@ -223,10 +223,7 @@ def on_force_stop(*_: Any, **__: Any) -> None:
 def on_worker_started(_: Any) -> None:
     """Relay and reconcile here for the horses, and have the store open before the first of them."""
     metrics.instruments()
-    runtime = _runtime.get()
-    if runtime.records:
-        runtime.write(Heartbeat(runtime.process))
-        runtime.heartbeat.ensure()
+    _runtime.get().attend()
 
 
 def on_worker_ended(_: Any) -> None:

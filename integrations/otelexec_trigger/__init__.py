@@ -4,6 +4,15 @@ Trigger-style backends for otelexec: trigger over HTTP or over the store itself,
 See integrations/README.md.
 """
 
+try:
+    import httpx as _httpx  # noqa: F401 (asked for here, where the error can say how it is installed)
+except ModuleNotFoundError as error:
+    if error.name == "httpx":
+        raise ModuleNotFoundError(
+            "No module named 'httpx'. Install it with the adapter: pip install 'otelexec[trigger]'", name="httpx", path=error.path
+        ) from None
+    raise
+
 from otelexec_trigger.backend import AsyncTriggerBackend, TriggerBackend
 from otelexec_trigger.local import AsyncLocalBackend, LocalBackend
 from otelexec_trigger.receiver import PermanentFailure, Receiver, Reply

@@ -17,7 +17,6 @@ import traceback
 from typing import Any, Final
 
 from otelexec import runtime as _runtime
-from otelexec.cli import console
 from otelexec.errors import OtelexecError, StoreError, StoreUnavailable
 from otelexec.store import run_queries
 from otelexec.store.runs import DueRun
@@ -139,13 +138,13 @@ def main(arguments: list[str]) -> int:
     os.dup2(nothing, 0)
     os.close(nothing)
     threading.Thread(target=_die_with_parent, args=(pipe,), name="otelexec-parent", daemon=True).start()
-    console.log_to_stderr()
     _runtime.get().is_supervised()
     try:
         load(arguments[0])
     except BaseException:
         traceback.print_exc()
         return UNUSABLE
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")  # unless the application has set its own up
     # Until here SIGTERM just ended it: importing may take long, and nothing has begun.
     code = Child().run()
     leaving("the worker ends").start()

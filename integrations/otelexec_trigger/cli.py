@@ -68,6 +68,7 @@ def serve_on(listener: socket.socket, key: str) -> None:
     server = Server(key)
     sweeper = Sweeper()
     sweeper.start()
+    _runtime.get().attend()
     config = uvicorn.Config(
         server.app(),
         log_level="warning",

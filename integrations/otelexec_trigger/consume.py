@@ -32,7 +32,7 @@ from otelexec.execution import INTERRUPTED, Execution, Options, current_executio
 from otelexec.lifecycle import lifecycle
 from otelexec.propagation import incoming
 from otelexec.store.runs import DueRun, RunRecord, SetRunOutput
-from otelexec.store.writes import CANCELLED, FAILED, SUCCEEDED
+from otelexec.store.writes import CANCELLED, FAILED, SUCCEEDED, TIMED_OUT
 from otelexec_trigger import engine, wire
 from otelexec_trigger.executors import awaited, is_coroutine_function, run_to_end
 from otelexec_trigger.settings import LEFTOVER_SECONDS, MAX_OUTPUT_BYTES, SYSTEM
@@ -139,12 +139,20 @@ def _execute(
             raise
         # All else is on the record: a cancelled coroutine and an exit are the end of the task, not of the process, whose own
         # signal handlers raise nothing.
-        logger.info("otelexec.trigger.failed: %s of %s", run.run_id, run.task, exc_info=not isinstance(error, _Expired))
+        logger.log(
+            _level(begun[0].ending), "otelexec.trigger.raised: %s of %s", run.run_id, run.task, exc_info=not isinstance(error, _Expired)
+        )
     finally:
         # By value: the task may have attached and detached in any order.
         otel_context.attach(before)
         if begun and begun[0].ending is not None:
             metrics.took((time.perf_counter_ns() - started) / 1e9, run.task, attributes, begun[0].ending)
+
+
+def _level(ending: Ending | None) -> int:
+    if ending is None or ending.state not in (FAILED, TIMED_OUT):
+        return logging.INFO
+    return logging.WARNING if ending.retrying else logging.ERROR
 
 
 def _run_coroutine(run: RunRecord, attempt: Coroutine[Any, Any, Any]) -> None:

@@ -115,7 +115,9 @@ def _executions(row: RunRow, correlation: Correlation, context: Context) -> tupl
     own = correlation.model_copy(update={RUN_ID: row.run_id})
     # For a call with the ids of one that is done already: an expired key, a payload that was sent once before.
     spare = own.model_copy(update={"execution_id": mint_id()})
-    return tuple((execution_row(row.task, each), json.dumps(entries(context, each, message_id=row.run_id))) for each in (own, spare))
+    return tuple(
+        (execution_row(row.task, each, row.run_id), json.dumps(entries(context, each, message_id=row.run_id))) for each in (own, spare)
+    )
 
 
 def origin(headers: object, payload: Any) -> tuple[Correlation, Context]:

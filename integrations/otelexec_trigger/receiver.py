@@ -325,9 +325,9 @@ class Receiver:
             return _told(200, "ok")
         if ending is not None and ending.state == CANCELLED and execution.cancel_requested:
             return _told(200, "cancelled")
+        logger.warning("otelexec.trigger.raised: %s", self._name, exc_info=error)
         if isinstance(error, PermanentFailure):
             return _told(422, str(error))
-        logger.info("otelexec.trigger.failed: %s", self._name, exc_info=error)
         return _told(500, "the executor failed")
 
     def _not_begun(self, error: BaseException) -> Reply:

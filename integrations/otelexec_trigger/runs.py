@@ -28,7 +28,6 @@ ENDED: Final = frozenset({SUCCEEDED, FAILED, CANCELLED, EXPIRED, TIMED_OUT})
 """States that a run does not leave."""
 
 REJECTED: Final = "rejected"
-UNKNOWN: Final = "unknown"
 
 
 @dataclass(frozen=True, slots=True)

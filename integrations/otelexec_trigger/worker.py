@@ -121,6 +121,7 @@ class Worker:
         for slot in self._slots:
             slot.start()
         self._sweeper.start()
+        _runtime.get().attend()
         logger.info("otelexec.trigger.worker: %d processes attempt the runs of %s", len(self._slots), self._app)
         try:
             while not self._stopping:
