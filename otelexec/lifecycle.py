@@ -20,7 +20,7 @@ from opentelemetry import trace
 from opentelemetry.context import Context
 from opentelemetry.sdk.trace import ReadableSpan
 
-from otelexec import context, otlp
+from otelexec import context, otlp, semconv
 from otelexec.context import EXECUTION_KEY
 from otelexec.correlation import Correlation, Scope, with_ambient
 from otelexec.effects import Effect, perform_without_waiting, run
@@ -181,13 +181,15 @@ def _begin(runtime: Runtime, options: Options, base: Context, parent: Execution 
     scope_is_near = scope is not None and (parent is None or scope.execution is parent)
     execution.span = _start_span(execution, runtime, scope if scope_is_near else None, base)
     if runtime.records:
-        _describe(execution, runtime, base, takes_over=takes_over)
+        # Of the message's own execution alone, and not of those that it goes on to run.
+        message_id = scope.message_id if scope is not None and scope.correlation is correlation else None
+        _describe(execution, runtime, base, message_id, takes_over=takes_over)
     run_context = with_ambient(base, correlation, execution.id)
     run_context = trace.set_span_in_context(execution.span, run_context)
     return execution, otel_context.set_value(EXECUTION_KEY, execution, run_context)
 
 
-def _describe(execution: Execution, runtime: Runtime, base: Context, *, takes_over: bool) -> None:
+def _describe(execution: Execution, runtime: Runtime, base: Context, message_id: str | None, *, takes_over: bool) -> None:
     """Make the attempt's row: all that others need to close it and to end its span."""
     outer, span = execution.outer, execution.span
     if isinstance(span, ReadableSpan):
@@ -195,7 +197,7 @@ def _describe(execution: Execution, runtime: Runtime, base: Context, *, takes_ov
         execution.start_links = len(span.links)
     execution.attempt_row = OpenAttempt(
         token=execution.token,
-        execution=execution_row(execution.name, execution.correlation),
+        execution=execution_row(execution.name, execution.correlation, message_id),
         process_id=runtime.process_id,
         started_unix_ns=execution.started_unix_ns,
         deadline_unix_ns=execution.deadline_unix_ns,
@@ -214,7 +216,7 @@ def _describe(execution: Execution, runtime: Runtime, base: Context, *, takes_ov
 
 def correlate_call(parent: Execution | None, scope: Scope | None, *, keeps_id: bool) -> Correlation:
     """
-    Decide which execution a call is (design section 5, Scope and Nesting).
+    Decide which execution a call is (README, Scope).
 
     Args:
         parent: The execution current in the caller's context, also one that has ended or was inherited over a fork.
@@ -233,14 +235,24 @@ def correlate_call(parent: Execution | None, scope: Scope | None, *, keeps_id: b
     return base.model_copy(update={"execution_id": own.execution_id, "parent_execution_id": own.parent_execution_id})
 
 
-def execution_row(name: str, correlation: Correlation) -> ExecutionRow:
-    """Give the execution's side of a record."""
+def execution_row(name: str, correlation: Correlation, message_id: str | None = None) -> ExecutionRow:
+    """
+    Give the execution's side of a record.
+
+    Args:
+        name: Its name.
+        correlation: Who asked for it.
+        message_id: What the backend calls the message that asks for it; None when that isn't known, or there is none.
+    """
+    fields = dict(correlation.fields)
+    if message_id is not None:
+        fields[semconv.MESSAGING_MESSAGE_ID] = message_id
     return ExecutionRow(
         execution_id=correlation.execution_id,
         name=name,
         request_id=correlation.request_id,
         source=correlation.source,
-        correlation=json.dumps(dict(correlation.fields)) if correlation.fields else "{}",
+        correlation=json.dumps(fields) if fields else "{}",
         parent_execution_id=correlation.parent_execution_id,
     )
 

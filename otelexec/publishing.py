@@ -116,7 +116,8 @@ class publish(Block[Message]):  # noqa: N801 (read as a verb: `with publish(...)
         patience = runtime.settings.open_timeout_seconds
         row = row_of(span, correlation.members()) if runtime.records else None
         if runtime.records:
-            queued = RecordQueued(execution_row(self._name, correlation), row, runtime.process_id, started, runtime.open_ancestors(base))
+            execution = execution_row(self._name, correlation, self._message_id)
+            queued = RecordQueued(execution, row, runtime.process_id, started, runtime.open_ancestors(base))
             yield from persist(runtime, queued, durable=False, patience_seconds=patience)
             runtime.heartbeat.ensure()
         message = Message(correlation, span)

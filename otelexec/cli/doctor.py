@@ -162,7 +162,9 @@ def _path(store: Store) -> str | None:
 
 def _executions(found: Statistics) -> Check:
     states = ", ".join(f"{count:,} {state}" for state, count in found.executions.items())
-    return Check("executions", states or "none yet", data=dict(found.executions))
+    oldest = found.queued_oldest_unix_ns
+    since = "" if oldest is None else f"; the oldest queued since {console.local_time(oldest)}"
+    return Check("executions", f"{states}{since}" or "none yet", data=dict(found.executions))
 
 
 def _outbox(found: Statistics, now: int) -> Check:
@@ -236,7 +238,7 @@ def _workers(store: Store) -> Check:
             for each in dead
         ],
     }
-    finding = f"{console.plural(alive, 'process', 'processes')} at work"
+    finding = f"{console.plural(alive, 'process has', 'processes have')} something open"
     if not dead:
         return Check("workers", finding, data=data)
     who = _first([f"{each.pid} on {console.clean(each.host)}" for each in dead])

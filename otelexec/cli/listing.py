@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from enum import StrEnum
 from typing import Annotated, Final
 
 import typer
 
+from otelexec import semconv
 from otelexec.cli import console, options, records
 from otelexec.cli.table import executions_table
 
@@ -32,6 +34,19 @@ class State(StrEnum):
 def list_executions(
     *,
     state: Annotated[State | None, typer.Option(help="Only executions in this state. Default: any.", show_default=False)] = None,
+    name: Annotated[str | None, typer.Option(metavar="NAME", help="Only executions with this name.", show_default=False)] = None,
+    request: Annotated[str | None, typer.Option(metavar="REQUEST_ID", help="Only executions of this request.", show_default=False)] = None,
+    source: Annotated[
+        str | None, typer.Option(metavar="SOURCE", help="Only executions from this source, such as `webhook`.", show_default=False)
+    ] = None,
+    where: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=VALUE",
+            help="Only executions with this field of the source's, such as `webhook_id=wh_1`, or `message_id=...`; may be repeated.",
+            show_default=False,
+        ),
+    ] = None,
     limit: Annotated[
         int | None,
         typer.Option(
@@ -46,19 +61,35 @@ def list_executions(
 
     A table in local time; with --json one object a line. Ids that are cut off at the end can be given to `show` as they are.
     """
+    fields = dict(map(_field, where or ()))
     settings = options.load(store=store)
     with options.opened(settings) as opened:
-        wanted = None if state is None else state.value
+        find = functools.partial(
+            opened.store.executions,
+            state=None if state is None else state.value,
+            name=name,
+            request_id=request,
+            source=source,
+            fields=fields,
+        )
         if as_json:
-            for record in opened.store.executions(limit=limit, state=wanted):
+            for record in find(limit=limit):
                 console.print_json(records.execution_json(record))
             return
         rows = TABLE_ROWS if limit is None else limit
-        found = list(opened.store.executions(limit=rows + 1, state=wanted))
+        found = list(find(limit=rows + 1))
         if not found:
-            console.say(f"No execution {'is ' + wanted if wanted else 'yet'} in {opened.store.url}.")
+            asked = any((state, name, request, source, fields))
+            console.say(f"No such execution in {opened.store.url}." if asked else f"No execution in {opened.store.url}.")
             return
         out = console.out()
         out.print(executions_table(found[:rows], width=out.width), soft_wrap=True)
         if len(found) > rows:
             console.complain(f"the newest {rows:,} are shown; --limit N shows more, --json all", kind="note")
+
+
+def _field(given: str) -> tuple[str, str]:
+    key, equals, value = given.partition("=")
+    if not equals or not key:
+        raise options.Failure(f"--where: must be KEY=VALUE, such as webhook_id=wh_1, not {given!r}", 2)
+    return semconv.MESSAGING_MESSAGE_ID if key == "message_id" else key, value

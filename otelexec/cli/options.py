@@ -57,7 +57,11 @@ JaegerOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="JSON instead, for other programs; times are nanoseconds since 1970.")]
 ExecutionArgument = Annotated[
     str,
-    typer.Argument(metavar="EXECUTION_ID", help="The execution's id, or its beginning as far as no other one has it.", show_default=False),
+    typer.Argument(
+        metavar="EXECUTION_ID",
+        help="The execution's id, or its beginning as far as no other one has it; or the id of its request or message.",
+        show_default=False,
+    ),
 ]
 
 
@@ -169,7 +173,7 @@ def opened(settings: Settings, *, with_spool: bool = False) -> Iterator[Opened]:
 
 def find(store: Store, given: str) -> ExecutionRecord:
     """
-    Find the execution with this id, or the only one whose id begins so.
+    Find the execution with this id, the only one whose id begins so, or the only one whose request or message has this id.
 
     Raises:
         Failure: There is none, or more than one.
@@ -182,7 +186,11 @@ def find(store: Store, given: str) -> ExecutionRecord:
     if len(found) > 1:
         more = ", ..." if len(found) > 3 else ""  # noqa: PLR2004 (enough to see where they differ)
         raise Failure(f"more than one execution id begins with {prefix}: {', '.join(found[:3])}{more}")
+    if not found:
+        found = store.executions_of(given, limit=2)
+        if len(found) > 1:
+            raise Failure(f"more than one execution belongs to {given}: `otelexec list --request {given}` has all of a request")
     record = store.execution(found[0]) if found else None
     if record is None:
-        raise Failure(f"no execution {given} in {store.url}")
+        raise Failure(f"no execution {given} in {store.url}; `otelexec list --where KEY=VALUE` finds executions by who asked for them")
     return record

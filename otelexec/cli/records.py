@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
+from otelexec import semconv
 from otelexec.store.writes import ENDED_STATES
 
 if TYPE_CHECKING:
@@ -20,13 +21,16 @@ def execution_json(record: ExecutionRecord) -> dict[str, Any]:
     """
     trace_id, span_id = ids(record)
     cancellation = record.cancellation
+    fields = _parsed(record.correlation) or {}
+    message_id = fields.pop(semconv.MESSAGING_MESSAGE_ID, None) if isinstance(fields, dict) else None
     return {
         "execution_id": record.execution_id,
         "name": record.name,
         "state": record.state,
         "request_id": record.request_id,
         "source": record.source,
-        "correlation": _parsed(record.correlation) or {},
+        "correlation": fields,
+        "message_id": message_id,
         "parent_execution_id": record.parent_execution_id,
         "trace_id": trace_id,
         "span_id": span_id,

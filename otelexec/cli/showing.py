@@ -66,10 +66,12 @@ def print_execution(out: Console, record: ExecutionRecord, held: list[DecodedSpa
     out.print(head.append(f"  {time_taken}" if time_taken else ""), soft_wrap=True)
     cancellation = record.cancellation
     parent = record.parent_execution_id
+    known = records.execution_json(record)
     facts = {
         "execution": record.execution_id,
         "request": console.clean(record.request_id),
-        "source": _with_fields(record),
+        "message": None if known["message_id"] is None else console.clean(str(known["message_id"])),
+        "source": _with_fields(record.source, known["correlation"]),
         "parent": None if parent is None else console.clean(parent),
         "queued": console.local_time(record.queued_unix_ns),
         "started": console.local_time(started),
@@ -99,10 +101,9 @@ def _print_facts(out: Console, facts: dict[str, str | None], links: list[str]) -
         out.print(Text.assemble(("  " + "trace".ljust(11), "dim"), Text(link, style=f"link {link}")), soft_wrap=True)
 
 
-def _with_fields(record: ExecutionRecord) -> str:
-    correlation = records.execution_json(record)["correlation"]
+def _with_fields(source: str, correlation: Any) -> str:
     fields = ", ".join(f"{name}={value}" for name, value in correlation.items()) if isinstance(correlation, dict) else ""
-    return console.clean(f"{record.source} ({fields})" if fields else record.source)
+    return console.clean(f"{source} ({fields})" if fields else source)
 
 
 def _print_attempt(out: Console, attempt: AttemptRecord) -> None:

@@ -8,7 +8,7 @@ the commit, or where a write goes when the database is away: those are `sqlite.p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -102,8 +102,22 @@ class Store(Protocol):
         """Give since when on its clock the store's server is known to be up, so that leases could be renewed; 0: always."""
         ...
 
-    def executions(self, *, limit: int | None = None, before: int | None = None, state: str | None = None) -> Iterator[ExecutionRecord]:
-        """Give executions, the newest first, in pages; `before` is the `seq` after which to go on."""
+    def executions(
+        self,
+        *,
+        limit: int | None = None,
+        before: int | None = None,
+        state: str | None = None,
+        name: str | None = None,
+        request_id: str | None = None,
+        source: str | None = None,
+        fields: Mapping[str, str] | None = None,
+    ) -> Iterator[ExecutionRecord]:
+        """Give executions, the newest first, in pages; `before` is the `seq` after which to go on. See `SqlReader`."""
+        ...
+
+    def executions_of(self, known_as: str, *, limit: int) -> list[str]:
+        """Give the ids of executions whose request, or whose message, has this id, the newest first."""
         ...
 
     def execution(self, execution_id: str) -> ExecutionRecord | None:

@@ -2,7 +2,7 @@
 Group commit with a leader and followers.
 
 A lone caller commits inline. Under concurrency whoever holds the lead commits what everybody waits for in one
-transaction. There is no writer thread for threads: it cost 25-40 % there (design section 6). Coroutines have one
+transaction. There is no writer thread for threads: it cost 25-40 % there. Coroutines have one
 committer thread of their own, since `asyncio.to_thread`'s pool may be full of the user's blocked work.
 
 A signal handler may raise between any two instructions of the main thread, also while it leads. So nothing here is ever

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
+from otelexec import semconv
 from otelexec.store.records import AttemptRecord, ExecutionRecord, OpenWork, ParkedRow, Statistics
 from otelexec.store.schema import Transaction
 from otelexec.store.writes import Cancellation, ProcessRow, SpanRow
@@ -60,6 +62,15 @@ WITH RECURSIVE {_busy("running", "attempt", "state = 'running'")},
     UNION SELECT owner FROM claim)"""
 
 
+# Quotes inside a value are escaped, so that this finds nothing but a field. Both stores have REPLACE; neither has the other's INSTR.
+_HAS_FIELD = "REPLACE(correlation, ?, '') <> correlation"
+
+
+def _field(name: str, value: str) -> str:
+    """Give a field as it stands in the JSON text of a correlation."""
+    return f"{json.dumps(name)}: {json.dumps(value)}"
+
+
 class SqlReader(ABC):
     """The reading half of a store; each method reads in one transaction, `executions` in one for each page."""
 
@@ -81,7 +92,17 @@ class SqlReader(ABC):
         with self._reading() as tx:
             return query(tx)
 
-    def executions(self, *, limit: int | None = None, before: int | None = None, state: str | None = None) -> Iterator[ExecutionRecord]:
+    def executions(
+        self,
+        *,
+        limit: int | None = None,
+        before: int | None = None,
+        state: str | None = None,
+        name: str | None = None,
+        request_id: str | None = None,
+        source: str | None = None,
+        fields: Mapping[str, str] | None = None,
+    ) -> Iterator[ExecutionRecord]:
         """
         Give executions, the newest first.
 
@@ -89,14 +110,22 @@ class SqlReader(ABC):
             limit: At most so many; None means all.
             before: Only those with a smaller `seq`; None means from the newest.
             state: Only those in this state; None means any.
+            name: Only those with this name; None means any.
+            request_id: Only those of this request; None means any.
+            source: Only those from this source; None means any.
+            fields: Only those whose correlation has all of these fields; the message's id is one. None means any.
         """
         left = limit
-        condition, wanted = ("seq < ?", ()) if state is None else ("seq < ? AND state = ?", (state,))
+        equal = {"state": state, "name": name, "request_id": request_id, "source": source}
+        wanted = [(f"{column} = ?", value) for column, value in equal.items() if value is not None]
+        wanted += [(_HAS_FIELD, _field(*field)) for field in (fields or {}).items()]
+        condition = " AND ".join(["seq < ?", *(one for one, _ in wanted)])
+        values = [value for _, value in wanted]
         while left is None or left > 0:
             page = _PAGE if left is None else min(_PAGE, left)
             with self._reading() as tx:
                 rows = tx.execute(
-                    f"{_EXECUTIONS} WHERE {condition} ORDER BY seq DESC LIMIT ?", (2**62 if before is None else before, *wanted, page)
+                    f"{_EXECUTIONS} WHERE {condition} ORDER BY seq DESC LIMIT ?", (2**62 if before is None else before, *values, page)
                 ).fetchall()
                 records = _complete(tx, rows)
             yield from records
@@ -110,6 +139,15 @@ class SqlReader(ABC):
         with self._reading() as tx:
             rows = tx.execute(f"{_EXECUTIONS} WHERE execution_id = ?", (execution_id,)).fetchall()
             return next(iter(_complete(tx, rows)), None)
+
+    def executions_of(self, known_as: str, *, limit: int) -> list[str]:
+        """Give the ids of executions whose request, or whose message, has this id, the newest first."""
+        with self._reading() as tx:
+            rows = tx.execute(
+                f"SELECT execution_id FROM execution WHERE request_id = ? OR {_HAS_FIELD} ORDER BY seq DESC LIMIT ?",
+                (known_as, _field(semconv.MESSAGING_MESSAGE_ID, known_as), limit),
+            ).fetchall()
+            return [row[0] for row in rows]
 
     def ids_with_prefix(self, prefix: str, *, limit: int) -> list[str]:
         """Give the ids of executions that begin like this, in order."""
@@ -209,6 +247,7 @@ class SqlReader(ABC):
                 claimed_rows=tx.execute("SELECT COUNT(*) FROM claim").fetchone()[0],
                 parked=[ParkedRow(*row) for row in parked],
                 processes=tx.execute("SELECT COUNT(*) FROM process WHERE ended = 0").fetchone()[0],
+                queued_oldest_unix_ns=tx.execute("SELECT MIN(queued_unix_ns) FROM execution WHERE state = 'queued'").fetchone()[0],
                 unseen_cancellations=[row[0] for row in unseen],
                 size_bytes=size,
                 table_bytes=tables,

@@ -120,6 +120,7 @@ class Statistics:
         claimed_rows: How many of them a relay has in hand.
         parked: Rows that go out only on request.
         processes: How many processes have not said goodbye.
+        queued_oldest_unix_ns: Since when the oldest execution that nobody has begun is queued; None without one.
         unseen_cancellations: Executions that go on although somebody asked for their termination.
         size_bytes: Size on disk.
         table_bytes: The same by table, indexes included; empty where the store can't tell.
@@ -132,6 +133,7 @@ class Statistics:
     claimed_rows: int
     parked: Sequence[ParkedRow]
     processes: int
+    queued_oldest_unix_ns: int | None
     unseen_cancellations: Sequence[str]
     size_bytes: int
     table_bytes: Mapping[str, int]

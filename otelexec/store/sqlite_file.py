@@ -76,7 +76,7 @@ class SqliteFile:
         if not os.access(self.path, os.W_OK):
             # SQLite would open it all the same and make a -wal and a -shm with the file's rights, in which nobody could
             # write once the file itself is writable again.
-            raise PermissionError(errno.EACCES, "not writable", str(self.path))
+            raise PermissionError(errno.EACCES, "not writable by this user", str(self.path))
         try:
             connection = self._connect(timeout_seconds)
         except sqlite3.DatabaseError as error:

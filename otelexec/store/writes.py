@@ -15,7 +15,7 @@ from typing import TypeAlias
 
 from otelexec.store.runs import RunWrite
 
-# Attempt states (design section 4).
+# Attempt states (README, Words).
 RUNNING = "running"
 SUCCEEDED = "succeeded"
 FAILED = "failed"

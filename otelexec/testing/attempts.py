@@ -57,7 +57,7 @@ def changed(row: OpenAttempt, **fields: Any) -> OpenAttempt:
 
 
 class AttemptContract:
-    """Section 4 of the design: write-once attempts, and the state of the execution over them."""
+    """Write-once attempts, and the state of the execution over them."""
 
     def test_an_attempt_is_opened_with_everything_it_carries(self, store: Store) -> None:
         write(store, Heartbeat(process()))

@@ -23,7 +23,7 @@ OOPS = "result_not_stored"
 
 
 class FamilyContract:
-    """Sections 4 and 8 of the design: parents and children, chords and their bodies."""
+    """Parents and children, chords and their bodies."""
 
     def test_what_a_parent_accepted_becomes_the_childs(self, store: Store) -> None:
         write(store, Heartbeat(replace(process("parent"), pid=1)), Heartbeat(replace(process("child"), pid=2)))

@@ -1,4 +1,4 @@
-"""Section 4 of the design as a small pure model, and a machine that compares a store with it in any order of events."""
+"""The states of attempts and executions as a small pure model, and a machine that compares a store with it in any order of events."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ _CLOSES = (
 
 @dataclass
 class ModelAttempt:
-    """One attempt as the design has it."""
+    """One attempt as it should be."""
 
     number: int
     duplicate: bool
@@ -69,7 +69,7 @@ class ModelAttempt:
 @dataclass
 class ModelExecution:
     """
-    One execution as the design has it; `state` says in so many words what section 4 says.
+    One execution as it should be; `state` says in so many words what the README's Words do.
 
     Attributes:
         queued: Whether a publish was recorded before any attempt.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from typing import Any
 
 from otelexec.store.base import Store
 from otelexec.store.schema import Transaction
@@ -75,6 +76,38 @@ class ReadingContract:
         assert [one.execution_id for one in store.executions(state=FAILED, limit=1)] == ["e1"]
         assert list(store.executions(state=QUEUED)) == []
         assert store.execution("nobody") is None
+
+    def test_executions_can_be_asked_for_by_who_asked_for_them(self, store: Store) -> None:
+        fields = ('{"webhook_id": "wh_1", "tenant": "a"}', '{"webhook_id": "WH_1"}', '{"note": "\\"webhook_id\\": \\"wh_1\\""}', "{}")
+        for number, correlation in enumerate(fields):
+            row = opening(f"t{number}", f"e{number}")
+            about = replace(
+                row.execution, name=f"job {number % 2}", request_id=f"r{number // 2}", source="webhook", correlation=correlation
+            )
+            opened(store, replace(row, execution=about))
+
+        def found(**wanted: Any) -> list[str]:
+            return [one.execution_id for one in store.executions(**wanted)]
+
+        assert found(name="job 1") == ["e3", "e1"]
+        assert found(request_id="r0") == ["e1", "e0"]
+        assert found(request_id="r0", name="job 0") == ["e0"]
+        assert found(source="webhook", limit=1) == ["e3"]
+        assert found(source="schedule") == []
+        assert found(fields={"webhook_id": "wh_1"}) == ["e0"]
+        assert found(fields={"webhook_id": "wh_1", "tenant": "a"}) == ["e0"]
+        assert found(fields={"webhook_id": "wh_1", "tenant": "b"}) == []
+        assert found(fields={"webhook_id": "wh_"}) == []
+
+    def test_executions_are_known_by_their_request_and_their_message(self, store: Store) -> None:
+        for number in range(3):
+            row = opening(f"t{number}", f"e{number}")
+            about = replace(row.execution, request_id=f"r{number % 2}", correlation=f'{{"messaging.message.id": "m{number}"}}')
+            opened(store, replace(row, execution=about))
+        assert store.executions_of("m1", limit=3) == ["e1"]
+        assert store.executions_of("r0", limit=3) == ["e2", "e0"]
+        assert store.executions_of("r0", limit=1) == ["e2"]
+        assert store.executions_of("nobody", limit=3) == []
 
     def test_paging_goes_on_while_others_write(self, store: Store) -> None:
         write(store, *(opening(f"t{number}", f"e{number}") for number in range(300)))

@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fcntl import ioctl
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from otelexec.receiver import Answer, OtlpReceiver
 from otelexec.store.spool import Spool
 from otelexec.store.sqlite import SqliteStore
 from otelexec.store.writes import Cancellation, ClaimOutbox, ExecutionRow, Heartbeat, RecordQueued, RequestCancel, SettleOutbox
+from otelexec.testing.rows import opened, opening
 from tests.patience import PATIENCE
 from tests.records import until
 from tests.servers import ROOT
@@ -234,7 +235,28 @@ def test_list_takes_state_and_limit(worked: Cli) -> None:
     assert [each["name"] for each in worked.records("--limit", "2")] == ["nightly.report", "invoice.run"]
     assert [each["state"] for each in worked.records("--state", "succeeded", "--limit", "5")] == ["succeeded"]
     assert worked.records("--state", "lost") == []
-    assert "is lost" in worked.ok("list", "--state", "lost")
+    assert "No such execution" in worked.ok("list", "--state", "lost")
+
+
+def test_an_execution_is_found_by_who_asked_for_it(worked: Cli) -> None:
+    asked = worked.records("--where", "webhook_id=wh_1", "--where", "tenant=acme", "--source", "webhook")
+    found = next(each for each in asked if each["state"] == "succeeded")
+    assert all(each["correlation"]["webhook_id"] == "wh_1" for each in asked)
+    assert worked.records("--where", "webhook_id=wh_1", "--where", "tenant=other") == []
+    assert worked.records("--request", found["request_id"], "--state", "succeeded", "--name", found["name"]) == [found]
+    assert worked.records("--source", "webhook", "--name", "nightly.report") == []
+    assert found["execution_id"] in worked.ok("show", found["request_id"])
+    assert "list --where" in worked.fails(1, "show", "nobody")
+    assert "KEY=VALUE" in worked.fails(2, "list", "--where", "webhook_id")
+
+
+def test_a_request_of_several_executions_is_told_where_they_are_listed(cli: Cli) -> None:
+    store = cli.store
+    for number in range(2):
+        row = opening(f"t{number}", f"e{number}")
+        opened(store, replace(row, execution=replace(row.execution, request_id="r1")))
+    assert "`otelexec list --request r1`" in cli.fails(1, "show", "r1")
+    assert [each["execution_id"] for each in cli.records("--request", "r1")] == ["e1", "e0"]
 
 
 def test_in_a_pipe_the_table_is_plain_and_nothing_is_cut(worked: Cli) -> None:
@@ -303,7 +325,7 @@ def test_in_a_pipe_no_line_ends_in_blanks(worked: Cli, arguments: list[str]) -> 
 def test_an_empty_store_is_no_error(cli: Cli) -> None:
     cli.store.commit([], durable=True, timeout_seconds=5)
     assert cli.ok("list", "--json") == ""
-    assert cli.ok("list").startswith("No execution yet in sqlite:///")
+    assert cli.ok("list").startswith("No execution in sqlite:///")
     assert cli.ok("reconcile", "--once") == "Nothing to close.\n"
     assert cli.ok("prune", "--older-than", "1d").startswith("Deleted 0 executions")
     assert "nothing is left" in cli.ok("relay", "--drain")

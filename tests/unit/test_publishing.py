@@ -40,8 +40,18 @@ def test_a_message_is_recorded_as_queued_before_it_leaves(records: Records) -> N
     with otelexec.extract(payload), otelexec.execution("invoice.run") as run:
         assert run.id == message.id
     record = queued(records)
-    assert (record.state, json.loads(record.correlation)) == ("succeeded", {"webhook_id": "w"})
+    assert (record.state, json.loads(record.correlation)) == ("succeeded", {"webhook_id": "w", "messaging.message.id": "m1"})
     assert records.span(record.attempts[0].span_id).parent_span_id == span.span_id
+
+
+def test_the_id_of_a_message_is_on_the_record_of_its_own_execution_alone(records: Records) -> None:
+    with otelexec.extract_headers({}, message_id="m1"):
+        with otelexec.execution("first"), otelexec.execution("child"):
+            pass
+        with otelexec.execution("second"):
+            pass
+    named = {name: json.loads(records.named(name).correlation) for name in ("first", "child", "second")}
+    assert named == {"first": {"messaging.message.id": "m1"}, "child": {}, "second": {}}
 
 
 def test_a_refusal_closes_the_record_as_rejected_and_comes_out(records: Records) -> None:
