@@ -12,7 +12,7 @@ import sys
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any, ParamSpec, TypeVar, overload
+from typing import Any, ParamSpec, TypedDict, TypeVar, Unpack, overload
 
 import wrapt
 from opentelemetry.trace import Link, SpanKind
@@ -100,6 +100,8 @@ class ExecutionDecorator(Block[Execution]):
 
 
 def _decorated(function: Any, options: Options, enabled: Callable[[], bool] | None = None) -> _Executor:
+    if isinstance(function, property | functools.cached_property):
+        raise SettingsError("A property is read, not called: write @property above @otelexec.execution(...), not below it.")
     target: Any = getattr(function, "__func__", function)
     while isinstance(target, functools.partial):
         target = target.func
@@ -228,6 +230,19 @@ def _options(name: Any, **options: Any) -> Options:
     return Options(name or "", **options)
 
 
+class ExecutionOptions(TypedDict, total=False):
+    """The options of `execution`, but for the name."""
+
+    core: bool
+    timeout: float | None
+    kind: SpanKind
+    attributes: Mapping[str, Any] | None
+    links: tuple[Link, ...]
+    link_carried: bool | None
+    classify: Classifier | None
+    cancel_wins: bool
+
+
 class WrappedExecutor:
     """
     An executor that was wrapped from outside.
@@ -293,7 +308,7 @@ class WrappedExecutor:
                 undo()
 
 
-def wrap_executor(target: str, *, name: str | None = None, **options: Any) -> WrappedExecutor:
+def wrap_executor(target: str, *, name: str | None = None, **options: Unpack[ExecutionOptions]) -> WrappedExecutor:
     """
     Make an execution of an executor that can't be edited, also one that is not imported yet.
 

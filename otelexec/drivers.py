@@ -293,6 +293,8 @@ async def _limited(execution: Execution, function: Callable[[], Awaitable[Any]],
     except TimeoutError as error:
         # The body's own TimeoutError is a failure like any other.
         execution.timed_out = error is not raised
+        if execution.timed_out:
+            error.args = (f"{execution.name} was stopped after its timeout of {execution.options.timeout:g} s",)
         raise
 
 

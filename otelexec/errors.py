@@ -12,11 +12,10 @@ Every error that otelexec raises, in one tree.
     |   |   `-- StoreBusy                    another process or thread is writing
     |   |-- StoreRejected                    the store took the transaction but not this write
     |   `-- StoreVersionError                the schema is newer than this library
-    |-- RelayError                           the OTLP endpoint can't be used as it is configured
-    |-- ExecutionCancelled                   somebody cancelled the execution before it started
+    |-- ExecutionCancelled                   somebody cancelled the execution before it started; or the function heeds a wish
     `-- ExecutionBusy                        an exclusive attempt found another one running
 
-The docstring of a class is its default message, so that no error is ever blank.
+The first paragraph of a class's docstring is its default message, so that no error is ever blank.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ class OtelexecError(Exception):
     """Something in otelexec failed. The cause, where there is one, is in `__cause__`."""
 
     def __init__(self, message: str | None = None) -> None:
-        super().__init__(message or (type(self).__doc__ or "").strip())
+        super().__init__(message or (type(self).__doc__ or "").strip().partition("\n\n")[0])
 
 
 class SettingsError(OtelexecError, ValueError):
@@ -69,13 +68,12 @@ class StoreVersionError(StoreError):
     """The store was written by a newer otelexec. Upgrade this one: `pip install -U otelexec`."""
 
 
-class RelayError(OtelexecError):
-    """The OTLP endpoint can't be used as configured. Check the OTEL_EXPORTER_OTLP_* variables."""
-
-
 class ExecutionCancelled(OtelexecError):
     """
-    The execution was cancelled before it started, so the function was not called.
+    The execution was cancelled.
+
+    A call of a decorated function raises it where that was asked for before it started: the function was not called. A function
+    that sees `.cancel_requested` may raise it itself, and its attempt ends as `cancelled`.
 
     Attributes:
         execution_id: Which execution; None when unknown.

@@ -365,16 +365,16 @@ def extract_headers(headers: object, *, trusted: bool = True, message_id: str | 
     return Opening(lambda: incoming(read_headers(headers), trusted=trusted, message_id=message_id))
 
 
-def extract_env(environ: object = os.environ, *, trusted: bool = True, message_id: str | None = None) -> Opening[Scope]:
+def extract_env(environ: object = None, *, trusted: bool = True, message_id: str | None = None) -> Opening[Scope]:
     """
     Run a `with` block as the work that an environment asks for: TRACEPARENT, TRACESTATE, BAGGAGE, OTELEXEC_SIGNATURE.
 
     Args:
-        environ: Any object; usually the environment of this process.
+        environ: Any object; None: the environment of this process.
         trusted: As for `extract_headers`.
         message_id: As for `extract_headers`.
 
     Returns:
         A context manager that gives the scope, with `.correlation` and `.trusted`.
     """
-    return Opening(lambda: incoming(read_env(environ), trusted=trusted, message_id=message_id))
+    return Opening(lambda: incoming(read_env(os.environ if environ is None else environ), trusted=trusted, message_id=message_id))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,6 +13,8 @@ from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_va
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from otelexec.errors import SettingsError
+
+logger = logging.getLogger("otelexec")
 
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -219,6 +224,22 @@ def _expanded(path: Path) -> Path:
         raise ValueError(msg) from None
 
 
+def _nearest(name: str, known: Iterable[str]) -> str | None:
+    """Give the name that this one was meant to be; None when it is like none."""
+    import difflib
+
+    return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=0.85)), None)
+
+
+@functools.cache
+def _warn_of_misspelt(variable: str) -> None:
+    """Say once that a variable is none of ours, if it was meant to be one. Others may share the prefix."""
+    known = {f"OTELEXEC_{name.upper()}" for name in Settings.model_fields}
+    meant = None if variable in known else _nearest(variable, known)
+    if meant is not None:
+        logger.warning("otelexec.settings.unknown: there is no setting %s; did you mean %s?", variable, meant)
+
+
 def load(**arguments: Any) -> Settings:
     """
     Read the settings of this process.
@@ -230,6 +251,13 @@ def load(**arguments: Any) -> Settings:
         SettingsError: A value can't be used, or an argument is unknown; one line that names it.
     """
     arguments = {name: value for name, value in arguments.items() if value is not None}
+    for name in arguments:
+        if name not in Settings.model_fields:
+            meant = _nearest(name.lower(), Settings.model_fields)
+            raise SettingsError(f"{name}: there is no such setting{'' if meant is None else f'; did you mean {meant}?'}")
+    for variable in os.environ:
+        if variable.startswith("OTELEXEC_"):
+            _warn_of_misspelt(variable)
     try:
         return Settings(**arguments)
     except ValidationError as error:

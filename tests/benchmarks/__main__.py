@@ -1,5 +1,5 @@
 """
-Print the benchmarks of the design's performance section, with their targets and the machine.
+Print the benchmarks, with what they aim at and the machine.
 
     python -m tests.benchmarks [--short] [--only NAME]
 
@@ -104,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", choices=sorted(BENCHMARKS), action="append", help="only this one; may be given several times")
     options = parser.parse_args(arguments)
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
-    table = Table("work", "against", "median", "min to max", "target", "reached", title="Figures of the design's performance section")
+    table = Table("work", "against", "median", "min to max", "target", "reached", title="Figures, and what they aim at")
     for column in table.columns[2:]:
         column.justify, column.no_wrap = "right", True
     with tempfile.TemporaryDirectory(prefix="otelexec-benchmarks-") as name:

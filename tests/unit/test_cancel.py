@@ -173,7 +173,7 @@ def test_a_body_that_returns_after_a_request_has_succeeded_unless_cancel_wins(re
 
 
 def test_a_wish_that_only_the_store_knows_decides_in_the_closing_transaction(records: Records) -> None:
-    """Design section 4: the outcome is decided, and the span frozen with it, where the wish is read."""
+    """The outcome is decided, and the span frozen with it, where the wish is read."""
     with pytest.raises(KeyboardInterrupt), otelexec.execution("job") as run:
         store = runtime.get().store
         assert store is not None

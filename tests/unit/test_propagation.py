@@ -126,7 +126,7 @@ class TestOut:
         assert headers["traceparent"] == TRACEPARENT
 
     def test_what_was_left_of_an_earlier_send_is_removed_first(self) -> None:
-        """Design section 7: a retry must not carry a stale parent or stale baggage, in any spelling of the names."""
+        """A retry must not carry a stale parent or stale baggage, in any spelling of the names."""
         headers = {
             "TraceParent": "stale",
             "tracestate": "stale=1",
@@ -167,7 +167,7 @@ class TestOut:
             assert members(sent())["otelexec.execution_id"] == correlation.execution_id
 
     def test_the_scopes_own_id_goes_with_the_first_message_only(self) -> None:
-        """Design section 5, Scope: every further message is an execution of its own in the same request."""
+        """Scope: every further message is an execution of its own in the same request."""
         with correlate(source="webhook", webhook_id="w") as correlation:
             first, second = members(sent()), members(sent())
         assert first["otelexec.execution_id"] == correlation.execution_id
@@ -360,7 +360,7 @@ class TestIn:
             assert scope.message_id == "job-1"
 
     def test_inside_an_execution_only_request_and_fields_change(self, execution: Running) -> None:
-        """Design section 5, Nesting: its span stays current, the trace from elsewhere is linked."""
+        """Nesting: its span stays current, the trace from elsewhere is linked."""
         own_trace = otel_context.attach(trace.set_span_in_context(trace.get_current_span(remote())))
         try:
             with extract_headers(

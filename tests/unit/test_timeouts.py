@@ -28,6 +28,7 @@ async def test_a_coroutine_is_stopped_and_timeout_error_comes_out(records: Recor
         await run()
     assert stopped == [True]
     assert otelexec.was_finalized(caught.value)
+    assert str(caught.value).endswith("was stopped after its timeout of 0.05 s")
     attempt = records.attempt()
     assert (attempt.state, attempt.error_type) == ("timed_out", "TimeoutError")
     assert attempt.error_message == "stopped after its timeout of 0.05 s"
