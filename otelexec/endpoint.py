@@ -26,6 +26,8 @@ COMPRESSIONS: Final = ("none", "gzip", "deflate")
 # Well under the relay's claim, so that no other relay sends rows whose answer is still on its way.
 MAX_TIMEOUT_SECONDS: Final = 30.0
 _TOKEN: Final = frozenset("!#$%&'*+-.^_`|~0123456789abcdefghijklmnopqrstuvwxyz")
+# Of gRPC's metadata keys; one that ends in -bin would have a value of bytes (gRPC over HTTP/2, "Requests").
+_METADATA: Final = frozenset("0123456789abcdefghijklmnopqrstuvwxyz_-.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,12 +80,14 @@ def read(override: str | None = None, environ: Mapping[str, str] | None = None) 
     key, certificate = variables.file("CLIENT_KEY"), variables.file("CLIENT_CERTIFICATE")
     if key and not certificate:
         raise SettingsError("OTEL_EXPORTER_OTLP_CLIENT_KEY: needs OTEL_EXPORTER_OTLP_CLIENT_CERTIFICATE beside it")
+    if protocol == "grpc" and certificate and not key:  # a file with both is for HTTP alone
+        raise SettingsError("OTEL_EXPORTER_OTLP_CLIENT_CERTIFICATE: over gRPC it needs OTEL_EXPORTER_OTLP_CLIENT_KEY beside it")
     return Endpoint(
         protocol=protocol,
         url=target,
         shown=host if protocol == "grpc" else urlunsplit((parts.scheme, host, parts.path, "", "")),
         secure=secure,
-        headers=_headers(variables),
+        headers=_headers(variables, protocol),
         timeout_seconds=_timeout(variables),
         compression=variables.one_of("COMPRESSION", COMPRESSIONS),
         certificate=variables.file("CERTIFICATE"),
@@ -151,15 +155,16 @@ def _grpc_target(url: str, name: str, variables: _Variables) -> tuple[str, bool]
     return target, scheme == "https" if separator else not insecure
 
 
-def _headers(variables: _Variables) -> dict[str, str]:
+def _headers(variables: _Variables, protocol: str) -> dict[str, str]:
     """Parse `name=value,...` with percent-encoding, in the form of W3C baggage without properties."""
+    allowed = _METADATA if protocol == "grpc" else _TOKEN
     text, variable = variables.get("HEADERS")
     headers: dict[str, str] = {}
     for member in filter(None, (part.strip() for part in text.split(","))):
         name, separator, value = member.partition("=")
         name, value = unquote(name).strip().lower(), unquote(value).strip()
         # The message never quotes the member: it may be a token with its `=` forgotten.
-        if not separator or not name or not set(name) <= _TOKEN:
+        if not separator or not name or not set(name) <= allowed or (protocol == "grpc" and name.endswith("-bin")):
             raise SettingsError(f"{variable}: must be name=value pairs, separated by commas; one of them has no usable name")
         if not value.isascii() or not value.isprintable():
             raise SettingsError(f"{variable}: the value of {name} must be printable ASCII")

@@ -305,9 +305,10 @@ class Relay:
             return replace(progress, pause=_DENIED_PAUSE, reason=reply.reason)
         text = "otelexec.relay.waiting: %s takes no spans at the moment; they are kept: %s"
         self._say(logging.WARNING, text, self.endpoint.shown, reply.reason)
-        if reply.retry_after is not None:
+        if reply.retry_after is not None and reply.retry_after >= _FIRST_PAUSE:
             self._refusals += 1
             return replace(progress, pause=min(reply.retry_after, _LONGEST_ASKED), asked=True, reason=reply.reason)
+        # Also where it asks for less, or for a moment that is over by our clock: else it would be asked without a pause.
         return self._paused(progress, reply.reason)
 
     def _paused(self, progress: Progress, reason: str) -> Progress:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import gzip
+import json
 import netrc  # noqa: F401 (requests imports it with its first request, at which no fork would wait: `importing`)
 import time
 import zlib
@@ -23,6 +24,7 @@ from opentelemetry import context as otel_context
 from urllib3.exceptions import NewConnectionError
 
 from otelexec.importing import importing
+from otelexec.timely import TimelyAdapter, answered_by
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -38,6 +40,7 @@ _REFUSED: Final = frozenset({400, 413, 422})
 _LATER: Final = frozenset({408, 429})
 _OK: Final = range(200, 300)
 _SERVER_ERROR: Final = 500
+_NEVER_SENT: Final = ("failed to connect", "errors resolving", "dns resolution failed")  # of gRPC's own words
 _HEADERS: Final = {"Content-Type": PROTOBUF, "User-Agent": "otelexec"}
 _ENCODERS: Final = {"gzip": lambda body: gzip.compress(body, 6, mtime=0), "deflate": zlib.compress}
 
@@ -87,6 +90,8 @@ class HttpTransport:
         self._endpoint = endpoint
         self.timeout_seconds = endpoint.timeout_seconds
         self._session = requests.Session()
+        for scheme in ("http://", "https://"):
+            self._session.mount(scheme, TimelyAdapter())
         self._session.headers.update(_HEADERS | dict(endpoint.headers))
         certificate, key = endpoint.client_certificate, endpoint.client_key
         # Once, not for every request: it reads all proxy variables. The certificate has to be among the arguments, or
@@ -123,6 +128,7 @@ class HttpTransport:
             prepared = self._session.prepare_request(requests.Request("POST", self._endpoint.url, data=data))
             with (
                 _untraced(),
+                answered_by(time.monotonic() + timeout),
                 self._session.send(prepared, timeout=(connect_timeout, timeout), allow_redirects=False, **self._settings) as response,
             ):
                 status = response.status_code
@@ -140,6 +146,8 @@ class HttpTransport:
         except requests.exceptions.RequestException as error:
             never_sent = isinstance(getattr(error.args[0] if error.args else None, "reason", None), NewConnectionError)
             return Reply(Verdict.LATER if never_sent else Verdict.FAILED, _named(error))
+        except (OSError, ValueError) as error:  # a file of certificates that has gone since it was looked at
+            return Reply(Verdict.DENIED, _shortened(type(error).__name__, str(error)))
         return _http_reply(status, response.headers.get("Content-Type", ""), text, response.headers.get("Retry-After"))
 
     def close(self) -> None:
@@ -174,9 +182,12 @@ class GrpcTransport:
         with importing:  # gRPC imports more of itself when it makes a channel
             import grpc  # type: ignore[import-untyped] # ships no types
 
-            if self._channel is None:
-                self._channel = self._open(grpc)
-                self._export = self._channel.unary_unary(EXPORT)
+            try:
+                if self._channel is None:
+                    self._channel = self._open(grpc)
+                    self._export = self._channel.unary_unary(EXPORT)
+            except (OSError, ValueError) as error:
+                return Reply(Verdict.DENIED, str(error))
         try:
             with _untraced():
                 text = self._export(body, timeout=self.timeout_seconds, metadata=tuple(self._endpoint.headers.items()) or None)
@@ -189,7 +200,7 @@ class GrpcTransport:
         if not self._endpoint.secure:
             return grpc.insecure_channel(self._endpoint.url, compression=compression)
         files = (self._endpoint.certificate, self._endpoint.client_key, self._endpoint.client_certificate)
-        credentials = grpc.ssl_channel_credentials(*(Path(name).read_bytes() if name else None for name in files))
+        credentials = grpc.ssl_channel_credentials(*(None if name is None else _pem(Path(name)) for name in files))
         return grpc.secure_channel(self._endpoint.url, credentials, compression=compression)
 
     def close(self) -> None:
@@ -197,6 +208,14 @@ class GrpcTransport:
         if self._channel is not None:
             self._channel.close()
             self._channel = None
+
+
+def _pem(path: Path) -> bytes:
+    """Read a certificate or a key; gRPC ends the whole process where it is given an empty one."""
+    content = path.read_bytes()
+    if b"-----BEGIN " not in content:
+        raise ValueError(f"{path} holds neither a certificate nor a key in PEM")
+    return content
 
 
 Transport: TypeAlias = HttpTransport | GrpcTransport
@@ -208,9 +227,10 @@ def connect(endpoint: Endpoint) -> Transport:
 
 
 def _http_reply(status: int, content_type: str, text: bytes, retry_after: str | None) -> Reply:
+    media_type = content_type.partition(";")[0].strip().lower()
     if status in _OK:
-        return _accepted(text) if content_type.startswith(PROTOBUF) else Reply(Verdict.ACCEPTED)
-    message = _status_message(text) if content_type.startswith(PROTOBUF) else text.decode("utf-8", "replace")
+        return _taken(status, media_type, text)
+    message = _status_message(text) if media_type == PROTOBUF else text.decode("utf-8", "replace")
     reason = _shortened(f"HTTP {status}", message)
     asked = _seconds(retry_after)
     if status in _REFUSED:
@@ -221,17 +241,33 @@ def _http_reply(status: int, content_type: str, text: bytes, retry_after: str | 
     return Reply(Verdict.FAILED if status >= _SERVER_ERROR else Verdict.DENIED, reason, asked)
 
 
+def _taken(status: int, media_type: str, text: bytes) -> Reply:
+    """Read the answer of an endpoint that says that it took everything."""
+    if media_type == PROTOBUF:
+        return _accepted(text)
+    if media_type == "text/html" or text.lstrip().startswith(b"<"):
+        # Somebody's sign-in page, or the UI's port instead of the collector's: nobody has these spans.
+        return Reply(Verdict.DENIED, f"HTTP {status} with a page, which is no answer of OTLP: this is the address of something else")
+    if media_type == "application/json":
+        with contextlib.suppress(Exception):  # whatever it says, the status stands
+            partial = json.loads(text).get("partialSuccess") or {}
+            said = _shortened("", str(partial.get("errorMessage") or ""))
+            return Reply(Verdict.ACCEPTED, said, rejected_spans=int(partial.get("rejectedSpans") or 0))
+    return Reply(Verdict.ACCEPTED)
+
+
 def _grpc_reply(error: Any) -> Reply:
     code = error.code().name
     reason = _shortened(code, error.details() or "")
     asked = _retry_info(error)
-    if code == "INVALID_ARGUMENT":
+    too_large = code == "RESOURCE_EXHAUSTED" and asked is None and "larger than max" in reason.lower()
+    if code == "INVALID_ARGUMENT" or too_large:
         return Reply(Verdict.REFUSED, reason)
     if code in ("UNAUTHENTICATED", "PERMISSION_DENIED", "UNIMPLEMENTED", "NOT_FOUND"):
         return Reply(Verdict.DENIED, reason)
     # The specification lets RESOURCE_EXHAUSTED be retried only with RetryInfo; without one it may be the request's size.
     # The codes it never retries (UNKNOWN, INTERNAL) are what HTTP calls 500, and are treated as such.
-    never_sent = code == "UNAVAILABLE" and "failed to connect" in reason.lower()
+    never_sent = code == "UNAVAILABLE" and any(words in reason.lower() for words in _NEVER_SENT)
     return Reply(Verdict.LATER if asked is not None or never_sent else Verdict.FAILED, reason, asked)
 
 

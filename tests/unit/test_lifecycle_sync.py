@@ -583,3 +583,19 @@ job("before")
     assert done.stdout == "before\nfinalizer\n"
     assert done.stderr == "otelexec.exit.unrecorded: job has no record: the interpreter is shutting down\n"
     assert records.one().state == "succeeded"
+
+
+def test_a_property_is_refused_since_reading_it_would_call_nothing(records: Records) -> None:
+    for wrong in (property(lambda _: 1), functools.cached_property(lambda _: 1)):
+        decorate: Any = otelexec.execution("read")
+        with pytest.raises(SettingsError, match="@property above"):
+            decorate(wrong)
+
+    class Engine:
+        @property
+        @otelexec.execution("read")
+        def value(self) -> int:
+            return 7
+
+    assert Engine().value == 7
+    assert records.named("read").state == "succeeded"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import re
@@ -156,6 +157,12 @@ class TestOut:
         with extract_env(environ) as scope:
             assert scope.correlation == correlation
             assert current_trace() == TRACEPARENT[3:35]
+
+    def test_the_environment_of_the_process_is_the_default_and_stands_in_no_signature(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("TRACEPARENT", TRACEPARENT)
+        with extract_env():
+            assert current_trace() == TRACEPARENT[3:35]
+        assert inspect.signature(extract_env).parameters["environ"].default is None
 
     @pytest.mark.parametrize("carrier", [None, 5, "text", b"bytes", [("a", "b")], object(), MappingProxyType({})])
     def test_what_cannot_carry_the_context_is_refused_in_one_line(self, carrier: Any) -> None:

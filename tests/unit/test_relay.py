@@ -272,7 +272,8 @@ def test_retry_after_in_seconds_is_the_pause(status: int, outbox: Outbox, receiv
     ("header", "low", "high"),
     [
         ("in 600 s", 500, 600),
-        ("Fri, 01 Jan 2021 00:00:00 GMT", 0, 0),
+        ("Fri, 01 Jan 2021 00:00:00 GMT", 0, 0.5),
+        ("0", 0, 0.5),
         ("999999999999", 3_600, 3_600),
         ("soon", 0, 0.5),
         ("-5", 0, 0.5),
@@ -282,7 +283,7 @@ def test_retry_after_in_seconds_is_the_pause(status: int, outbox: Outbox, receiv
 def test_retry_after_may_be_a_date_or_nonsense(  # noqa: PLR0917
     header: str, low: float, high: float, outbox: Outbox, http: OtlpReceiver, make: Callable[..., Relay]
 ) -> None:
-    """An HTTP date counts from now, the past is at once, a mistake of years is cut, and nonsense is ordinary backoff."""
+    """An HTTP date counts from now, a mistake of years is cut, and the past, nothing and nonsense are ordinary backoff."""
     if header == "in 600 s":  # from now, not from when the tests were collected
         header = format_datetime(datetime.now(UTC) + timedelta(seconds=600), usegmt=True)
     outbox.add("a")
@@ -290,6 +291,17 @@ def test_retry_after_may_be_a_date_or_nonsense(  # noqa: PLR0917
     pause = make().run_once().pause
     assert pause is not None
     assert low <= pause <= high
+
+
+def test_an_endpoint_that_asks_for_no_pause_is_not_asked_without_one(
+    outbox: Outbox, receiver: OtlpReceiver, make: Callable[..., Relay]
+) -> None:
+    """A 503 with `Retry-After: 0` for an hour would be five hundred requests a second in the user's worker."""
+    outbox.add("a")
+    receiver.script(*[Answer(503, retry_after="0")] * 40)
+    relay = make()
+    pauses = [relay.run_once().pause or 0.0 for _ in range(40)]
+    assert sum(pauses[5:]) > 35  # half of 8 s each, were they all as long as they may be
 
 
 @pytest.mark.parametrize("poisoned", [["p3"], ["p0", "p9"], ["p4", "p5", "p6"]])

@@ -112,3 +112,23 @@ def test_a_link_to_a_file_that_is_to_be_made_is_a_store(tmp_path: Path) -> None:
     otelexec.execution("x")(lambda: None)()
     assert (tmp_path / "store.db").stat().st_size > 0
     assert not list(tmp_path.glob("*.spool/*.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("lease_secnds", "; did you mean lease_seconds[?]"), ("Store", "; did you mean store[?]"), ("port", "$")]
+)
+def test_a_setting_that_does_not_exist_is_told_so_with_the_one_that_was_meant(name: str, said: str) -> None:
+    given: dict[str, Any] = {name: "7"}
+    with pytest.raises(SettingsError, match=f"^{name}: there is no such setting{said}"):
+        otelexec.configure(**given)
+
+
+def test_a_misspelt_variable_is_warned_of_once_and_one_of_somebody_else_is_not(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("OTELEXEC_LEASE_SECOND", "10")
+    monkeypatch.setenv("OTELEXEC_SIGNATURE", "of a carrier")
+    settings.load()
+    settings.load()
+    warned = [record.getMessage() for record in caplog.records if "settings.unknown" in record.getMessage()]
+    assert warned == ["otelexec.settings.unknown: there is no setting OTELEXEC_LEASE_SECOND; did you mean OTELEXEC_LEASE_SECONDS?"]

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shutil
+import socket
 import ssl
 import subprocess
-from typing import TYPE_CHECKING, Any
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, Self
 
+import grpc  # type: ignore[import-untyped] # ships no types
 import pytest
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.trace import SpanContext
 
 from otelexec import endpoint, otlp
+from otelexec.errors import SettingsError
 from otelexec.receiver import Answer, OtlpReceiver
-from otelexec.transport import Verdict, connect
+from otelexec.transport import EXPORT, Reply, Verdict, connect
+from tests.patience import PATIENCE
 from tests.servers import missing
 
 if TYPE_CHECKING:
@@ -142,3 +152,157 @@ def test_an_answer_that_is_no_otlp_is_still_an_acceptance(monkeypatch: pytest.Mo
         reply: Any = transport.send(BODY)
         transport.close()
     assert (reply.verdict, reply.reason) == (Verdict.ACCEPTED, "the endpoint's answer can't be read")
+
+
+class Scripted:
+    """
+    A server on loopback that answers every connection with the same pieces, one after the other.
+
+    Args:
+        pieces: The answer.
+        pause_seconds: How long after each piece the next one goes.
+    """
+
+    def __init__(self, *pieces: bytes, pause_seconds: float = 0.0) -> None:
+        self._pieces = pieces
+        self._pause = pause_seconds
+        self._stopped = threading.Event()
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopped.set()
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._thread.join(PATIENCE * 5)
+        self._listener.close()
+
+    def _serve(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = self._listener.accept()
+                with connection, contextlib.suppress(OSError):
+                    connection.recv(65_536)
+                    for piece in self._pieces:
+                        connection.sendall(piece)
+                        self._stopped.wait(self._pause)
+
+
+def answer(content_type: str, body: bytes) -> bytes:
+    return f"HTTP/1.1 200 OK\r\nContent-Type: {content_type}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
+
+
+def sent(url: str, **environ: str) -> Reply:
+    transport = connect(endpoint.read(None, {"OTEL_EXPORTER_OTLP_ENDPOINT": url, **environ}))
+    try:
+        return transport.send(BODY)
+    finally:
+        transport.close()
+
+
+@pytest.mark.parametrize(
+    ("content_type", "body"),
+    [("text/html; charset=utf-8", b"Sign in"), ("TEXT/HTML", b""), ("application/x-protobuf", b""), ("text/plain", b" <!doctype html>")],
+)
+def test_a_page_is_no_delivery(content_type: str, body: bytes) -> None:
+    """The port of a UI, or somebody's sign-in page, says 200 to everything."""
+    with Scripted(answer(content_type, body)) as server:
+        reply = sent(server.url)
+    assert reply.verdict is (Verdict.ACCEPTED if "protobuf" in content_type else Verdict.DENIED)
+    assert ("something else" in reply.reason) is (reply.verdict is Verdict.DENIED)
+
+
+@pytest.mark.parametrize(
+    ("body", "rejected", "said"),
+    [
+        (b'{"partialSuccess": {"rejectedSpans": "2", "errorMessage": "too old"}}', 2, "too old"),
+        (b'{"partialSuccess": {}}', 0, ""),
+        (b"{}", 0, ""),
+        (b"[1]", 0, ""),
+        (b"no json", 0, ""),
+    ],
+)
+def test_a_partial_success_in_json_is_read(body: bytes, rejected: int, said: str) -> None:
+    with Scripted(answer("Application/JSON", body)) as server:
+        reply = sent(server.url)
+    assert (reply.verdict, reply.rejected_spans, reply.reason) == (Verdict.ACCEPTED, rejected, said)
+
+
+@pytest.mark.parametrize("part", ["head", "body"])
+def test_an_answer_that_trickles_in_ends_with_the_timeout(part: str) -> None:
+    """Each byte would start the timeout anew: the relay's claim, and a process's exit, would wait for as long as the endpoint likes."""
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: application/x-protobuf\r\nContent-Length: 600\r\n"
+    slow = [b"X-Slow: 1\r\n"] * 600 if part == "head" else [b"\r\n", *([b"\0"] * 600)]
+    with Scripted(head, *slow, pause_seconds=0.1) as server:
+        started = time.monotonic()
+        reply = sent(server.url, OTEL_EXPORTER_OTLP_TIMEOUT="0.5")
+        assert time.monotonic() - started < PATIENCE * 5
+    # The status stands, whatever happened to the text.
+    assert reply.verdict is (Verdict.FAILED if part == "head" else Verdict.ACCEPTED)
+
+
+def test_certificates_that_are_gone_when_they_are_needed_blame_no_row(certificate: tuple[Path, Path], tmp_path: Path) -> None:
+    for protocol in ("http/protobuf", "grpc"):
+        authority = tmp_path / "authority.pem"
+        authority.write_bytes(certificate[0].read_bytes())
+        environ = {
+            "OTEL_EXPORTER_OTLP_PROTOCOL": protocol,
+            "OTEL_EXPORTER_OTLP_ENDPOINT": "https://127.0.0.1:1",
+            "OTEL_EXPORTER_OTLP_CERTIFICATE": str(authority),
+        }
+        transport = connect(endpoint.read(None, environ))
+        authority.unlink()
+        reply = transport.send(BODY)
+        transport.close()
+        assert reply.verdict is Verdict.DENIED
+        assert str(authority) in reply.reason
+
+
+@pytest.mark.parametrize(("key", "said"), [(None, "CLIENT_KEY"), ("", "holds neither"), ("nonsense", "holds neither")])
+def test_over_grpc_a_certificate_without_its_key_ends_no_process(
+    key: str | None, said: str, certificate: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """GRPC aborts the process that gives it one without the other, or an empty one."""
+    environ = {
+        "OTEL_EXPORTER_OTLP_PROTOCOL": "grpc",
+        "OTEL_EXPORTER_OTLP_ENDPOINT": "https://127.0.0.1:1",
+        "OTEL_EXPORTER_OTLP_CLIENT_CERTIFICATE": str(certificate[0]),
+    }
+    if key is not None:
+        (tmp_path / "key.pem").write_text(key)
+        environ["OTEL_EXPORTER_OTLP_CLIENT_KEY"] = str(tmp_path / "key.pem")
+    script = (
+        "from otelexec import endpoint, errors, transport\n"
+        "try:\n    print(transport.connect(endpoint.read()).send(b''))\n"
+        "except errors.SettingsError as error:\n    print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], env=os.environ | environ, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, said in done.stdout) == (0, True), done
+
+
+def test_a_request_that_is_too_large_for_grpc_is_refused_and_may_be_divided() -> None:
+    server = grpc.server(ThreadPoolExecutor(1), options=[("grpc.max_receive_message_length", 16)])
+    port = server.add_insecure_port("127.0.0.1:0")
+    handlers = {"Export": grpc.unary_unary_rpc_method_handler(lambda *_: b"")}
+    server.add_generic_rpc_handlers(
+        (grpc.method_handlers_generic_handler("opentelemetry.proto.collector.trace.v1.TraceService", handlers),)
+    )
+    server.start()
+    try:
+        reply = sent(f"http://127.0.0.1:{port}", OTEL_EXPORTER_OTLP_PROTOCOL="grpc")
+    finally:
+        server.stop(None)
+    assert reply.verdict is Verdict.REFUSED
+    assert "larger than max" in reply.reason
+
+
+@pytest.mark.parametrize("header", ["x-tenant-bin=AA==", "a!b=c"])
+def test_headers_that_grpc_can_not_send_are_refused(header: str) -> None:
+    environ = {"OTEL_EXPORTER_OTLP_HEADERS": header}
+    with pytest.raises(SettingsError, match="usable name"):
+        endpoint.read(None, environ | {"OTEL_EXPORTER_OTLP_PROTOCOL": "grpc"})
+    assert endpoint.read(None, environ).headers
