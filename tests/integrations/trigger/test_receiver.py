@@ -85,7 +85,7 @@ def test_a_delivery_is_an_execution_with_its_record_and_span(path: Path, hook: H
     assert hook.calls == [{"id": "alert-1", "n": 1}]
     (record,) = records(path)
     assert (record.name, record.state, record.source) == ("hook", "succeeded", "webhook")
-    assert json.loads(record.correlation) == {"webhook_id": "msg_2", "provider": "standard-webhooks"}
+    assert json.loads(record.correlation) == {"webhook_id": "msg_2", "provider": "standard-webhooks", "messaging.message.id": "msg_2"}
     assert "stolen" not in (record.execution_id, record.request_id)
     (span,) = Records(path).spans()
     assert span.kind == "consumer"
