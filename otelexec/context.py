@@ -31,7 +31,11 @@ class CurrentExecution(Protocol):
         ...
 
     def mark_retry_sent(self) -> None:
-        """Note that a message with this execution's own id went out, so that a failure ends as `retrying`."""
+        """Note that a message with this execution's own id goes out, so that a failure ends as `retrying`."""
+        ...
+
+    def mark_retry_refused(self) -> None:
+        """Note that the backend refused such a message after all."""
         ...
 
 

@@ -138,7 +138,7 @@ class Execution:
         "_paused",
         "_progress",
         "_rejected",
-        "_retry_sent",
+        "_retries_sent",
         "_runtime",
         "_snapshot",
         "_snapshot_error",
@@ -205,7 +205,7 @@ class Execution:
         self._rejected: str | None = None
         self._snapshot: str | None = None if outer is None else outer.snapshot_text
         self._snapshot_error: str | None = None
-        self._retry_sent = False
+        self._retries_sent = 0
         self._stopped = False
         self._core_lock = threading.Lock()
         self._core_state: str | None = None
@@ -311,8 +311,12 @@ class Execution:
     # What the rest of otelexec asks
 
     def mark_retry_sent(self) -> None:
-        """Note that a message for another attempt went out."""
-        self._retry_sent = True
+        """Note that a message for another attempt goes out."""
+        self._retries_sent += 1
+
+    def mark_retry_refused(self) -> None:
+        """Note that the backend refused such a message after all."""
+        self._retries_sent -= 1
 
     def reject(self, reason: str) -> None:
         """End this attempt as `rejected` once the code returns."""
@@ -436,7 +440,7 @@ class Execution:
         ending = self._returned() if exception is None else self._raised(exception)
         if self.options.cancel_wins and exception is not None and ending.state in (FAILED, TIMED_OUT):
             ending = replace(ending, state=CANCELLED) if self.cancel_requested else replace(ending, depends_on_cancellation=True)
-        if self._retry_sent and ending.state not in (SUCCEEDED, PAUSED):
+        if self._retries_sent and ending.state not in (SUCCEEDED, PAUSED):
             ending = replace(ending, retrying=True)
         return ending
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from opentelemetry import context as otel_context
@@ -15,7 +15,7 @@ from otelexec import runtime as _runtime
 from otelexec import semconv
 from otelexec.blocks import Block
 from otelexec.context import EXECUTION_KEY, SCOPE_KEY
-from otelexec.correlation import Correlation, Scope, with_ambient
+from otelexec.correlation import Correlation, Scope, running, with_ambient
 from otelexec.effects import run
 from otelexec.endings import describe
 from otelexec.errors import CorrelationError
@@ -25,11 +25,23 @@ from otelexec.ids import normalize_id
 from otelexec.lifecycle import Call, Steps, begin, execution_row
 from otelexec.propagation import outgoing
 from otelexec.spans import request_of, row_of
-from otelexec.store.writes import CANCELLED, REJECTED, AddSpans, Cancellation, Outcome, RecordQueued, RefuseQueued, RequestCancel
+from otelexec.store.writes import (
+    CANCELLED,
+    REJECTED,
+    AddSpans,
+    Cancellation,
+    NameMessage,
+    Outcome,
+    RecordQueued,
+    RefuseQueued,
+    RequestCancel,
+    SpanRow,
+)
 from otelexec.w3c import clean
 
 if TYPE_CHECKING:
     from otelexec.runtime import Runtime
+    from otelexec.store.writes import Write
 
 
 class Message:
@@ -38,12 +50,14 @@ class Message:
 
     Attributes:
         correlation: The ids that it carries: what `inject*` writes inside the block.
+        message_id: What the backend calls it; None as long as that is not known.
     """
 
-    __slots__ = ("_span", "correlation", "unknown")
+    __slots__ = ("_span", "correlation", "message_id", "unknown")
 
-    def __init__(self, correlation: Correlation, span: trace.Span) -> None:
+    def __init__(self, correlation: Correlation, span: trace.Span, message_id: str | None = None) -> None:
         self.correlation = correlation
+        self.message_id = message_id
         self.unknown = False
         self._span = span
 
@@ -54,6 +68,7 @@ class Message:
 
     def set_message_id(self, message_id: str) -> None:
         """Name the message as the backend knows it, once it does."""
+        self.message_id = message_id
         self._span.set_attribute(semconv.MESSAGING_MESSAGE_ID, message_id)
 
     def acceptance_unknown(self) -> None:
@@ -120,7 +135,7 @@ class publish(Block[Message]):  # noqa: N801 (read as a verb: `with publish(...)
             queued = RecordQueued(execution, row, runtime.process_id, started, runtime.open_ancestors(base))
             yield from persist(runtime, queued, durable=False, patience_seconds=patience)
             runtime.heartbeat.ensure()
-        message = Message(correlation, span)
+        message = Message(correlation, span, self._message_id)
         dropped = None
         try:
             raised = yield Call(message, _message_context(base, correlation, span, self._message_id))
@@ -133,27 +148,39 @@ class publish(Block[Message]):  # noqa: N801 (read as a verb: `with publish(...)
             span.set_attribute(semconv.ERROR_TYPE, error_type)
             span.set_status(trace.StatusCode.ERROR, error_message)
         span.end(ended)
-        if not runtime.records:
-            return
-        spans = AddSpans(execution_id=correlation.execution_id, process_id=runtime.process_id)
-        if row is not None and isinstance(span, ReadableSpan):
-            spans = AddSpans(
-                recorded=((row, request_of((span,), runtime.resource, correlation.members())),),
-                execution_id=correlation.execution_id,
-                process_id=runtime.process_id,
-            )
         refused = isinstance(raised, Exception) and not message.unknown
-        if refused:
-            outcome = Outcome(REJECTED, ended, "publisher", error_type=error_type, error_message=error_message)
-            refusal = RefuseQueued(correlation.execution_id, outcome, spans)
-            yield from persist(runtime, refusal, durable=True, patience_seconds=patience)
-        elif spans and runtime.spooling and dropped is None:
-            yield from persist(runtime, spans, durable=False, patience_seconds=patience)
-        elif spans:
-            # The message has left; a commit of its own for the end of the span would cost as much as the record did.
-            runtime.defer(spans)
+        if refused and self._retry and (retried := running(base)) is not None:
+            retried.mark_retry_refused()
+        if runtime.records:
+            spans = _spans_of(runtime, correlation, span, row)
+            if refused:
+                outcome = Outcome(REJECTED, ended, "publisher", error_type=error_type, error_message=error_message)
+                refusal = RefuseQueued(correlation.execution_id, outcome, spans)
+                yield from persist(runtime, refusal, durable=True, patience_seconds=patience)
+            else:
+                for write in self._after(message, spans):
+                    if runtime.spooling and dropped is None:
+                        yield from persist(runtime, write, durable=False, patience_seconds=patience)
+                    else:
+                        # The message has left; a commit of its own for its end would cost as much as the record did.
+                        runtime.defer(write)
         if dropped is not None:
             raise dropped
+
+    def _after(self, message: Message, spans: AddSpans) -> Iterator[Write]:
+        """Give what is written once the message has left."""
+        if message.message_id is not None and message.message_id != self._message_id:
+            yield NameMessage(message.id, message.message_id)
+        if spans:
+            yield spans
+
+
+def _spans_of(runtime: Runtime, correlation: Correlation, span: trace.Span, row: SpanRow | None) -> AddSpans:
+    """Give what writes the end of the PRODUCER span."""
+    recorded: tuple[tuple[SpanRow, bytes], ...] = ()
+    if row is not None and isinstance(span, ReadableSpan):
+        recorded = ((row, request_of((span,), runtime.resource, correlation.members())),)
+    return AddSpans(recorded=recorded, execution_id=correlation.execution_id, process_id=runtime.process_id)
 
 
 def _message_context(

@@ -17,7 +17,7 @@ from tests.patience import PATIENCE
 
 T = TypeVar("T")
 
-AMENDMENTS = {"result_not_stored", "callbacks_not_sent"}
+AMENDMENTS = {"result_not_stored", "callbacks_not_sent", "handler_failed"}
 """Classifications that a record gets after its span has left: the result is stored once the attempt is closed."""
 
 ERRORS = {"failed", "timed_out", "lost", "rejected"}

@@ -123,7 +123,7 @@ def _patch_running(patches: Patches) -> None:
 def _patch_worker(patches: Patches) -> None:
     request, consumer = celery_request.Request, celery_consumer.Consumer
     patches.replace(request, "__init__", worker.wrap_init)
-    patches.replace(request, "on_accepted", worker.before(worker.on_accepted))
+    patches.replace(request, "on_accepted", worker.wrap_on_accepted)
     patches.replace(request, "acknowledge", worker.before(worker.on_acknowledge))
     patches.replace(request, "on_timeout", worker.wrap_on_timeout)
     patches.replace(request, "on_failure", worker.wrap_on_failure)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import logging
 import os
 import time
@@ -31,7 +32,7 @@ from otelexec import runtime as _runtime
 from otelexec.context import EXECUTION_KEY
 from otelexec.drivers import advance, expect
 from otelexec.endings import Ending, describe, raised_by_signal_handler
-from otelexec.errors import ExecutionCancelled
+from otelexec.errors import ExecutionCancelled, StoreError
 from otelexec.execution import Execution
 from otelexec.lifecycle import Steps, lifecycle
 from otelexec.propagation import entries
@@ -90,6 +91,7 @@ class Run:
             soft_limit=soft_limit_of(task, request),
             links=_links(carrier.find(request), self._runtime),
             accepted=carrier.DELIVERY in request and not task.acks_late,
+            requeues=carrier.DELIVERY in request and bool(task.acks_late),
             pid=os.getpid(),
         )
         otel_context.attach(open_context(task_id, request, self.before))
@@ -121,7 +123,11 @@ class Run:
                 self._carry_on(error.sig)
             self.close(error)
             raise
-        self.close(None)
+        try:
+            self.close(None)
+        except BaseException as error:  # a limit that struck on the way: Celery takes it for the task's
+            self.close(error)
+            raise
         return value
 
     def _carry_on(self, signature: Any) -> None:
@@ -135,6 +141,11 @@ class Run:
         carrier.write(headers, carried)
         options["headers"] = headers
 
+    @property
+    def is_open(self) -> bool:
+        """Whether its attempt is still to be closed."""
+        return self._steps is not None and inspect.getgeneratorstate(self._steps) != inspect.GEN_CLOSED
+
     def _contribute(self, key: str) -> None:
         """Note the span of a chord's header, before anybody can see that the last of them is done."""
         span = self.execution.span.get_span_context()
@@ -143,8 +154,8 @@ class Run:
 
     def close(self, error: BaseException | None, ending: Ending | None = None) -> None:
         """Close the attempt, once; an ending goes before what is made of the exception."""
-        steps, self._steps = self._steps, None
-        if steps is None:
+        steps = self._steps
+        if steps is None or not self.is_open:
             return
         if ending is not None:
             self.execution.ending = ending
@@ -153,8 +164,8 @@ class Run:
         if self.execution.ending is None:
             self.execution.ending = self.execution.classify(error)
         seconds = (time.perf_counter_ns() - self.execution.clock_started_ns) / 1e9
-        metrics.took(seconds, self.task.name, self._attributes, self.execution.ending)
         advance(self._runtime, steps, error)
+        metrics.took(seconds, self.task.name, self._attributes, self.execution.ending)
 
 
 def open_early(task: Any, task_id: str, request: Mapping[str, Any]) -> Run | None:
@@ -193,13 +204,18 @@ def call_trace(trace: Callable[..., Any], name: str, task_id: str, request: Mapp
     try:
         done = trace(name, task_id, request, *args, **kwargs)
     except BaseException as error:
-        if (run := _unclaimed(request)) is not None:
-            run.close(error)
+        give_up(request, error)
         raise
     if (run := _unclaimed(request)) is not None:  # Celery is not instrumented any more since it was opened
         failed, value, _ = done
         run.close(endings.error_of(value) if failed else None)
     return done
+
+
+def give_up(request: Mapping[str, Any], error: BaseException) -> None:
+    """Close the run that was opened early for a request which its tracer will not come to."""
+    if (run := _unclaimed(request)) is not None:
+        run.close(error)
 
 
 def _unclaimed(request: Mapping[str, Any]) -> Run | None:
@@ -212,7 +228,11 @@ def _links(found: Mapping[str, Any], runtime: _runtime.Runtime) -> tuple[trace.L
     key = carrier.text_of(found, carrier.JOINS)
     if key is None or not runtime.records:
         return ()
-    spans = runtime.write(ReadContributions(key))
+    try:  # not by `write`, which would keep a question in the spool
+        spans = runtime.commit(ReadContributions(key), durable=False, timeout_seconds=runtime.settings.open_timeout_seconds)
+    except StoreError as error:
+        logger.warning("otelexec.celery.links: the body of a chord has no links to its headers: %s", error)
+        return ()
     if not isinstance(spans, list):
         return ()
     contexts = [decode_trace(f"00-{trace_id}-{span_id}-01", None) for trace_id, span_id in spans]
@@ -311,10 +331,11 @@ def _trace(tracer: Callable[..., Any], task: Any, call: tuple[str, Any, Any, Any
             raise
         logger.exception("otelexec.celery.open: %s[%s] runs without a record", task.name, uuid)
         return tracer(*call)
-    run_token = _run.set(run)
-    execution_token = TASK_EXECUTION.set(run.execution)
-    otel_context.attach(run.context)
+    outer_run, outer_execution = _run.get(), TASK_EXECUTION.get()
     try:
+        _run.set(run)
+        TASK_EXECUTION.set(run.execution)
+        otel_context.attach(run.context)
         result = tracer(*call)
     except BaseException as error:
         _left(run, error)
@@ -323,15 +344,15 @@ def _trace(tracer: Callable[..., Any], task: Any, call: tuple[str, Any, Any, Any
         _returned(run, result)
         return result
     finally:
-        TASK_EXECUTION.reset(execution_token)
-        _run.reset(run_token)
         # By value: others may have attached and detached in between, in any order.
+        TASK_EXECUTION.set(outer_execution)
+        _run.set(outer_run)
         otel_context.attach(before)
 
 
 def _left(run: Run, error: BaseException) -> None:
     """Close what an exception left the tracer with."""
-    if not run.reached_body:
+    if run.is_open:
         run.close(error)
     elif not isinstance(error, Reject | MemoryError):  # these the task's own handlers raised, once the result was stored
         _went_wrong_after(run, error)
@@ -343,6 +364,7 @@ def _returned(run: Run, result: Any) -> None:
     state = getattr(info, "state", None)
     if run.reached_body:
         if info is not None and state == states.FAILURE:
+            run.close(info.retval)  # if a limit struck before that was done
             _went_wrong_after(run, info.retval)
     elif info is not None:
         error = info.retval

@@ -30,6 +30,7 @@ MALFORMED: Final = "malformed"
 DEDUPLICATED: Final = "deduplicated"
 RESULT_NOT_STORED: Final = "result_not_stored"
 CALLBACKS_NOT_SENT: Final = "callbacks_not_sent"
+HANDLER_FAILED: Final = "handler_failed"
 INTERRUPTED: Final = "interrupted"
 
 HARD_LIMIT_ERROR: Final = "billiard.exceptions.TimeLimitExceeded"
@@ -43,15 +44,20 @@ _SENDING: Final = {"_dispatch_callbacks_and_chain", "_retry_publish", "apply_asy
 """What a tracer calls for callbacks and the next task of a chain, in the versions that are supported."""
 
 
-def classifier(hard_limit_seconds: float | None, soft_limit_seconds: float | None = None) -> Classifier:
+_HANDLERS: Final = {"on_success", "after_return"}
+"""What a tracer calls of a task's own."""
+
+
+def classifier(hard_limit_seconds: float | None, soft_limit_seconds: float | None = None, *, requeues: bool = False) -> Classifier:
     """
     Make the classifier of one attempt.
 
     Args:
         hard_limit_seconds: The task's hard limit, counted from now; None without one.
         soft_limit_seconds: Its soft limit, as well.
+        requeues: Whether a message that the task wants back in its queue gets there: one that is acknowledged already doesn't.
     """
-    if hard_limit_seconds is None and soft_limit_seconds is None:
+    if hard_limit_seconds is None and soft_limit_seconds is None and requeues:
         return classify
     earliest = time.monotonic() - _EARLY_SECONDS
 
@@ -62,6 +68,8 @@ def classifier(hard_limit_seconds: float | None, soft_limit_seconds: float | Non
         if isinstance(error, SystemExit) and is_due(hard_limit_seconds) and raised_by_signal_handler(error):
             return hard_limit(hard_limit_seconds)
         ending = classify(error)
+        if isinstance(error, Reject) and ending is not None:
+            return replace(ending, retrying=ending.retrying and requeues)
         if isinstance(error, SoftTimeLimitExceeded) and ending is not None and is_due(soft_limit_seconds):
             return replace(ending, depends_on_cancellation=False)
         return ending
@@ -113,15 +121,17 @@ def _unasked(error: BaseException) -> Ending:
 
 def after_success(error: BaseException) -> str:
     """
-    Tell what went wrong once the body had returned: to send what follows, or to store the result.
+    Tell what went wrong once the body had returned: to send what follows, to store the result, or a handler of the task's own.
 
-    Both may raise the same, so it is the function that Celery's tracer had called that tells.
+    All may raise the same, so it is the function that Celery's tracer had called that tells.
     """
     caller, traceback = "", error.__traceback__
     while traceback is not None:
         name = traceback.tb_frame.f_code.co_name
         if caller == "trace_task" and name in _SENDING:
             return CALLBACKS_NOT_SENT
+        if caller == "trace_task" and name in _HANDLERS:
+            return HANDLER_FAILED
         caller, traceback = name, traceback.tb_next
     return RESULT_NOT_STORED
 

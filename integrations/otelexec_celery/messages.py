@@ -54,6 +54,7 @@ def options_of(
     soft_limit: float | None = None,
     links: tuple[trace.Link, ...] = (),
     accepted: bool = False,
+    requeues: bool = False,
     pid: int | None = None,
     finalized_by: str = "executor",
 ) -> Options:
@@ -68,6 +69,7 @@ def options_of(
         soft_limit: Its soft limit in seconds; None without one.
         links: Span links besides the one to the attempt that asked for this one.
         accepted: Whether the main process may have opened the attempt.
+        requeues: Whether a message that the task wants back in its queue gets there.
         pid: The process that runs it; None while none does.
         finalized_by: Which path is named on the record.
     """
@@ -94,7 +96,7 @@ def options_of(
         attributes=attributes if latency is None else {**attributes, semconv.QUEUE_LATENCY: latency},
         links=links,
         link_carried=CHOICES.use_span_links,
-        classify=endings.classifier(hard_limit, soft_limit),
+        classify=endings.classifier(hard_limit, soft_limit, requeues=requeues),
         timeout=hard_limit,
         token=delivered if delivered is None or pid is None else run_token(delivered, pid),
         accepted=accepted,

@@ -86,9 +86,18 @@ def wrap_send_task(original: Callable[..., Any]) -> Callable[..., Any]:
 def _record_refusal(name: str, options: Mapping[str, Any], error: Exception) -> None:
     queue = options.get("queue")
     destination = queue if isinstance(queue, str) else getattr(queue, "name", None)
-    block = publish_block(str(name), destination=destination, system=SYSTEM, message_id=options.get("task_id"))
-    block.__enter__()
-    block.__exit__(type(error), error, error.__traceback__)
+    task_id = options.get("task_id")
+
+    def refuse(*, retry: bool) -> None:
+        block = publish_block(str(name), destination=destination, system=SYSTEM, message_id=task_id, retry=retry)
+        block.__enter__()
+        block.__exit__(type(error), error, error.__traceback__)
+
+    if not options.get("retries"):
+        refuse(retry=False)
+        return
+    with _retrying(task_id, options.get("headers")) as (retry, _):
+        refuse(retry=retry)
 
 
 def wrap_create_task_sender(original: Callable[[Any], Callable[..., Any]]) -> Callable[[Any], Callable[..., Any]]:

@@ -116,6 +116,21 @@ def on_accepted(request: Any, pid: int, *_: Any) -> None:
         run.execution.stop = functools.partial(_terminate, request)
 
 
+def wrap_on_accepted(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `Request.on_accepted`, which acknowledges: a green pool's limit may strike while that waits for the broker."""
+
+    @functools.wraps(original)
+    def accepted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        _guarded(on_accepted)(self, *args, **kwargs)
+        try:
+            return original(self, *args, **kwargs)
+        except BaseException as error:
+            consume.give_up(self.request_dict, error)
+            raise
+
+    return accepted
+
+
 def on_acknowledge(request: Any) -> None:
     """
     Open the attempt of a message that is acknowledged early, for the child.

@@ -15,6 +15,7 @@ from otelexec.store.writes import (
     AmendAttempt,
     CloseOuter,
     Contribute,
+    NameMessage,
     OpenAttempt,
     RecordProgress,
     RecordQueued,
@@ -25,7 +26,7 @@ from otelexec.store.writes import (
 MAX_KEPT: Final = 4096
 """Writes kept at the most: a process that writes so much has commits with fsync among them, or is one of many."""
 
-_KEPT: Final = (OpenAttempt, RecordQueued, AddSpans, AmendAttempt, CloseOuter, Contribute, RefuseQueued, RecordProgress)
+_KEPT: Final = (OpenAttempt, RecordQueued, AddSpans, AmendAttempt, CloseOuter, Contribute, RefuseQueued, NameMessage, RecordProgress)
 
 # The log is flushed at the latest after three times wal_writer_delay
 # (https://www.postgresql.org/docs/current/wal-async-commit.html); the rest is for a server that is busy.

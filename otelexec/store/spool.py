@@ -49,6 +49,7 @@ _ROWS = {
         writes.ExecutionRow,
         writes.Frozen,
         writes.Heartbeat,
+        writes.NameMessage,
         writes.OpenAttempt,
         writes.Outcome,
         writes.ProcessRow,

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
+from otelexec import semconv
 from otelexec.store import outbox_statements, pruning, run_admission, run_statements
 from otelexec.store.outbox_statements import add_row
 from otelexec.store.schema import Transaction
@@ -36,6 +37,7 @@ from otelexec.store.writes import (
     Contribute,
     Heartbeat,
     Ingested,
+    NameMessage,
     OpenAttempt,
     Opened,
     Outcome,
@@ -504,6 +506,14 @@ def ingested(tx: Transaction, write: Ingested) -> None:
     )
 
 
+def name_message(tx: Transaction, write: NameMessage) -> None:
+    """Note the id of an execution's message among the fields of its correlation."""
+    row = tx.execute(f"SELECT correlation FROM execution WHERE execution_id = ? {tx.lock}", (write.execution_id,)).fetchone()
+    if row is not None:
+        named = {**json.loads(row[0]), semconv.MESSAGING_MESSAGE_ID: write.message_id}
+        tx.execute("UPDATE execution SET correlation = ? WHERE execution_id = ?", (json.dumps(named), write.execution_id))
+
+
 _APPLY: dict[type, Callable[[Transaction, Any], object]] = {
     OpenAttempt: open_attempt,
     CloseAttempt: close_attempt,
@@ -515,6 +525,7 @@ _APPLY: dict[type, Callable[[Transaction, Any], object]] = {
     CloseOuter: close_outer,
     RecordQueued: record_queued,
     RefuseQueued: refuse_queued,
+    NameMessage: name_message,
     AddSpans: add_spans,
     RecordProgress: record_progress,
     Heartbeat: heartbeat,

@@ -441,6 +441,20 @@ class RefuseQueued:
 
 
 @dataclass(frozen=True, slots=True)
+class NameMessage:
+    """
+    Note what the backend calls an execution's message, where it said so only when it had it. Gives None.
+
+    Attributes:
+        execution_id: The execution.
+        message_id: That name.
+    """
+
+    execution_id: str
+    message_id: str
+
+
+@dataclass(frozen=True, slots=True)
 class RecordProgress:
     """Write the progress marker (JSON text) of a running attempt, and when on its own clock it was set. Gives None."""
 
@@ -614,6 +628,7 @@ Write: TypeAlias = (
     | CloseOuter
     | RecordQueued
     | RefuseQueued
+    | NameMessage
     | AddSpans
     | RecordProgress
     | Heartbeat

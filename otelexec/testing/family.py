@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 from otelexec.store.base import Store
@@ -14,6 +15,7 @@ from otelexec.store.writes import (
     Contribute,
     Frozen,
     Heartbeat,
+    NameMessage,
     Outcome,
     ReadContributions,
 )
@@ -70,6 +72,12 @@ class FamilyContract:
         closed(store, closing(row))
         assert write(store, AmendAttempt("e", "t", OOPS), AmendAttempt("e", "t", "other")) == [True, False]
         assert (record(store).attempts[0].state, record(store).attempts[0].classification) == (SUCCEEDED, OOPS)
+
+    def test_the_name_of_a_message_may_come_after_its_record(self, store: Store) -> None:
+        opened(store, opening())
+        write(store, NameMessage("e", 'run "1"'), NameMessage("nobody", "m"))
+        assert json.loads(record(store).correlation) == {"tenant": "a", "messaging.message.id": 'run "1"'}
+        assert store.executions_of('run "1"', limit=2) == ["e"]
 
     def test_contributions_are_found_in_the_order_of_their_executions(self, store: Store) -> None:
         for name in ("a", "b", "c"):

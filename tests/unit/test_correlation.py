@@ -60,6 +60,9 @@ class Running:
     def mark_retry_sent(self) -> None:
         raise AssertionError
 
+    def mark_retry_refused(self) -> None:
+        raise AssertionError
+
 
 def inside(execution: Running) -> Any:
     return otel_context.attach(otel_context.set_value(EXECUTION_KEY, execution))

@@ -77,6 +77,9 @@ class Running:
     def mark_retry_sent(self) -> None:
         pass
 
+    def mark_retry_refused(self) -> None:
+        pass
+
 
 def over_a_queue(payload: dict[str, Any]) -> Any:
     return json.loads(json.dumps(payload))

@@ -82,6 +82,9 @@ class Running:
     def mark_retry_sent(self) -> None:
         self.retries += 1
 
+    def mark_retry_refused(self) -> None:
+        self.retries -= 1
+
 
 @pytest.fixture
 def execution() -> Iterator[Running]:

@@ -40,7 +40,7 @@ def test_a_message_is_recorded_as_queued_before_it_leaves(records: Records) -> N
     with otelexec.extract(payload), otelexec.execution("invoice.run") as run:
         assert run.id == message.id
     record = queued(records)
-    assert (record.state, json.loads(record.correlation)) == ("succeeded", {"webhook_id": "w", "messaging.message.id": "m1"})
+    assert (record.state, json.loads(record.correlation)) == ("succeeded", {"webhook_id": "w", "messaging.message.id": "m2"})
     assert records.span(record.attempts[0].span_id).parent_span_id == span.span_id
 
 

@@ -23,7 +23,7 @@ from opentelemetry.trace import SpanContext
 from otelexec import endpoint, otlp
 from otelexec.errors import SettingsError
 from otelexec.receiver import Answer, OtlpReceiver
-from otelexec.transport import EXPORT, Reply, Verdict, connect
+from otelexec.transport import Reply, Verdict, connect
 from tests.patience import PATIENCE
 from tests.servers import missing
 

@@ -166,6 +166,13 @@ def reject(self: Any, mark: str, *, requeue: bool = False) -> str:
     raise Reject("broken", requeue=requeue)
 
 
+@task("reject.early", bind=True)
+def reject_early(self: Any, mark: str) -> None:
+    """Want a message back that is acknowledged already."""
+    count(mark)
+    raise Reject("too late", requeue=True)
+
+
 @task("unstorable")
 def unstorable() -> object:
     return object()
@@ -312,6 +319,13 @@ def flaky_later(self: Any) -> str:
     if self.request.retries == 0:
         raise self.retry(countdown=1)
     return "later"
+
+
+@task("flaky.unsendable", bind=True, max_retries=3)
+def flaky_unsendable(self: Any, *_: object, routed: bool) -> None:
+    """Ask for a retry whose message can't be sent: before it is routed, or after."""
+    options = {"args": (object(),)} if routed else {"queue": 7}
+    raise self.retry(countdown=0, **options)
 
 
 @task("flaky.headers", bind=True, max_retries=5)

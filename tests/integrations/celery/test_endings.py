@@ -132,6 +132,24 @@ def test_reject_with_requeue(common: Stage) -> None:
     assert result.get(timeout=RESULT_SECONDS) == "taken the second time"
 
 
+def test_a_message_that_is_acknowledged_already_goes_back_to_no_queue(common: Stage) -> None:
+    mark = common.mark()
+    seen = common.ended(send(common, "reject.early", mark).id, "rejected")
+    assert (seen.record.state, seen.attempt.classification) == ("rejected", "requeued")
+    assert common.runs(mark) == 1
+
+
+@pytest.mark.parametrize("routed", [True, False])
+def test_a_retry_that_can_not_be_sent_is_no_retry(common: Stage, routed: bool) -> None:
+    """Celery rejects the task then; nobody will ever attempt it again."""
+    before = len(common.records())
+    result = send(common, "flaky.unsendable", kwargs={"routed": routed})
+    seen = common.ended(result.id, "rejected")
+    assert (seen.record.state, seen.record.ended_unix_ns is not None) == ("rejected", True)
+    assert sorted(span.status for span in seen.producers) == ["error", "unset"]
+    assert len(common.records()) == before + 1
+
+
 def test_a_result_that_can_not_be_stored(common: Stage) -> None:
     result = send(common, "unstorable")
     until(result.ready, RESULT_SECONDS)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import subprocess
 import sys
 from pathlib import Path
-from types import FunctionType, ModuleType
+from types import FunctionType, ModuleType, SimpleNamespace
 from typing import Any
 
 import celery.app.amqp
@@ -22,10 +23,13 @@ import celery.worker.consumer.consumer
 import celery.worker.request
 import celery.worker.strategy
 import pytest
+from billiard.exceptions import SoftTimeLimitExceeded, TimeLimitExceeded
 from celery import signals
-from otelexec_celery import CeleryInstrumentor, carrier, consume
+from otelexec_celery import CeleryInstrumentor, carrier, consume, worker
 
 import otelexec
+from otelexec import runtime as _runtime
+from otelexec.errors import StoreBusy
 from tests.integrations.celery.conftest import Fresh
 from tests.integrations.celery.tasks import INSTRUMENT, make_app
 from tests.records import Records
@@ -95,6 +99,53 @@ def test_what_began_before_uninstrument_and_runs_after_it_is_closed(instrumented
     consume.call_trace(celery.app.trace.trace_task_ret, task, "t-1", request, ([[1, 2]], {}, {}), None, None, app=app)
     assert records.one().state == state
     app.close()
+
+
+def test_what_strikes_while_a_message_is_acknowledged_closes_what_was_opened_for_it(instrumented: None, records: Records) -> None:
+    """A green pool's limit, while the acknowledgement waits for the broker: the task's tracer never comes."""
+    app = make_app({"broker_url": "memory://"})
+    message = SimpleNamespace(request_dict={"id": "t-1", carrier.DELIVERY: "d" * 32}, task=app.tasks["total"], id="t-1")
+
+    def acknowledge(*_: Any) -> None:
+        raise TimeLimitExceeded(1)
+
+    with pytest.raises(TimeLimitExceeded):
+        worker.wrap_on_accepted(acknowledge)(message, os.getpid(), 0.0)
+    assert (records.one().state, records.attempt().error_type) == ("failed", "billiard.exceptions.TimeLimitExceeded")
+    app.close()
+
+
+def test_a_limit_that_strikes_while_an_attempt_is_closed_leaves_none_open(
+    instrumented: None, records: Records, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A chord's header notes its span before it closes, and may wait for the store meanwhile."""
+    app = make_app({"broker_url": "memory://"})
+    task = app.tasks["total"]
+    run = consume.Run(task, "t-1", {"id": "t-1", "chord": {"options": {"task_id": "body"}}})
+
+    def contribute(*_: Any) -> None:
+        raise SoftTimeLimitExceeded
+
+    monkeypatch.setattr(consume.Run, "_contribute", contribute)
+    with pytest.raises(SoftTimeLimitExceeded):
+        run.call(lambda: 7, (), {})
+    assert (records.one().state, records.attempt().classification) == ("timed_out", "soft_limit")
+    assert not run.is_open
+    app.close()
+
+
+def test_the_links_of_a_chords_body_are_not_asked_for_where_the_store_is_away(
+    instrumented: None, records: Records, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A question in the spool has nobody to answer it, and was taken for damage when the store was back."""
+    runtime = _runtime.get()
+
+    def commit(*_: Any, **__: Any) -> None:
+        raise StoreBusy("locked")
+
+    monkeypatch.setattr(runtime, "commit", commit)
+    assert consume._links({carrier.JOINS: "body"}, runtime) == ()
+    assert not runtime.spool.filled
 
 
 def test_the_entry_point_is_there() -> None:
