@@ -14,7 +14,8 @@ from otelexec import runtime as _runtime
 from otelexec.context import detach
 from otelexec.drivers import AsyncDriver, advance, drop, expect, stoppable
 from otelexec.errors import ExecutionError
-from otelexec.execution import Execution
+from otelexec.execution import handle_of
+from otelexec.running import RunningExecution
 
 if TYPE_CHECKING:
     from opentelemetry.context import Context
@@ -47,8 +48,8 @@ class Block(ABC, Generic[T]):
             self._entered = None
             raise
         entered.attach()
-        subject: T = entered.call.subject
-        return subject
+        given: T = _given(entered.call.subject)
+        return given
 
     def __exit__(self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None) -> None:
         """Run the rest of it."""
@@ -68,15 +69,16 @@ class Block(ABC, Generic[T]):
             self._entered = None
             raise
         entered.attach()
-        subject: T = entered.call.subject
-        if isinstance(subject, Execution):
+        subject = entered.call.subject
+        if isinstance(subject, RunningExecution):
             entered.stoppable = stoppable(subject)
             entered.stoppable.__enter__()
         timeout = self._timeout()
         if timeout is not None:
             entered.timeout = asyncio.timeout(timeout)
             await entered.timeout.__aenter__()
-        return subject
+        given: T = _given(subject)
+        return given
 
     async def __aexit__(self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None) -> None:
         """Run the rest of it."""
@@ -86,7 +88,7 @@ class Block(ABC, Generic[T]):
             try:
                 await entered.timeout.__aexit__(exc_type, exc, traceback)
             except TimeoutError as error:
-                if isinstance(entered.call.subject, Execution):
+                if isinstance(entered.call.subject, RunningExecution):
                     entered.call.subject.timed_out = True
                 raised = error
         if isinstance(raised, GeneratorExit):
@@ -109,6 +111,11 @@ class Block(ABC, Generic[T]):
             raise ExecutionError("This block is not open.")
         entered.detach()
         return entered
+
+
+def _given(subject: Any) -> Any:
+    """Give what a block gets of what runs in it: of an execution its handle."""
+    return handle_of(subject) if isinstance(subject, RunningExecution) else subject
 
 
 class _Entered:

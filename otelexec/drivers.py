@@ -23,7 +23,7 @@ from otelexec.effects import Block, Commit, Effect, perform, perform_without_wai
 from otelexec.lifecycle import Call, Steps
 
 if TYPE_CHECKING:
-    from otelexec.execution import Execution
+    from otelexec.running import RunningExecution
     from otelexec.runtime import Runtime
 
 
@@ -281,7 +281,7 @@ async def _await(
     return value
 
 
-async def _limited(execution: Execution, function: Callable[[], Awaitable[Any]], deadline: float) -> Any:
+async def _limited(execution: RunningExecution, function: Callable[[], Awaitable[Any]], deadline: float) -> Any:
     raised: BaseException | None = None
     try:
         async with asyncio.timeout_at(deadline):
@@ -299,7 +299,7 @@ async def _limited(execution: Execution, function: Callable[[], Awaitable[Any]],
 
 
 @contextlib.contextmanager
-def stoppable(execution: Execution) -> Generator[None]:
+def stoppable(execution: RunningExecution) -> Generator[None]:
     """Let `request_cancel(terminate=True)` cancel the task that runs here."""
     task = asyncio.current_task()
     if task is None:

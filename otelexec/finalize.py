@@ -23,7 +23,7 @@ from otelexec.store.writes import CANCELLED, LOST, CloseAttempt, Closed, CloseOu
 
 if TYPE_CHECKING:
     from otelexec.endings import Ending
-    from otelexec.execution import Execution
+    from otelexec.running import RunningExecution
     from otelexec.runtime import Runtime
 
 logger = logging.getLogger("otelexec.finalize")
@@ -84,7 +84,7 @@ def persist(runtime: Runtime, write: Write, *, durable: bool, patience_seconds: 
     return kept
 
 
-def finalize(runtime: Runtime, execution: Execution, ending: Ending, ended_ns: int) -> Generator[Effect, Any, bool]:
+def finalize(runtime: Runtime, execution: RunningExecution, ending: Ending, ended_ns: int) -> Generator[Effect, Any, bool]:
     """
     Close an attempt and its span together. May be repeated: the token makes it idempotent.
 
@@ -123,7 +123,7 @@ def finalize(runtime: Runtime, execution: Execution, ending: Ending, ended_ns: i
     return True
 
 
-def _lost(runtime: Runtime, execution: Execution, write: Any, closed: Closed) -> Generator[Effect, Any, None]:
+def _lost(runtime: Runtime, execution: RunningExecution, write: Any, closed: Closed) -> Generator[Effect, Any, None]:
     logger.warning(
         "otelexec.finalize.lost_race: execution %s attempt %d is %s already, recorded by %s; this attempt ended %s",
         execution.id,
@@ -138,11 +138,11 @@ def _lost(runtime: Runtime, execution: Execution, write: Any, closed: Closed) ->
         yield from persist(runtime, found, durable=True, patience_seconds=runtime.settings.finalize_timeout_seconds)
 
 
-def closing(runtime: Runtime, execution: Execution, ending: Ending, ended_ns: int) -> CloseAttempt | CloseOuter:
+def closing(runtime: Runtime, execution: RunningExecution, ending: Ending, ended_ns: int) -> CloseAttempt | CloseOuter:
     """Make the write that closes an attempt or, where a core had taken it over, the executor around that."""
     children = runtime.collector.take_children(execution, runtime.process_id)
     row = execution.attempt_row
-    if execution.had_core:
+    if execution.cores.begun:
         return CloseOuter(
             execution_id=execution.id,
             outer_token=execution.token,

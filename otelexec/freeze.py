@@ -35,7 +35,7 @@ from otelexec.store.writes import (
 
 if TYPE_CHECKING:
     from otelexec.endings import Ending
-    from otelexec.execution import Execution
+    from otelexec.running import RunningExecution
     from otelexec.runtime import Runtime
 
 logger = logging.getLogger("otelexec.finalize")
@@ -48,7 +48,7 @@ MAX_STACKTRACE_CHARS = 32_768
 _UNSET, _ERROR = 0, 2  # opentelemetry.proto.trace.v1.Status.StatusCode
 
 
-def end_span(execution: Execution, ending: Ending, ended_ns: int) -> None:
+def end_span(execution: RunningExecution, ending: Ending, ended_ns: int) -> None:
     """End the span, once; whatever the user's objects do, it ends."""
     span = execution.span
     if execution.span_ended:
@@ -56,9 +56,9 @@ def end_span(execution: Execution, ending: Ending, ended_ns: int) -> None:
     try:
         if ending.exception is not None:
             span.add_event(semconv.EXCEPTION_EVENT, _exception_attributes(execution, ending.exception))
-        if not execution.records:
+        if not execution.runtime.records:
             attributes = outcome_attributes(ending.state, ending.classification, ending.error_type)
-            if execution.had_core:
+            if execution.cores.begun:
                 attributes[semconv.OUTER_OUTCOME] = attributes.pop(semconv.OUTCOME)
             span.set_attributes(attributes)
             if ending.state in ERROR_STATES:
@@ -73,9 +73,9 @@ def end_span(execution: Execution, ending: Ending, ended_ns: int) -> None:
     execution.span_ended = True
 
 
-def _exception_attributes(execution: Execution, exception: BaseException) -> dict[str, str]:
+def _exception_attributes(execution: RunningExecution, exception: BaseException) -> dict[str, str]:
     """Give what `record_exception` would, for any exception and in a bounded size: receivers refuse large messages."""
-    error_type, message = describe(exception, execution.max_error_chars)
+    error_type, message = describe(exception, execution.runtime.settings.max_error_chars)
     try:
         stacktrace = "".join(traceback.format_exception(exception))
     except Exception as error:  # the exception's own attributes may raise anything
@@ -101,7 +101,7 @@ def status_of(state: str, error_message: str | None) -> tuple[int, str]:
     return (_ERROR, error_message or "") if state in ERROR_STATES else (_UNSET, "")
 
 
-def freeze(execution: Execution, ending: Ending, ended_ns: int, *, outer: bool = False, sticky: bool = False) -> Frozen:
+def freeze(execution: RunningExecution, ending: Ending, ended_ns: int, *, outer: bool = False, sticky: bool = False) -> Frozen:
     """
     Make the record's and the span's side of one outcome.
 
@@ -110,7 +110,7 @@ def freeze(execution: Execution, ending: Ending, ended_ns: int, *, outer: bool =
         ending: How.
         ended_ns: When; on both sides.
         outer: Whether it is the executor around a core: its span does not carry `otelexec.outcome`.
-        sticky: Whether somebody asked for the cancellation; else it is what the handle knows.
+        sticky: Whether somebody asked for the cancellation; else it is what is known here.
     """
     outcome = Outcome(
         state=ending.state,
@@ -139,7 +139,7 @@ def freeze(execution: Execution, ending: Ending, ended_ns: int, *, outer: bool =
     return Frozen(outcome, _request(span, _encode(execution, span, ended_ns, status, attributes)))
 
 
-def _encode(execution: Execution, span: ReadableSpan, ended_ns: int, status: tuple[int, str], attributes: dict[str, Any]) -> bytes:
+def _encode(execution: RunningExecution, span: ReadableSpan, ended_ns: int, status: tuple[int, str], attributes: dict[str, Any]) -> bytes:
     """Encode the ended span; what was encoded when it started is used again unless the user's code changed it."""
     row, started_with = execution.attempt_row.span, execution.start_attributes
     if (
@@ -161,7 +161,7 @@ def _request(span: ReadableSpan, encoded: bytes) -> bytes:
     return otlp.wrap(otlp.encode_resource(span.resource), {otlp.encode_scope(span.instrumentation_scope): [encoded]})
 
 
-def minimal(runtime: Runtime, execution: Execution, write: CloseAttempt, reason: str) -> CloseAttempt:
+def minimal(runtime: Runtime, execution: RunningExecution, write: CloseAttempt, reason: str) -> CloseAttempt:
     """Make a record that leaves out all that the store may have choked on, and a span that says the same."""
     full, row = write.frozen.outcome, write.attempt
     outcome = Outcome(
@@ -190,7 +190,7 @@ def minimal(runtime: Runtime, execution: Execution, write: CloseAttempt, reason:
     return replace(write, frozen=Frozen(outcome, request), if_cancelled=None)
 
 
-def observed(runtime: Runtime, execution: Execution, frozen: Frozen) -> RecordObserved:
+def observed(runtime: Runtime, execution: RunningExecution, frozen: Frozen) -> RecordObserved:
     """Make what a lost attempt observed itself: its span under a new id, linked to the one that was written for it."""
     span, row = execution.span, execution.attempt_row
     if not isinstance(span, ReadableSpan):
@@ -211,7 +211,7 @@ def observed(runtime: Runtime, execution: Execution, frozen: Frozen) -> RecordOb
     return RecordObserved(row, Frozen(outcome, _request(span, encoded)), f"{new_id:016x}")
 
 
-def for_spool(runtime: Runtime, execution: Execution | None, write: Write) -> Write:
+def for_spool(runtime: Runtime, execution: RunningExecution | None, write: Write) -> Write:
     """Complete a write for the spool: whoever takes it in has no execution to ask, and an open may have got through."""
     if isinstance(write, OpenAttempt):
         return replace(write, repeated=True)

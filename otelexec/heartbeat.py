@@ -18,9 +18,9 @@ from otelexec.importing import importing
 from otelexec.store.writes import Heartbeat as HeartbeatWrite
 
 if TYPE_CHECKING:
-    from otelexec.execution import Execution
     from otelexec.reconcile import Reconciler
     from otelexec.relay import Relay
+    from otelexec.running import RunningExecution
     from otelexec.runtime import Runtime
 
 logger = logging.getLogger("otelexec.heartbeat")
@@ -202,7 +202,7 @@ class Heartbeat:
             logger.debug("otelexec.reconcile.failed: %s", error)
 
 
-def _names(execution: Execution) -> tuple[str, ...]:
+def _names(execution: RunningExecution) -> tuple[str, ...]:
     """Give what a wish to cancel may name: this attempt alone, where another process knows its token, or the execution."""
     token = (execution.outer or execution).options.token
     return (execution.id,) if token is None else (token, execution.id)

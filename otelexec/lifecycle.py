@@ -13,7 +13,7 @@ import os
 import time
 from collections.abc import Generator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from opentelemetry import context as otel_context
 from opentelemetry import trace
@@ -21,14 +21,16 @@ from opentelemetry.context import Context
 from opentelemetry.sdk.trace import ReadableSpan
 
 from otelexec import context, otlp, semconv
+from otelexec.classification import classify
 from otelexec.context import EXECUTION_KEY
 from otelexec.correlation import Correlation, Scope, with_ambient
 from otelexec.effects import Effect, perform_without_waiting, run
 from otelexec.endings import mark_finalized
 from otelexec.errors import ExecutionBusy, ExecutionCancelled, StoreError
-from otelexec.execution import Execution, Options
 from otelexec.finalize import finalize, persist
 from otelexec.ids import random_word
+from otelexec.options import Options
+from otelexec.running import RunningExecution
 from otelexec.spans import row_of
 from otelexec.store.writes import Busy, ExecutionRow, OpenAttempt, Opened
 
@@ -47,7 +49,7 @@ class Call:
     Call the user's code. The driver sends back what it raised, or None.
 
     Attributes:
-        subject: What a `with` block gets: the execution, or the message that is published.
+        subject: What runs: the execution, or the message that is published.
         context: The context to run it in.
     """
 
@@ -111,16 +113,16 @@ def lifecycle(runtime: Runtime, options: Options) -> Steps:  # noqa: C901 # the 
         raise held
 
 
-def _close(runtime: Runtime, execution: Execution, raised: BaseException | None, ended_ns: int) -> Generator[Effect, Any, None]:
+def _close(runtime: Runtime, execution: RunningExecution, raised: BaseException | None, ended_ns: int) -> Generator[Effect, Any, None]:
     if execution.ending is None:
-        execution.ending = execution.classify(raised)
+        execution.ending = classify(execution, raised)
     durable = yield from finalize(runtime, execution, execution.ending, ended_ns)
     if durable and raised is not None:
         mark_finalized(raised, execution.id)
     runtime.left(execution)
 
 
-def _open(runtime: Runtime, execution: Execution) -> Generator[Effect, Any, BaseException | None]:
+def _open(runtime: Runtime, execution: RunningExecution) -> Generator[Effect, Any, BaseException | None]:
     """Open the attempt; gives what a signal handler raised meanwhile."""
     held: BaseException | None = None
     answer: object = None
@@ -143,40 +145,42 @@ def _open(runtime: Runtime, execution: Execution) -> Generator[Effect, Any, Base
     refusal = _refusal(execution, answer)
     if refusal is not None:
         if execution.outer is not None:
-            execution.outer.release_core(execution.claim)
+            execution.outer.cores.release(execution.claim)
         raise held or refusal
     return held
 
 
-def _refusal(execution: Execution, answer: object) -> Exception | None:
+def _refusal(execution: RunningExecution, answer: object) -> Exception | None:
     if isinstance(answer, Busy):
         return ExecutionBusy(f"Execution {execution.id} was not attempted: {answer.reason}", execution_id=execution.id)
     return answer if isinstance(answer, StoreError) and execution.options.exclusive else None
 
 
-def begin(runtime: Runtime, options: Options) -> tuple[Execution, Context]:
+def begin(runtime: Runtime, options: Options) -> tuple[RunningExecution, Context]:
     """Assign the ids and start the span, before anything can fail."""
     base = otel_context.get_current()
     around = context.current_execution(base)
-    parent = around if isinstance(around, Execution) else None
+    parent = around if isinstance(around, RunningExecution) else None
     if not options.core or parent is None:
         return _begin(runtime, options, base, parent)
     claim = object()
     try:
         return _begin(runtime, options, base, parent, claim)
     except BaseException:  # a signal handler's, or there is no room left on the stack: the attempt stays the parent's to close
-        parent.release_core(claim)
+        parent.cores.release(claim)
         raise
 
 
-def _begin(runtime: Runtime, options: Options, base: Context, parent: Execution | None, claim: object = None) -> tuple[Execution, Context]:
+def _begin(
+    runtime: Runtime, options: Options, base: Context, parent: RunningExecution | None, claim: object = None
+) -> tuple[RunningExecution, Context]:
     scope = context.current_scope(base)
-    role = None if claim is None or parent is None else parent.enter_core(claim)
+    role = None if claim is None or parent is None else _enter(parent, claim)
     outer = parent if role is not None else None
     takes_over = role == "takes_over"
     correlation = correlate_call(parent, scope, keeps_id=outer is not None)
     token = outer.token if takes_over and outer is not None else options.token or f"{random_word():016x}{random_word():016x}"
-    execution = Execution(runtime, options, correlation, token, outer)
+    execution = RunningExecution(runtime, options, correlation, token, outer)
     execution.claim = claim
     scope_is_near = scope is not None and (parent is None or scope.execution is parent)
     execution.span = _start_span(execution, runtime, scope if scope_is_near else None, base)
@@ -189,7 +193,12 @@ def _begin(runtime: Runtime, options: Options, base: Context, parent: Execution 
     return execution, otel_context.set_value(EXECUTION_KEY, execution, run_context)
 
 
-def _describe(execution: Execution, runtime: Runtime, base: Context, message_id: str | None, *, takes_over: bool) -> None:
+def _enter(parent: RunningExecution, claim: object) -> Literal["takes_over", "next"] | None:
+    """Decide what a core called in an execution is: nothing but a child when that has ended, and inside another core."""
+    return parent.cores.enter(claim) if parent.is_open and parent.outer is None else None
+
+
+def _describe(execution: RunningExecution, runtime: Runtime, base: Context, message_id: str | None, *, takes_over: bool) -> None:
     """Make the attempt's row: all that others need to close it and to end its span."""
     outer, span = execution.outer, execution.span
     if isinstance(span, ReadableSpan):
@@ -214,7 +223,7 @@ def _describe(execution: Execution, runtime: Runtime, base: Context, message_id:
     )
 
 
-def correlate_call(parent: Execution | None, scope: Scope | None, *, keeps_id: bool) -> Correlation:
+def correlate_call(parent: RunningExecution | None, scope: Scope | None, *, keeps_id: bool) -> Correlation:
     """
     Decide which execution a call is (README, Scope).
 
@@ -257,7 +266,7 @@ def execution_row(name: str, correlation: Correlation, message_id: str | None = 
     )
 
 
-def _start_span(execution: Execution, runtime: Runtime, scope: Scope | None, base: Context) -> Span:
+def _start_span(execution: RunningExecution, runtime: Runtime, scope: Scope | None, base: Context) -> Span:
     options = execution.options
     links = options.links if scope is None else (*options.links, *scope.links)
     link_carried = runtime.settings.link_carried if options.link_carried is None else options.link_carried

@@ -14,16 +14,18 @@ from opentelemetry.trace import Link, SpanKind
 from otelexec import runtime as _runtime
 from otelexec import semconv
 from otelexec.blocks import Block
-from otelexec.context import EXECUTION_KEY, SCOPE_KEY
+from otelexec.classification import classify
+from otelexec.context import EXECUTION_KEY, SCOPE_KEY, current_execution
 from otelexec.correlation import Correlation, Scope, running, with_ambient
 from otelexec.effects import run
 from otelexec.endings import describe
 from otelexec.errors import CorrelationError
-from otelexec.execution import Execution, Options, current_execution
 from otelexec.finalize import finalize, persist
 from otelexec.ids import normalize_id
 from otelexec.lifecycle import Call, Steps, begin, execution_row
+from otelexec.options import Options
 from otelexec.propagation import outgoing
+from otelexec.running import RunningExecution
 from otelexec.spans import request_of, row_of
 from otelexec.store.writes import (
     CANCELLED,
@@ -207,14 +209,14 @@ def reject(reason: str, *, name: str = "rejected") -> str:
         The execution id of the record.
     """
     current = current_execution()
-    if isinstance(current, Execution) and current.is_open:
-        current.reject(reason)
+    if isinstance(current, RunningExecution) and current.is_open:
+        current.rejection = reason
         return current.id
     runtime = _runtime.get()
     execution, _ = begin(runtime, Options(name, finalized_by="reject"))
-    execution.reject(reason)
+    execution.rejection = reason
     ended_ns = execution.started_unix_ns + time.perf_counter_ns() - execution.clock_started_ns
-    run(runtime, finalize(runtime, execution, execution.classify(None), ended_ns))
+    run(runtime, finalize(runtime, execution, classify(execution, None), ended_ns))
     return execution.id
 
 

@@ -32,12 +32,12 @@ from otelexec.context import current_execution
 from otelexec.effects import run
 from otelexec.endings import raised_by_signal_handler
 from otelexec.errors import SettingsError, StoreError, StoreRejected
-from otelexec.execution import Execution
 from otelexec.exits import call_within
 from otelexec.finalize import Kept, persist
 from otelexec.freeze import for_spool
 from otelexec.heartbeat import Heartbeat as HeartbeatThread
 from otelexec.ids import mint_nonce
+from otelexec.running import RunningExecution
 from otelexec.settings import Settings
 from otelexec.spans import CollectingProvider, Collector, SecureIdGenerator
 from otelexec.store import spool as _spool
@@ -151,7 +151,7 @@ class Runtime:
         self.collector = Collector(self.resource, settings.max_collected_spans, self.heartbeat.nudge, forked=self._forked)
         self._process: ProcessRow | None = None
         self._parent = (0, 0)
-        self.executions: dict[str, Execution] = {}
+        self.executions: dict[str, RunningExecution] = {}
         self.spooling = False
         self._backlog: deque[Write] = deque()
         self._backlog_lock = threading.Lock()
@@ -320,19 +320,19 @@ class Runtime:
 
     # Executions
 
-    def entered(self, execution: Execution) -> None:
+    def entered(self, execution: RunningExecution) -> None:
         """Learn that an execution runs here."""
         self.executions[execution.token if execution.outer is None else f"{execution.token}:core"] = execution
         if self.records:
             self.heartbeat.ensure()
 
-    def left(self, execution: Execution) -> None:
+    def left(self, execution: RunningExecution) -> None:
         """Learn that it has ended."""
         self.executions.pop(execution.token if execution.outer is None else f"{execution.token}:core", None)
         if execution.outer is not None and execution.ending is not None:
-            execution.outer.leave_core(execution.ending.state)
+            execution.outer.cores.leave(execution.ending.state)
 
-    def progressed(self, execution: Execution) -> None:
+    def progressed(self, execution: RunningExecution) -> None:
         """Write a progress marker now, or soon if the one before was written just now."""
         now = time.monotonic()
         if now - execution.progress_written < self.settings.progress_seconds:
@@ -341,7 +341,7 @@ class Runtime:
         execution.progress_written = now
         self.write_progress(execution)
 
-    def write_progress(self, execution: Execution) -> None:
+    def write_progress(self, execution: RunningExecution) -> None:
         """Write the marker without waiting for anybody."""
         execution.progress_due = False
         marker = execution.progress_marker

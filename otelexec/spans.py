@@ -36,8 +36,8 @@ from opentelemetry.sdk.trace.id_generator import IdGenerator
 from otelexec import otlp, semconv
 from otelexec.context import EXECUTION_KEY
 from otelexec.endings import raised_by_signal_handler
-from otelexec.execution import Execution
 from otelexec.ids import mint_nonce, random_word
+from otelexec.running import RunningExecution
 from otelexec.store.writes import NO_SPANS, AddSpans, SpanRow
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ def request_of(spans: Iterable[ReadableSpan], resource: Resource, members: Mappi
 class _OpenSpan:
     __slots__ = ("execution", "recorded", "row", "span")
 
-    def __init__(self, span: SdkSpan, execution: Execution | None) -> None:
+    def __init__(self, span: SdkSpan, execution: RunningExecution | None) -> None:
         self.span = span
         self.execution = execution
         self.row: SpanRow | None = None
@@ -170,7 +170,7 @@ class Collector:
         if span.instrumentation_scope is not None and span.instrumentation_scope.name == semconv.SCOPE_NAME:
             return
         found = otel_context.get_value(EXECUTION_KEY, parent_context)
-        execution = found if isinstance(found, Execution) and found.is_open else None
+        execution = found if isinstance(found, RunningExecution) and found.is_open else None
         self._open[span.get_span_context().span_id] = _OpenSpan(span, execution)
         if len(self._open) > MAX_OPEN_SPANS:
             with contextlib.suppress(RuntimeError, StopIteration):  # another thread changed it: it is at this, too
@@ -214,7 +214,7 @@ class Collector:
             known = None if parent is None else self._open.get(parent.span_id)
         return tuple(rows)
 
-    def take_children(self, execution: Execution, process_id: str) -> AddSpans:
+    def take_children(self, execution: RunningExecution, process_id: str) -> AddSpans:
         """Take the ended children of an execution, with their ancestors that are still open."""
         taken = _drain(execution.children)
         return self._pack(taken, process_id, execution.id) if taken else NO_SPANS

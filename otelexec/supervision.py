@@ -37,7 +37,8 @@ from otelexec.store.writes import LOST, Cancellation
 if TYPE_CHECKING:
     from opentelemetry.context import Context
 
-    from otelexec.execution import Execution, Options
+    from otelexec.options import Options
+    from otelexec.running import RunningExecution
     from otelexec.runtime import Runtime
 
 logger = logging.getLogger("otelexec.supervision")
@@ -95,7 +96,7 @@ class Delivery:
         may_move: bool = True,
     ) -> None:
         self._context = context
-        self._execution: Execution | None = None
+        self._execution: RunningExecution | None = None
         # Reentrant: a signal handler may come here again in the middle of it.
         self._lock = threading.RLock()
         self._stop = stop
@@ -126,8 +127,8 @@ class Delivery:
                 if _runtime.get().records:
                     self._execution.attempt_row = replace(self._execution.attempt_row, token=token)
 
-    def execution(self, runtime: Runtime) -> Execution:
-        """Give the parent's own handle of it, with a span that is written only if the child never opens the attempt."""
+    def execution(self, runtime: Runtime) -> RunningExecution:
+        """Give the parent's own side of it, with a span that is written only if the child never opens the attempt."""
         with self._lock:  # the supervisor's thread asks as well, and both must speak of one span
             if self._execution is None:
                 token = otel_context.attach(self._context)

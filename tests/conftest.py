@@ -16,7 +16,7 @@ from opentelemetry import trace
 from opentelemetry.util._once import Once
 
 from otelexec import runtime
-from otelexec.execution import _warned
+from otelexec.running import _warned
 from tests.records import Records
 
 if TYPE_CHECKING:

@@ -29,13 +29,14 @@ from opentelemetry.context import Context
 
 from otelexec import metrics, semconv
 from otelexec import runtime as _runtime
+from otelexec.classification import classify
 from otelexec.context import EXECUTION_KEY
 from otelexec.drivers import advance, expect
 from otelexec.endings import Ending, describe, raised_by_signal_handler
 from otelexec.errors import ExecutionCancelled, StoreError
-from otelexec.execution import Execution
 from otelexec.lifecycle import Steps, lifecycle
 from otelexec.propagation import entries
+from otelexec.running import RunningExecution
 from otelexec.store.writes import REJECTED, SUCCEEDED, AmendAttempt, Contribute, ReadContributions
 from otelexec.w3c import decode_trace, encode_traceparent
 from otelexec_celery import carrier, chords, endings
@@ -50,7 +51,7 @@ BODY: Final = "fun"
 MAX_WRAPPERS: Final = 64
 """Functions looked at in search of the body: nobody wraps that deep."""
 
-TASK_EXECUTION: ContextVar[Execution | None] = ContextVar("otelexec_celery_execution", default=None)
+TASK_EXECUTION: ContextVar[RunningExecution | None] = ContextVar("otelexec_celery_execution", default=None)
 """The execution of the task that is being run here."""
 
 _early: dict[str, Run | ExecutionCancelled] = {}
@@ -72,7 +73,7 @@ class Run:
     __slots__ = ("_attributes", "_chord", "_runtime", "_steps", "before", "context", "execution", "reached_body", "task")
 
     context: Context
-    execution: Execution
+    execution: RunningExecution
 
     def __init__(self, task: Any, task_id: str, request: Mapping[str, Any]) -> None:
         self.task = task
@@ -162,7 +163,7 @@ class Run:
         if error is None and self._chord is not None:
             self._contribute(self._chord)
         if self.execution.ending is None:
-            self.execution.ending = self.execution.classify(error)
+            self.execution.ending = classify(self.execution, error)
         seconds = (time.perf_counter_ns() - self.execution.clock_started_ns) / 1e9
         advance(self._runtime, steps, error)
         metrics.took(seconds, self.task.name, self._attributes, self.execution.ending)

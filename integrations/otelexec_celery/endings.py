@@ -13,9 +13,9 @@ from celery.exceptions import Ignore, Reject, Retry, SoftTimeLimitExceeded
 from celery.utils.serialization import UnpickleableExceptionWrapper
 from kombu.utils.encoding import safe_repr
 
+from otelexec.classification import INTERRUPTIONS
 from otelexec.endings import Classifier, Ending, describe, raised_by_signal_handler
 from otelexec.errors import ExecutionCancelled
-from otelexec.execution import INTERRUPTIONS
 from otelexec.store.writes import CANCELLED, FAILED, REJECTED, SUCCEEDED, TIMED_OUT
 
 RETRY: Final = "retry"

@@ -21,10 +21,10 @@ from celery.exceptions import SoftTimeLimitExceeded
 from opentelemetry import context as otel_context
 
 from otelexec.context import EXECUTION_KEY
-from otelexec.execution import Execution
 from otelexec.propagation import entries, incoming
 from otelexec.publishing import Message
 from otelexec.publishing import publish as publish_block
+from otelexec.running import RunningExecution
 from otelexec.w3c import encode_traceparent
 from otelexec_celery import carrier
 from otelexec_celery.chords import joins
@@ -200,14 +200,14 @@ def _retrying(task_id: str | None, custom: Any) -> Iterator[tuple[bool, str | No
         otel_context.detach(token)
 
 
-def _task_execution(context: otel_context.Context, task_id: str | None) -> Execution | None:
+def _task_execution(context: otel_context.Context, task_id: str | None) -> RunningExecution | None:
     """Give the execution of the task that is being run here, if it is this one."""
     task = get_current_worker_task()
     if task is None or task.request.id != task_id:
         return None
     found = otel_context.get_value(EXECUTION_KEY, context)
     own = TASK_EXECUTION.get()
-    if not isinstance(found, Execution) or own is None:
+    if not isinstance(found, RunningExecution) or own is None:
         return own
     # Inside a core the core's attempt is retried; inside any other execution within the task, the task's.
     return found if found.outer is own else own

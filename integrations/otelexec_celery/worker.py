@@ -25,6 +25,7 @@ from opentelemetry.context import Context
 
 from otelexec import metrics
 from otelexec import runtime as _runtime
+from otelexec.classification import classify
 from otelexec.endings import Ending
 from otelexec.ids import random_word
 from otelexec.patches import Guard
@@ -192,7 +193,7 @@ def _failure_context(request: Any, exc_info: Any, return_ok: bool) -> Context | 
     elif not isinstance(error, _DEATHS):
         # The child lives, and failed outside the tracer: before it, and so nobody but this process knows, or after the close.
         _ended(request)
-        delivery.settle(delivery.ending or delivery.execution(_runtime.get()).classify(error), time.time_ns())
+        delivery.settle(delivery.ending or classify(delivery.execution(_runtime.get()), error), time.time_ns())
     return delivery.context()
 
 

@@ -27,10 +27,11 @@ from rq.job import Job
 
 from otelexec import metrics, semconv
 from otelexec import runtime as _runtime
+from otelexec.classification import classify
 from otelexec.drivers import advance, expect
 from otelexec.errors import ExecutionCancelled
-from otelexec.execution import Execution
 from otelexec.lifecycle import Steps, lifecycle
+from otelexec.running import RunningExecution
 from otelexec.spans import row_of
 from otelexec.w3c import encode_traceparent
 from otelexec_rq import carrier, endings
@@ -70,7 +71,7 @@ class Run:
     )
 
     context: Context
-    execution: Execution
+    execution: RunningExecution
 
     def __init__(self, job: Any, token: str | None, around: Context | None = None) -> None:
         self.job = job
@@ -93,7 +94,7 @@ class Run:
         self._steps = steps
         self.context = call.context
         self.execution = call.subject
-        if self.execution.attempt > 1 and not self.execution.duplicate:
+        if (self.execution.number or 1) > 1 and not self.execution.duplicate:
             _guarded(self._link_to_previous)
         self._attributes = options.attributes or {}
         setattr(job, CONTEXT, self.context)
@@ -104,7 +105,7 @@ class Run:
     def _link_to_previous(self) -> None:
         """Link to the attempt before, which the job does not carry if its horse was killed or somebody requeued it."""
         execution, span = self.execution, self.execution.span
-        previous = last_attempt(execution.id, before=execution.attempt)
+        previous = last_attempt(execution.id, before=execution.number or 1)
         if previous is None or not isinstance(span, ReadableSpan) or previous.span_id in {link.context.span_id for link in span.links}:
             return
         span.add_link(previous)
@@ -138,7 +139,7 @@ class Run:
             error = self._error
             self.execution.ending = endings.returned(self.job, self._value, may_retry=self._may_retry) if error is None else None
         if self.execution.ending is None:
-            self.execution.ending = self.execution.classify(error)
+            self.execution.ending = classify(self.execution, error)
         self._stamp_for_retry(retrying=self.execution.ending.retrying)
         seconds = (time.perf_counter_ns() - self.execution.clock_started_ns) / 1e9
         metrics.took(seconds, self.execution.name, self._attributes, self.execution.ending)

@@ -8,8 +8,8 @@ from typing import Any, Final
 from rq.job import Retry
 from rq.timeouts import BaseTimeoutException, JobTimeoutException
 
+from otelexec.classification import INTERRUPTED, INTERRUPTIONS
 from otelexec.endings import Classifier, Ending, describe, raised_by_signal_handler
-from otelexec.execution import INTERRUPTED, INTERRUPTIONS
 from otelexec.store.writes import CANCELLED, FAILED, TIMED_OUT
 
 RETRY: Final = "retry"

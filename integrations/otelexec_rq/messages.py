@@ -14,7 +14,7 @@ from opentelemetry.context import Context
 from otelexec import runtime as _runtime
 from otelexec import semconv
 from otelexec.context import EXECUTION_KEY
-from otelexec.execution import Options
+from otelexec.options import Options
 from otelexec.propagation import incoming
 from otelexec.supervision import named
 from otelexec.w3c import decode_trace

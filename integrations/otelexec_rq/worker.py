@@ -19,8 +19,8 @@ from rq.timeouts import HorseMonitorTimeoutException
 
 from otelexec import metrics
 from otelexec import runtime as _runtime
+from otelexec.classification import INTERRUPTED
 from otelexec.endings import Ending
-from otelexec.execution import INTERRUPTED
 from otelexec.patches import Guard
 from otelexec.store.writes import CANCELLED, Cancellation
 from otelexec.supervision import Delivery, Supervisor

@@ -23,14 +23,17 @@ from opentelemetry.trace import SpanKind
 
 from otelexec import metrics, semconv
 from otelexec import runtime as _runtime
-from otelexec.context import SCOPE_KEY
+from otelexec.classification import INTERRUPTED
+from otelexec.context import SCOPE_KEY, current_execution
 from otelexec.correlation import Scope, with_ambient
 from otelexec.drivers import call_async, call_sync
 from otelexec.endings import Classifier, Ending, describe, raised_by_signal_handler
 from otelexec.errors import ExecutionBusy, ExecutionCancelled, OtelexecError
-from otelexec.execution import INTERRUPTED, Execution, Options, current_execution
+from otelexec.execution import handle_of
 from otelexec.lifecycle import lifecycle
+from otelexec.options import Options
 from otelexec.propagation import incoming
+from otelexec.running import RunningExecution
 from otelexec.store.runs import DueRun, RunRecord, SetRunOutput
 from otelexec.store.writes import CANCELLED, FAILED, SUCCEEDED, TIMED_OUT
 from otelexec_trigger import engine, wire
@@ -107,11 +110,11 @@ def _execute(
         expected_attempts=run.attempts,
         max_output_bytes=MAX_OUTPUT_BYTES,
     )
-    begun: list[Execution] = []
+    begun: list[RunningExecution] = []
 
     def call() -> Any:
         execution = current_execution()
-        if isinstance(execution, Execution):
+        if isinstance(execution, RunningExecution):
             begun.append(execution)
             metrics.waited(attributes[semconv.QUEUE_LATENCY], run.task, attributes)
         return function(_payload(run))
@@ -228,10 +231,10 @@ def _payload(run: RunRecord) -> Any:
 def _keep(run: RunRecord, value: Any) -> Any:
     """Keep what a task returned: on its attempt, or beside it where a core has closed that already."""
     execution = current_execution()
-    if value is None or not isinstance(execution, Execution):
+    if value is None or not isinstance(execution, RunningExecution):
         return value
-    execution.set_output(value)
-    if execution.had_core and execution.output is not None:
+    handle_of(execution).set_output(value)
+    if execution.cores.begun and execution.output is not None:
         engine.commit(SetRunOutput(run.execution_id, execution.output))
     return value
 

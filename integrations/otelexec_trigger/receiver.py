@@ -31,15 +31,16 @@ from opentelemetry.trace import SpanKind
 from otelexec import runtime as _runtime
 from otelexec import semconv
 from otelexec.carrier import read_headers
-from otelexec.context import SCOPE_KEY
+from otelexec.context import SCOPE_KEY, current_execution
 from otelexec.correlation import Correlation, Scope, with_ambient
 from otelexec.drivers import call_async, call_sync
 from otelexec.endings import Ending, raised_by_signal_handler
 from otelexec.envelope import receive
 from otelexec.errors import ExecutionBusy, ExecutionCancelled, OtelexecError, SettingsError, StoreError
-from otelexec.execution import Execution, Options, current_execution
 from otelexec.lifecycle import Steps, lifecycle
+from otelexec.options import Options
 from otelexec.propagation import incoming
+from otelexec.running import RunningExecution
 from otelexec.store.runs import HoldKey
 from otelexec.store.writes import CANCELLED, SUCCEEDED
 from otelexec_trigger.executors import awaited, is_coroutine_function, name_of, run_to_end
@@ -88,7 +89,7 @@ class _Attempt:
     payload: Any
     context: Context
     steps: Steps
-    execution: Execution | None = None
+    execution: RunningExecution | None = None
 
 
 class Receiver:
@@ -355,7 +356,7 @@ class Receiver:
 def _begins(attempt: _Attempt) -> bool:
     """Tell whether the executor is to be called: not when the execution has succeeded before, then the attempt ends as a duplicate."""
     execution = current_execution()
-    if not isinstance(execution, Execution):
+    if not isinstance(execution, RunningExecution):
         return True
     attempt.execution = execution
     if execution.duplicate:

@@ -26,8 +26,8 @@ from otelexec.context import SCOPE_KEY
 from otelexec.correlation import Scope, with_ambient
 from otelexec.drivers import call_async, call_sync
 from otelexec.envelope import receive
-from otelexec.execution import Options
 from otelexec.lifecycle import lifecycle
+from otelexec.options import Options
 from otelexec.propagation import incoming
 from otelexec.w3c import decode_trace
 from otelexec_trigger.engine import RUN_ID

@@ -58,13 +58,13 @@ class Ledger:
         """Note that the code of the current execution runs; give its handle."""
         run = otelexec.current_execution()
         assert isinstance(run, otelexec.Execution)
-        self.note("called", run.id, run.number or 0)
+        self.note("called", run.id, run._execution.number or 0)
         return run
 
     def returned(self, run: otelexec.Execution | None, state: str) -> None:
         """Note that a call came back to its caller, who from here on relies on it."""
         assert run is not None
-        self.note("returned", run.id, run.number or 0, state)
+        self.note("returned", run.id, run._execution.number or 0, state)
 
     def correlated(self, suffix: str) -> contextlib.AbstractContextManager[Any]:
         """Open a scope with an execution id of this process."""

@@ -20,8 +20,8 @@ import pytest
 import otelexec
 from otelexec import runtime
 from otelexec.endings import Ending
-from otelexec.execution import Execution
 from otelexec.freeze import freeze
+from otelexec.running import RunningExecution
 from otelexec.store import spool
 from otelexec.store.writes import CloseAttempt, Closed
 from tests.records import Records, until
@@ -104,7 +104,7 @@ def path(tmp_path: Path, isolated: None) -> Path:
     return tmp_path / "store.db"
 
 
-def a_close(execution: Execution, state: str, who: str) -> CloseAttempt:
+def a_close(execution: RunningExecution, state: str, who: str) -> CloseAttempt:
     """Give a close of this attempt as another finalizer would make it, with a span that says the same."""
     frozen = freeze(execution, Ending(state), time.time_ns())
     frozen = replace(frozen, outcome=replace(frozen.outcome, finalized_by=who))
@@ -112,10 +112,10 @@ def a_close(execution: Execution, state: str, who: str) -> CloseAttempt:
 
 
 @contextlib.contextmanager
-def opened(count: int) -> Iterator[list[Execution]]:
+def opened(count: int) -> Iterator[list[RunningExecution]]:
     """Open attempts whose own code ends only after the race, and then loses."""
     with contextlib.ExitStack() as stack:
-        executions = [stack.enter_context(otelexec.execution(f"job {number}")) for number in range(count)]
+        executions = [stack.enter_context(otelexec.execution(f"job {number}"))._execution for number in range(count)]
         assert [execution.number for execution in executions] == [1] * count
         yield executions
 
@@ -189,7 +189,7 @@ def test_of_processes_and_a_reconciler_one_wins_and_the_others_are_told_who(path
 def test_the_attempts_own_process_is_told_that_it_lost(path: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     lines = tmp_path / "close"
     with otelexec.execution("job") as execution:
-        lines.write_text(spool.encode(a_close(execution, "failed", "parent")))
+        lines.write_text(spool.encode(a_close(execution._execution, "failed", "parent")))
         helper = Helper(_RACER, path, lines)
         helper.go()
         assert json.loads(helper.lines()[0]) == [True, "failed", "parent", 1]

@@ -33,7 +33,7 @@ def test_an_open_that_a_crash_took_comes_back_with_its_close(own: Server, crash:
         getattr(own, crash)()
         if crash == "kill9":
             own.start()
-    assert run.number == 1
+    assert run._execution.number == 1
     home()
     work.run("after")
     check_all_in(url, ["before", "across", "after"], set())

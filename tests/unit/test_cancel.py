@@ -18,7 +18,7 @@ import otelexec
 from otelexec import runtime
 from otelexec.decorators import ExecutionDecorator
 from otelexec.errors import CorrelationError
-from otelexec.execution import Options
+from otelexec.options import Options
 from otelexec.store.writes import Cancellation, RequestCancel
 from tests.records import Records, until
 

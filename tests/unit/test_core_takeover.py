@@ -35,8 +35,8 @@ def test_a_core_takes_over_the_attempt_around_it(records: Records) -> None:
         assert records.one().state == "succeeded"
     record, attempt = records.one(), records.attempt()
     assert (record.name, record.execution_id) == ("invoice.run", "e")
-    assert attempt.span_id == f"{run.span.get_span_context().span_id:016x}"
-    assert attempt.outer_span_id == f"{outer.span.get_span_context().span_id:016x}"
+    assert attempt.span_id == f"{run._execution.span.get_span_context().span_id:016x}"
+    assert attempt.outer_span_id == f"{outer._execution.span.get_span_context().span_id:016x}"
     assert attempt.outer_outcome == "succeeded"
     assert records.span(attempt.span_id).parent_span_id == attempt.outer_span_id
     assert record.ended_unix_ns == attempt.ended_unix_ns
@@ -71,8 +71,8 @@ def test_a_core_that_does_not_begin_leaves_the_attempt_to_the_executor_around_it
 def test_the_outer_span_s_ids_stand_there_before_anything_ends(records: Records) -> None:
     with otelexec.execution("task") as outer, otelexec.execution("core", core=True):
         attempt = records.attempt()
-        assert (attempt.state, attempt.outer_span_id) == ("running", f"{outer.span.get_span_context().span_id:016x}")
-        assert attempt.outer_started_unix_ns == outer.started_unix_ns
+        assert (attempt.state, attempt.outer_span_id) == ("running", f"{outer._execution.span.get_span_context().span_id:016x}")
+        assert attempt.outer_started_unix_ns == outer._execution.started_unix_ns
 
 
 @pytest.mark.parametrize("error", [ValueError("outer"), KeyboardInterrupt(), SystemExit(3)], ids=lambda error: type(error).__name__)

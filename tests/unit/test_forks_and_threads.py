@@ -57,7 +57,7 @@ def test_in_a_forked_child_the_parent_s_handle_does_nothing_and_says_so_once(rec
             run.progress("child's")
             run.pause("child's")
             run.set_output("child's")
-        assert not run.is_open
+        assert not run._execution.is_open
 
     with otelexec.execution("job") as run:
         run.progress("parent's")
@@ -126,7 +126,7 @@ def test_a_child_s_own_executions_are_children_of_the_one_it_was_forked_in(recor
 
     with otelexec.execution("job") as run:
         assert in_child(child) == 0
-        assert run.is_open
+        assert run._execution.is_open
     found = records.named("in the child")
     assert (found.parent_execution_id, found.state) == (run.id, "succeeded")
     assert found.execution_id != run.id

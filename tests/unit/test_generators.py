@@ -81,7 +81,7 @@ def test_between_items_the_execution_is_not_the_consumer_s(records: Records) -> 
         stream = numbers(3)
         for _ in stream:
             assert otelexec.current_execution() is consumer
-            assert trace.get_current_span() is consumer.span
+            assert trace.get_current_span() is consumer._execution.span
             with otelexec.execution("between"):
                 pass
     assert {record.parent_execution_id for record in records.all() if record.name == "between"} == {consumer.id}

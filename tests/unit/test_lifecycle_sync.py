@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import gc
 import inspect
 import json
 import logging
@@ -15,6 +16,7 @@ import sys
 import time
 import traceback
 import typing
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +27,7 @@ import otelexec
 from otelexec import runtime
 from otelexec.endings import describe
 from otelexec.errors import ExecutionError, SettingsError
+from otelexec.execution import NoExecution
 from tests.records import Records
 from tests.servers import ROOT
 
@@ -382,11 +385,33 @@ def test_inside_is_current_and_outside_is_a_handle_that_does_nothing(records: Re
     with otelexec.execution("x") as run:
         assert otelexec.current_execution() is run
         assert run
-        assert trace.get_current_span().get_span_context().span_id == run.span.get_span_context().span_id
+        assert trace.get_current_span().get_span_context().span_id == run._execution.span.get_span_context().span_id
         assert f"{run.id}" in repr(run)
     assert not otelexec.current_execution()
     assert not trace.get_current_span().get_span_context().is_valid
     assert records.one().state == "succeeded"
+
+
+def test_a_handle_shows_what_code_may_ask_and_tell_and_nothing_else() -> None:
+    shown = {name for name in dir(otelexec.Execution) if not name.startswith("_")}
+    assert shown == {name for name in dir(NoExecution) if not name.startswith("_")}
+    assert shown == {
+        *("id", "name", "correlation", "attempt", "deadline", "cancel_requested", "snapshot"),
+        *("progress", "set_output", "pause"),
+    }
+
+
+def test_a_handle_goes_with_whoever_holds_it(records: Records) -> None:
+    """A cycle between it and what is behind it would leave every execution to the garbage collector."""
+    gc.disable()
+    try:
+        with otelexec.execution("x") as run:
+            gone = weakref.ref(run)
+            del run
+            assert gone() is None
+            assert otelexec.current_execution().name == "x"
+    finally:
+        gc.enable()
 
 
 def test_the_record_has_the_output_that_was_set_last(records: Records) -> None:
@@ -501,9 +526,9 @@ def test_was_finalized_tells_outer_code_that_the_record_is_durable(records: Reco
 def test_attributes_kind_and_links_are_those_that_were_asked_for(records: Records) -> None:
     context = trace.SpanContext(0x1234, 0x56, is_remote=True, trace_flags=trace.TraceFlags(1))
     options: dict[str, Any] = {"kind": trace.SpanKind.CONSUMER, "attributes": {"tenant": "a"}, "links": (trace.Link(context),)}
-    with otelexec.execution("x", **options) as run:
-        run.span.set_attribute("rows", 3)
-        run.span.add_event("halfway")
+    with otelexec.execution("x", **options):
+        trace.get_current_span().set_attribute("rows", 3)
+        trace.get_current_span().add_event("halfway")
     span = records.span_named("x")
     assert (span.kind, span.attributes["tenant"], span.attributes["rows"]) == ("consumer", "a", 3)
     assert [event.name for event in span.events] == ["halfway"]

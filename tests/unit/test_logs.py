@@ -41,7 +41,7 @@ def test_a_plain_format_string_shows_the_execution_inside_and_empty_strings_outs
     with otelexec.correlate(source="x", execution_id="e", request_id="r"), otelexec.execution("job") as run:
         log.info("inside")
     log.info("after")
-    context = run.span.get_span_context()
+    context = run._execution.span.get_span_context()
     assert lines.getvalue().splitlines() == [
         "|||||before",
         f"e|r|1|{context.trace_id:032x}|{context.span_id:016x}|inside",

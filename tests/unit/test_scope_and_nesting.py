@@ -88,7 +88,7 @@ def test_a_redelivery_after_success_is_called_and_marked_duplicate(records: Reco
         job()
     ended = records.one().ended_unix_ns
     with otelexec.correlate(source="x", execution_id="e"):
-        assert job().duplicate
+        assert job()._execution.duplicate
     with pytest.raises(ValueError, match="x"), otelexec.correlate(source="x", execution_id="e"), otelexec.execution("job"):
         raise ValueError("x")
     record = records.one()

@@ -171,8 +171,8 @@ def test_27_a_lost_race_is_told_what_stands(records: Records, caplog: pytest.Log
     store = runtime.get().store
     assert store is not None
     with otelexec.execution("job") as run:
-        outcome = Outcome("lost", run.started_unix_ns + 1, "reconciler", error_type="killed")
-        store.commit([CloseLost(run.id, run.token, Frozen(outcome, b""))], durable=True, timeout_seconds=5)
+        outcome = Outcome("lost", run._execution.started_unix_ns + 1, "reconciler", error_type="killed")
+        store.commit([CloseLost(run.id, run._execution.token, Frozen(outcome, b""))], durable=True, timeout_seconds=5)
     (told,) = [record for record in caplog.records if "lost_race" in record.getMessage()]
     assert told.__dict__["otelexec_state"] == "lost"
     assert (records.attempt().state, records.attempt().finalized_by) == ("lost", "reconciler")
@@ -181,7 +181,7 @@ def test_27_a_lost_race_is_told_what_stands(records: Records, caplog: pytest.Log
     span = records.span(observed["span_id"])
     assert span.attributes["otelexec.observed_of"] == records.attempt().span_id
     # The fake reconciler above wrote no span for what it closed, so there is nothing to agree with.
-    store.commit([CloseLost(run.id, run.token, Frozen(outcome, b""))], durable=True, timeout_seconds=5)
+    store.commit([CloseLost(run.id, run._execution.token, Frozen(outcome, b""))], durable=True, timeout_seconds=5)
     records.check_agreement = lambda: None  # type: ignore[method-assign]
 
 

@@ -94,7 +94,7 @@ def test_a_user_s_provider_lends_resource_sampler_and_processors_and_never_sees_
     assert processor.ended == ["query"]
     (theirs_span,) = exporter.get_finished_spans()
     assert theirs_span.parent is not None
-    assert theirs_span.parent.span_id == run.span.get_span_context().span_id
+    assert theirs_span.parent.span_id == run._execution.span.get_span_context().span_id
     assert {span.name for span in records.spans()} == {"job", "send invoices"}
     if how == "global":
         assert trace.get_tracer_provider() is theirs
@@ -150,7 +150,7 @@ def test_children_over_the_limit_are_flushed_not_dropped(records: Records, monke
             with tracer.start_as_current_span(f"s{number}"):
                 pass
         until(lambda: len(records.query("SELECT 1 FROM outbox")) >= 1)
-        until(lambda: len(run.children) < 10)
+        until(lambda: len(run._execution.children) < 10)
     assert len(records.spans()) == 96
 
 
@@ -238,22 +238,22 @@ def test_ids_do_not_come_from_the_random_module() -> None:
 
 
 def test_a_body_may_end_or_rename_its_span_and_the_record_still_agrees(records: Records) -> None:
-    with otelexec.execution("job") as run:
-        run.span.update_name("renamed")
-        run.span.set_attribute("otelexec.outcome", "mine")
-        run.span.set_status(trace.StatusCode.OK)
+    with otelexec.execution("job"):
+        trace.get_current_span().update_name("renamed")
+        trace.get_current_span().set_attribute("otelexec.outcome", "mine")
+        trace.get_current_span().set_status(trace.StatusCode.OK)
     (span,) = records.spans()
     assert (span.name, span.attributes["otelexec.outcome"], span.status) == ("renamed", "succeeded", "unset")
-    with otelexec.execution("ended") as run:
-        run.span.end()
+    with otelexec.execution("ended"):
+        trace.get_current_span().end()
     attempt = records.named("ended").attempts[0]
     assert records.span(attempt.span_id).end_unix_ns == attempt.ended_unix_ns
 
 
 def test_however_many_attributes_the_code_sets_the_span_keeps_its_ids(records: Records) -> None:
     """The SDK's limit, 128 by default, drops the oldest ones, which are ours."""
-    with otelexec.correlate(source="webhook", webhook_id="w") as correlation, otelexec.execution("job") as run:
-        run.span.set_attributes({f"mine.{number}": number for number in range(200)})
+    with otelexec.correlate(source="webhook", webhook_id="w") as correlation, otelexec.execution("job"):
+        trace.get_current_span().set_attributes({f"mine.{number}": number for number in range(200)})
     (span,) = records.spans()
     assert {name: span.attributes[name] for name in correlation.members()} == correlation.members()
     assert (span.attributes["mine.199"], span.attributes["otelexec.outcome"]) == (199, "succeeded")

@@ -17,7 +17,7 @@ import otelexec
 from otelexec import identity, runtime, supervision
 from otelexec.carrier import NOTHING
 from otelexec.endings import Ending
-from otelexec.execution import Options
+from otelexec.options import Options
 from otelexec.propagation import incoming
 from otelexec.reconcile import Reconciler
 from otelexec.store.writes import CANCELLED, REJECTED, TIMED_OUT, Heartbeat
@@ -31,7 +31,7 @@ from opentelemetry.context import Context
 from otelexec import runtime
 from otelexec.carrier import NOTHING
 from otelexec.drivers import advance
-from otelexec.execution import Options
+from otelexec.options import Options
 from otelexec.lifecycle import lifecycle
 from otelexec.propagation import incoming
 from otelexec.supervision import run_token
