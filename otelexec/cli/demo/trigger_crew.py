@@ -1,14 +1,14 @@
 """
 `otelexec demo --backend trigger`: the same story on the local engine, asked for over Trigger.dev's wire contract.
 
-Beside it stand `demo_trigger_tasks.py` (what a user writes) and `demo_trigger_process.py` (server, web process, worker, schedule).
+Beside it stand `trigger_tasks.py` (what a user writes) and `trigger_process.py` (server, web process, worker, schedule).
 """
 
 from __future__ import annotations
 
 import importlib.util
 
-from otelexec.cli.demo_celery import POOL, CeleryCrew
+from otelexec.cli.demo.celery_crew import POOL, CeleryCrew
 
 NEEDED = dict.fromkeys(("httpx", "starlette", "uvicorn"), "'otelexec[trigger]'")
 """Each import that the demo needs, and what to install for it."""
@@ -23,6 +23,6 @@ def missing() -> str | None:
 class TriggerCrew(CeleryCrew):
     """Server, web process, schedule, and a worker with a few processes."""
 
-    module = "otelexec.cli.demo_trigger_process"
+    module = "otelexec.cli.demo.trigger_process"
     clock = "schedule"
     behind = f"`otelexec trigger serve`, a schedule and an `otelexec trigger worker` with {POOL} processes stand behind it"

@@ -1,5 +1,5 @@
 """
-The demo's other processes: `python -m otelexec.cli.demo_process web|worker FOLDER RUN`.
+The demo's other processes: `python -m otelexec.cli.demo.process web|worker FOLDER RUN`.
 
 Each ends when its standard input does, so that none outlives the demo, however that ends.
 """
@@ -23,10 +23,10 @@ from typing import Any
 from opentelemetry import trace
 
 import otelexec
-from otelexec.cli import demo_queue
-from otelexec.cli.demo_jobs import JOBS, publish
-from otelexec.cli.demo_queue import Message, Queue
-from otelexec.cli.demo_stories import QUEUE, RATE_LIMITED, SCHEDULE, SCHEDULE_SECONDS, SCHEDULE_TIMES, SCHEDULED
+from otelexec.cli.demo import own_queue
+from otelexec.cli.demo.jobs import JOBS, publish
+from otelexec.cli.demo.own_queue import Message, Queue
+from otelexec.cli.demo.stories import QUEUE, RATE_LIMITED, SCHEDULE, SCHEDULE_SECONDS, SCHEDULE_TIMES, SCHEDULED
 
 POLL_SECONDS = 0.05
 RATE_LIMIT_SECONDS = 60.0
@@ -81,8 +81,8 @@ def work(queue: Queue, stop: threading.Event) -> None:
 
 def run_message(message: Message, payload: Mapping[str, Any], queue: Queue) -> None:
     """Run one message as a CONSUMER span around its job, and ask for another attempt where that may help."""
-    attributes = {"messaging.system": "demo", "messaging.destination.name": demo_queue.NAME, "messaging.message.id": str(message.id)}
-    with otelexec.execution(f"process {demo_queue.NAME}", kind=trace.SpanKind.CONSUMER, attributes=attributes):
+    attributes = {"messaging.system": "demo", "messaging.destination.name": own_queue.NAME, "messaging.message.id": str(message.id)}
+    with otelexec.execution(f"process {own_queue.NAME}", kind=trace.SpanKind.CONSUMER, attributes=attributes):
         try:
             running = JOBS[message.job](payload, queue)
             if inspect.isawaitable(running):

@@ -1,10 +1,10 @@
 """
 `otelexec demo`: webhooks and a schedule come in, workers run them, one is killed, and every record has its span.
 
-Around it stand `demo_stories.py` (what should come of it), `demo_jobs.py` (what a user writes), `demo_process.py` (the web
-process and the workers), `demo_queue.py` (the queue between them), `demo_crew.py` (starts and ends the processes) and
-`demo_view.py` (the table). With `--backend celery`, `rq` or `trigger` the jobs, the processes and the crew are
-those of `demo_celery*.py`, `demo_rq*.py` or `demo_trigger*.py`.
+Around it stand `stories.py` (what should come of it), `jobs.py` (what a user writes), `process.py` (the web
+process and the workers), `own_queue.py` (the queue between them), `crew.py` (starts and ends the processes) and
+`view.py` (the table). With `--backend celery`, `rq` or `trigger` the jobs, the processes and the crew are
+those of `celery_*.py`, `rq_*.py` or `trigger_*.py`.
 """
 
 from __future__ import annotations
@@ -32,12 +32,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 import otelexec
 from otelexec import runtime as _runtime
 from otelexec import settings as _settings
-from otelexec.cli import demo_celery, demo_postgres, demo_result, demo_rq, demo_trigger, options
+from otelexec.cli import options
 from otelexec.cli.console import STYLES, lines, plural
-from otelexec.cli.demo_celery import CeleryCrew
-from otelexec.cli.demo_crew import Crew, CrewError
-from otelexec.cli.demo_rq import RqCrew
-from otelexec.cli.demo_stories import (
+from otelexec.cli.demo import celery_crew, postgres, result, rq_crew, trigger_crew
+from otelexec.cli.demo.celery_crew import CeleryCrew
+from otelexec.cli.demo.crew import Crew, CrewError
+from otelexec.cli.demo.rq_crew import RqCrew
+from otelexec.cli.demo.stories import (
     CELERY_STORIES,
     RQ_STORIES,
     SCHEDULE,
@@ -49,7 +50,7 @@ from otelexec.cli.demo_stories import (
     Story,
     unexpected,
 )
-from otelexec.cli.demo_trigger import TriggerCrew
+from otelexec.cli.demo.trigger_crew import TriggerCrew
 from otelexec.reconcile import Death, Reconciler
 from otelexec.store.base import Store
 from otelexec.store.records import AttemptRecord, ExecutionRecord
@@ -86,7 +87,7 @@ def demo(
     No service is needed. The records go to OTELEXEC_STORE if it is set, else to a new store of the demo's own; with
     `postgres`, to an embedded PostgreSQL that runs as long as the demo.
     """
-    install = {Backend.CELERY: demo_celery.missing, Backend.RQ: demo_rq.missing, Backend.TRIGGER: demo_trigger.missing}.get(
+    install = {Backend.CELERY: celery_crew.missing, Backend.RQ: rq_crew.missing, Backend.TRIGGER: trigger_crew.missing}.get(
         backend, lambda: None
     )()
     if install is not None:
@@ -94,8 +95,8 @@ def demo(
     with contextlib.ExitStack() as around:
         url = os.environ.get("OTELEXEC_STORE")
         if url == "postgres":
-            url = around.enter_context(demo_postgres.running())
-            around.callback(demo_postgres.wait_for_the_reader)
+            url = around.enter_context(postgres.running())
+            around.callback(postgres.wait_for_the_reader)
         _perform(url, backend)
 
 
@@ -131,11 +132,11 @@ def _perform(url: str | None, backend: Backend) -> None:
         finally:
             stage.crew.stop()
         records = stage.records()
-        wrong = [*unexpected(records, stage.stories), *demo_result.show(console, runtime, records, complete=not others)]
+        wrong = [*unexpected(records, stage.stories), *result.show(console, runtime, records, complete=not others)]
         logged = stage.crew.log_tail()
     if wrong and logged:
         wrong.append(f"The processes logged: {logged}")
-    demo_result.farewell(console, runtime, store, records, wrong)
+    result.farewell(console, runtime, store, records, wrong)
     otelexec.shutdown()
     if wrong:
         raise typer.Exit(1)

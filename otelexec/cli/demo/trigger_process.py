@@ -1,5 +1,5 @@
 """
-The trigger demo's other processes: `python -m otelexec.cli.demo_trigger_process broker|web|worker|schedule FOLDER RUN`.
+The trigger demo's other processes: `python -m otelexec.cli.demo.trigger_process broker|web|worker|schedule FOLDER RUN`.
 
 Each ends when its standard input does, so that none outlives the demo, however that ends.
 """
@@ -15,11 +15,11 @@ from datetime import UTC, datetime
 
 import otelexec
 from otelexec.cli import console
-from otelexec.cli.demo_celery import BROKER, POOL
-from otelexec.cli.demo_process import at_end_of_input, serve
-from otelexec.cli.demo_stories import SCHEDULE, SCHEDULE_SECONDS, SCHEDULE_TIMES, SCHEDULED
+from otelexec.cli.demo.celery_crew import BROKER, POOL
+from otelexec.cli.demo.process import at_end_of_input, serve
+from otelexec.cli.demo.stories import SCHEDULE, SCHEDULE_SECONDS, SCHEDULE_TIMES, SCHEDULED
 
-TASKS = "otelexec.cli.demo_trigger_tasks"
+TASKS = "otelexec.cli.demo.trigger_tasks"
 
 
 def main() -> None:
@@ -61,7 +61,7 @@ def be_caller(role: str, run: str, stop: threading.Event) -> None:
     """Be the web process or the schedule: both trigger over HTTP."""
     from otelexec_trigger import TriggerDevBackend
 
-    from otelexec.cli.demo_trigger_tasks import publish
+    from otelexec.cli.demo.trigger_tasks import publish
 
     url, key = os.environ[BROKER].split()
     with TriggerDevBackend(url, key) as backend:

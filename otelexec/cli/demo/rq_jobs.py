@@ -13,9 +13,9 @@ from rq import Queue, Retry
 from rq.cron import CronJob
 
 import otelexec
-from otelexec.cli import demo_work
-from otelexec.cli.demo_celery import BROKER
-from otelexec.cli.demo_stories import SCHEDULE, SCHEDULE_SECONDS, SCHEDULED
+from otelexec.cli.demo import work
+from otelexec.cli.demo.celery_crew import BROKER
+from otelexec.cli.demo.stories import SCHEDULE, SCHEDULE_SECONDS, SCHEDULED
 
 QUEUE = "jobs"
 INTERVAL = int(SCHEDULE_SECONDS)
@@ -29,7 +29,7 @@ jobs = Queue(QUEUE, connection=connection)
 @otelexec.execution("order.import", core=True)
 def import_order(order: int, items: Sequence[str]) -> int:
     """Be the job: its end is the attempt's. What it enqueues is its child."""
-    otelexec.current_execution().set_output({"reserved": demo_work.reserve(items)})
+    otelexec.current_execution().set_output({"reserved": work.reserve(items)})
     jobs.enqueue(send_receipt, order)
     return order
 
@@ -44,25 +44,25 @@ def send_receipt(order: int) -> int:
 @otelexec.execution("video.encode", core=True)
 def encode_video() -> None:
     """Get stuck in the middle of the first attempt, where the demo kills the horse."""
-    demo_work.encode()
+    work.encode()
 
 
 @otelexec.execution("card.charge", core=True)
 def charge_card(card: str) -> None:
     """Fail."""
-    demo_work.decline(card)
+    work.decline(card)
 
 
 @otelexec.execution("report.render", core=True)
 def render_report() -> None:
     """Fail once, with a retry left."""
-    demo_work.hang_up_once()
+    work.hang_up_once()
 
 
 @otelexec.execution("feed.sync", core=True)
 def sync_feed() -> None:
     """Wait for a server that never answers, until the job's timeout."""
-    time.sleep(demo_work.STUCK_SECONDS)
+    time.sleep(work.STUCK_SECONDS)
 
 
 @otelexec.execution("export.build", core=True)

@@ -9,7 +9,7 @@ from typing import Final
 from opentelemetry import trace
 
 import otelexec
-from otelexec.cli.demo_stories import SEGMENTS
+from otelexec.cli.demo.stories import SEGMENTS
 
 STUCK_SECONDS: Final = 30.0
 """Longer than any demo waits."""

@@ -1,5 +1,5 @@
 """
-The Celery demo's other processes: `python -m otelexec.cli.demo_celery_process broker|web|worker|beat FOLDER RUN`.
+The Celery demo's other processes: `python -m otelexec.cli.demo.celery_process broker|web|worker|beat FOLDER RUN`.
 
 Each ends when its standard input does, so that none outlives the demo, however that ends.
 """
@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import otelexec
-from otelexec.cli.demo_celery import POOL
-from otelexec.cli.demo_process import at_end_of_input, serve
+from otelexec.cli.demo.celery_crew import POOL
+from otelexec.cli.demo.process import at_end_of_input, serve
 
 ALONE = ("--without-gossip", "--without-mingle", "--without-heartbeat")
 """There is no other worker to talk to."""
@@ -33,12 +33,12 @@ def main() -> None:
 
     instrumentor: Any = CeleryInstrumentor
     instrumentor().instrument()
-    from otelexec.cli import demo_celery_tasks
+    from otelexec.cli.demo import celery_tasks
 
     if role == "web":
         stop = threading.Event()
         at_end_of_input(stop.set)
-        serve(demo_celery_tasks.publish, run, stop)
+        serve(celery_tasks.publish, run, stop)
         return
     # Celery ends by itself when it is told to, in its own time and with what it has in hand.
     at_end_of_input(lambda: os.kill(os.getpid(), signal.SIGTERM))
@@ -48,7 +48,7 @@ def main() -> None:
     else:
         logging.getLogger("celery.beat").setLevel(logging.ERROR)
         arguments = ["beat", "-s", str(Path(folder) / "beat"), *arguments]
-    demo_celery_tasks.app.start(arguments)
+    celery_tasks.app.start(arguments)
 
 
 def be_broker(folder: Path) -> None:

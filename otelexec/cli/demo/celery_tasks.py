@@ -10,9 +10,9 @@ from typing import Any
 from celery import Celery
 
 import otelexec
-from otelexec.cli import demo_work
-from otelexec.cli.demo_celery import BROKER
-from otelexec.cli.demo_stories import SCHEDULE, SCHEDULE_SECONDS, SCHEDULED
+from otelexec.cli.demo import work
+from otelexec.cli.demo.celery_crew import BROKER
+from otelexec.cli.demo.stories import SCHEDULE, SCHEDULE_SECONDS, SCHEDULED
 
 SURVIVES = {"acks_late": True, "reject_on_worker_lost": True}
 """What makes Celery deliver a task once more when its worker dies with it."""
@@ -36,7 +36,7 @@ def import_order(order: int, items: Sequence[str]) -> int:
 @otelexec.execution("order.import", core=True)
 def run_import(order: int, items: Sequence[str]) -> int:
     """Be the job: it knows nothing of Celery. Its end is the attempt's, whatever the task around it does then."""
-    otelexec.current_execution().set_output({"reserved": demo_work.reserve(items)})
+    otelexec.current_execution().set_output({"reserved": work.reserve(items)})
     return order
 
 
@@ -50,25 +50,25 @@ def send_receipt(order: int) -> int:
 @app.task(name="video.encode", **SURVIVES)
 def encode_video() -> None:
     """Get stuck in the middle of the first attempt, where the demo kills the process."""
-    demo_work.encode()
+    work.encode()
 
 
 @app.task(name="card.charge")
 def charge_card(card: str) -> None:
     """Fail."""
-    demo_work.decline(card)
+    work.decline(card)
 
 
 @app.task(name="report.render", autoretry_for=(ConnectionError,), retry_kwargs={"countdown": 0})
 def render_report() -> None:
     """Fail once with an error that Celery retries."""
-    demo_work.hang_up_once()
+    work.hang_up_once()
 
 
 @app.task(name="feed.sync", soft_time_limit=1)
 def sync_feed() -> None:
     """Wait for a server that never answers, until the time limit."""
-    time.sleep(demo_work.STUCK_SECONDS)
+    time.sleep(work.STUCK_SECONDS)
 
 
 @app.task(name="export.build")

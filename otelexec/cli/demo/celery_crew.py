@@ -1,7 +1,7 @@
 """
 `otelexec demo --backend celery`: the same story on Celery, with a Valkey of the demo's own as broker.
 
-Beside it stand `demo_celery_tasks.py` (what a user writes) and `demo_celery_process.py` (broker, web process, worker, beat).
+Beside it stand `celery_tasks.py` (what a user writes) and `celery_process.py` (broker, web process, worker, beat).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-from otelexec.cli.demo_crew import Crew
+from otelexec.cli.demo.crew import Crew
 
 BROKER = "OTELEXEC_DEMO_BROKER"
 """The variable with the broker's URL."""
@@ -44,7 +44,7 @@ class CeleryCrew(Crew):
         behind: What stands behind the web process, for whoever watches.
     """
 
-    module = "otelexec.cli.demo_celery_process"
+    module = "otelexec.cli.demo.celery_process"
     clock = "beat"
     behind = f"Valkey, Celery's beat and a worker with {POOL} processes stand behind it"
 

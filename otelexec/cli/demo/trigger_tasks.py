@@ -10,8 +10,8 @@ from typing import Any
 from otelexec_trigger import LocalBackend, TriggerBackend, task
 
 import otelexec
-from otelexec.cli import demo_work
-from otelexec.cli.demo_stories import RATE_LIMITED, SCHEDULED
+from otelexec.cli.demo import work
+from otelexec.cli.demo.stories import RATE_LIMITED, SCHEDULED
 
 ATTEMPTS: Mapping[str, int] = {"video.encode": 2, "report.render": 2}
 """How many attempts a task has; all others have one."""
@@ -20,7 +20,7 @@ ATTEMPTS: Mapping[str, int] = {"video.encode": 2, "report.render": 2}
 @task("order.import")
 def import_order(payload: Mapping[str, Any]) -> dict[str, int]:
     """Be the run. What it triggers is its child."""
-    reserved = demo_work.reserve(payload["items"])
+    reserved = work.reserve(payload["items"])
     LocalBackend().trigger("receipt.send", {"order": payload["order"]})
     return {"reserved": reserved}
 
@@ -35,26 +35,26 @@ def send_receipt(payload: Mapping[str, Any]) -> Any:
 @task("video.encode")
 def encode_video(_: object) -> None:
     """Get stuck in the middle of the first attempt, where the demo kills the worker's process."""
-    demo_work.encode()
+    work.encode()
 
 
 @task("card.charge")
 def charge_card(payload: Mapping[str, Any]) -> None:
     """Fail."""
-    demo_work.decline(payload["card"])
+    work.decline(payload["card"])
 
 
 @task("report.render")
 def render_report(_: object) -> None:
     """Fail once, with an attempt left."""
-    demo_work.hang_up_once()
+    work.hang_up_once()
 
 
 @task("feed.sync")
 @otelexec.execution("feed.sync", core=True, timeout=1)
 async def sync_feed(_: object) -> None:
     """Wait for a server that never answers, until the job's own timeout."""
-    await asyncio.sleep(demo_work.STUCK_SECONDS)
+    await asyncio.sleep(work.STUCK_SECONDS)
 
 
 @task("export.build")

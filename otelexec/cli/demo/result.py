@@ -13,7 +13,8 @@ from urllib.parse import urlsplit
 from rich.console import Console
 
 from otelexec import endpoint as _endpoint
-from otelexec.cli import demo_view, waterfall
+from otelexec.cli import waterfall
+from otelexec.cli.demo import view
 from otelexec.decoded import DecodedSpan, decode
 from otelexec.errors import SettingsError
 from otelexec.relay import Relay
@@ -47,7 +48,7 @@ def show(console: Console, runtime: Runtime, records: Sequence[ExecutionRecord],
     """
     spans = held_spans(runtime, records)
     console.print()
-    console.print(demo_view.table(records, demo_view.index(spans), width=console.width))
+    console.print(view.table(records, view.index(spans), width=console.width))
     chosen = next((record for record in records if record.name == SHOWN_TRACE and record.attempts), None)
     if chosen is not None:
         trace_id = chosen.attempts[0].trace_id
@@ -55,13 +56,13 @@ def show(console: Console, runtime: Runtime, records: Sequence[ExecutionRecord],
         roots = waterfall.bars(chosen, [span for span in spans if span.trace_id == trace_id])
         console.print(waterfall.draw(roots, width=min(console.width, WATERFALL_COLUMNS)))
     console.print()
-    wrong = demo_view.faults(records, spans, complete=True)
+    wrong = view.faults(records, spans, complete=True)
     if complete or not wrong:
         return wrong
     console.print(
         "[dim]Another process has this store open. Spans that its relay has sent already could not be compared.[/]", soft_wrap=True
     )
-    return demo_view.faults(records, spans, complete=False)
+    return view.faults(records, spans, complete=False)
 
 
 def held_spans(runtime: Runtime, records: Sequence[ExecutionRecord]) -> list[DecodedSpan]:

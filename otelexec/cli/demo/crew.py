@@ -13,8 +13,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from otelexec.cli.demo_queue import Queue
-from otelexec.cli.demo_stories import QUEUE
+from otelexec.cli.demo.own_queue import Queue
+from otelexec.cli.demo.stories import QUEUE
 
 WORKERS = 3
 START_SECONDS = 20.0
@@ -51,7 +51,7 @@ class Crew:
         module: What its processes run.
     """
 
-    module = "otelexec.cli.demo_process"
+    module = "otelexec.cli.demo.process"
 
     def __init__(self, folder: Path, store: str, run: str) -> None:
         self.folder = folder

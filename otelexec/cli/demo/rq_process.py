@@ -1,5 +1,5 @@
 """
-The RQ demo's other processes: `python -m otelexec.cli.demo_rq_process broker|web|worker|cron FOLDER RUN`.
+The RQ demo's other processes: `python -m otelexec.cli.demo.rq_process broker|web|worker|cron FOLDER RUN`.
 
 Each ends when its standard input does, so that none outlives the demo, however that ends.
 """
@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import otelexec
-from otelexec.cli.demo_celery import POOL
-from otelexec.cli.demo_celery_process import be_broker
-from otelexec.cli.demo_process import at_end_of_input, serve
+from otelexec.cli.demo.celery_crew import POOL
+from otelexec.cli.demo.celery_process import be_broker
+from otelexec.cli.demo.process import at_end_of_input, serve
 
 GRACE_SECONDS = 10.0
 
@@ -35,12 +35,12 @@ def main() -> None:
 
     instrumentor: Any = RQInstrumentor
     instrumentor().instrument()
-    from otelexec.cli import demo_rq_jobs
+    from otelexec.cli.demo import rq_jobs
 
     if role == "web":
         stop = threading.Event()
         at_end_of_input(stop.set)
-        serve(demo_rq_jobs.publish, run, stop)
+        serve(rq_jobs.publish, run, stop)
         return
     if role == "worker":
         from rq.worker_pool import WorkerPool
@@ -48,14 +48,14 @@ def main() -> None:
         own = os.dup(0)  # in a worker of a pool, standard input is another one
         os.register_at_fork(after_in_child=lambda: at_end_of_input(_give_up, own))
         at_end_of_input(_tell_to_stop)
-        pool: Any = WorkerPool([demo_rq_jobs.QUEUE], connection=demo_rq_jobs.connection, num_workers=POOL)
+        pool: Any = WorkerPool([rq_jobs.QUEUE], connection=rq_jobs.connection, num_workers=POOL)
         pool.start(logging_level="WARNING")
     else:
         from rq.cron import CronScheduler
 
         at_end_of_input(_tell_to_stop)
-        cron: Any = CronScheduler(connection=demo_rq_jobs.connection, logging_level="WARNING")
-        cron.register(demo_rq_jobs.clean_cache, queue_name=demo_rq_jobs.QUEUE, interval=demo_rq_jobs.INTERVAL, **demo_rq_jobs.NAMED)
+        cron: Any = CronScheduler(connection=rq_jobs.connection, logging_level="WARNING")
+        cron.register(rq_jobs.clean_cache, queue_name=rq_jobs.QUEUE, interval=rq_jobs.INTERVAL, **rq_jobs.NAMED)
         cron.start()
 
 

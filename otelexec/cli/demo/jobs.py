@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import otelexec
-from otelexec.cli import demo_queue, demo_work
-from otelexec.cli.demo_queue import Queue
+from otelexec.cli.demo import own_queue, work
+from otelexec.cli.demo.own_queue import Queue
 
 STUCK_SECONDS = 10.0
 """A worker whose demo was killed ends when its job does."""
@@ -19,7 +19,7 @@ TIMEOUT_SECONDS = 0.4
 @otelexec.execution("order.import", core=True)
 def import_order(payload: Mapping[str, Any], queue: Queue) -> None:
     """Succeed, with a plain OpenTelemetry span, child executions, and a message for another worker."""
-    otelexec.current_execution().set_output({"reserved": demo_work.reserve(payload["items"])})
+    otelexec.current_execution().set_output({"reserved": work.reserve(payload["items"])})
     publish("receipt.send", {"order": payload["order"]}, queue)
 
 
@@ -32,13 +32,13 @@ def send_receipt(_payload: Mapping[str, Any], _queue: Queue) -> None:
 @otelexec.execution("card.charge", core=True)
 def charge_card(payload: Mapping[str, Any], _queue: Queue) -> None:
     """Fail."""
-    demo_work.decline(payload["card"])
+    work.decline(payload["card"])
 
 
 @otelexec.execution("report.render", core=True)
 def render_report(_payload: Mapping[str, Any], _queue: Queue) -> None:
     """Fail once with an error that the worker retries."""
-    demo_work.hang_up_once()
+    work.hang_up_once()
 
 
 @otelexec.execution("feed.sync", core=True, timeout=TIMEOUT_SECONDS)
@@ -70,7 +70,7 @@ async def build_export(payload: Mapping[str, Any], _queue: Queue) -> None:
 @otelexec.execution("video.encode", core=True)
 def encode_video(_payload: Mapping[str, Any], _queue: Queue) -> None:
     """Get stuck in the middle of the first attempt, where the demo kills the worker."""
-    demo_work.encode(STUCK_SECONDS)
+    work.encode(STUCK_SECONDS)
 
 
 @otelexec.execution("newsletter.send", core=True)
@@ -106,6 +106,6 @@ def publish(job: str, payload: Mapping[str, Any], queue: Queue) -> str:
     Returns:
         The execution id that the message carries.
     """
-    with otelexec.publish(job, destination=demo_queue.NAME, system="demo") as message:
+    with otelexec.publish(job, destination=own_queue.NAME, system="demo") as message:
         queue.put(job, otelexec.inject(payload))
     return message.id
