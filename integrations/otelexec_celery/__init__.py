@@ -32,7 +32,6 @@ from celery.worker import strategy as celery_strategy
 from celery.worker.consumer import consumer as celery_consumer
 from opentelemetry.instrumentation.instrumentor import BaseInstrumentor  # type: ignore[attr-defined] # untyped
 
-from otelexec import runtime as _runtime
 from otelexec.patches import Patches
 from otelexec_celery import coexistence, consume, publish, schedule, worker
 from otelexec_celery.settings import CHOICES
@@ -63,12 +62,7 @@ class CeleryInstrumentor(BaseInstrumentor):  # type: ignore[misc] # untyped in t
         """
         if not _is_supported():
             return
-        if kwargs.get("tracer_provider") is not None:
-            _runtime.configure(tracer_provider=kwargs["tracer_provider"])
-        CHOICES.use_span_links = kwargs.get("use_span_links")
-        CHOICES.active = True
-        patches = self._patches = Patches()
-        patches.on_undo(_deactivate)
+        patches = self._patches = CHOICES.activate(kwargs)
         _patch_sending(patches)
         _patch_running(patches)
         _patch_worker(patches)
@@ -90,10 +84,6 @@ def _is_supported() -> bool:
         return True
     logger.error("otelexec.celery.unsupported: Celery %s is not instrumented; otelexec needs %s", celery.__version__, REQUIRES[0])
     return False
-
-
-def _deactivate() -> None:
-    CHOICES.active = False
 
 
 def _patch_sending(patches: Patches) -> None:

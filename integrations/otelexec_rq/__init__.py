@@ -31,7 +31,6 @@ from rq.job import Job
 from rq.queue import Queue
 from rq.registry import StartedJobRegistry
 
-from otelexec import runtime as _runtime
 from otelexec.patches import Patches
 from otelexec_rq import callbacks, consume, publish, schedule, spawning, unrun, worker
 from otelexec_rq.settings import CHOICES
@@ -69,12 +68,7 @@ class RQInstrumentor(BaseInstrumentor):  # type: ignore[misc] # untyped in the v
         """
         if not _is_supported():
             return
-        if kwargs.get("tracer_provider") is not None:
-            _runtime.configure(tracer_provider=kwargs["tracer_provider"])
-        CHOICES.use_span_links = kwargs.get("use_span_links")
-        CHOICES.active = True
-        patches = self._patches = Patches()
-        patches.on_undo(_deactivate)
+        patches = self._patches = CHOICES.activate(kwargs)
         _patch_sending(patches)
         _patch_running(patches)
         _patch_worker(patches)
@@ -93,10 +87,6 @@ def _is_supported() -> bool:
         return True
     logger.error("otelexec.rq.unsupported: RQ %s is not instrumented; otelexec needs %s", VERSION, REQUIRES[0])
     return False
-
-
-def _deactivate() -> None:
-    CHOICES.active = False
 
 
 def _owners(name: str) -> Iterator[Any]:
