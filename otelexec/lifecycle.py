@@ -125,14 +125,15 @@ def _close(runtime: Runtime, execution: RunningExecution, raised: BaseException 
 def _open(runtime: Runtime, execution: RunningExecution) -> Generator[Effect, Any, BaseException | None]:
     """Open the attempt; gives what a signal handler raised meanwhile."""
     held: BaseException | None = None
-    answer: object = None
+    refusal: Exception | None = None
     for _ in range(MAX_HELD):
         try:
             if runtime.records:
                 write = execution.attempt_row if held is None else replace(execution.attempt_row, repeated=True)
                 patience = runtime.settings.open_timeout_seconds
                 answer = yield from persist(runtime, write, durable=False, patience_seconds=patience)
-                if isinstance(answer, Busy | StoreError) and write.exclusive:
+                refusal = _refusal(execution, answer)
+                if refusal is not None:
                     break
                 if isinstance(answer, Opened):
                     execution.opened(answer)
@@ -142,12 +143,12 @@ def _open(runtime: Runtime, execution: RunningExecution) -> Generator[Effect, An
             raise
         except BaseException as error:
             held = held or error
-    refusal = _refusal(execution, answer)
-    if refusal is not None:
-        if execution.outer is not None:
-            execution.outer.cores.release(execution.claim)
-        raise held or refusal
-    return held
+    # Nothing is called on the way out with an attempt that is open: at a call, too, a signal handler may run.
+    if refusal is None:
+        return held
+    if execution.outer is not None:
+        execution.outer.cores.release(execution.claim)
+    raise held or refusal
 
 
 def _refusal(execution: RunningExecution, answer: object) -> Exception | None:
@@ -185,9 +186,11 @@ def _begin(
     scope_is_near = scope is not None and (parent is None or scope.execution is parent)
     execution.span = _start_span(execution, runtime, scope if scope_is_near else None, base)
     if runtime.records:
-        # Of the message's own execution alone, and not of those that it goes on to run.
-        message_id = scope.message_id if scope is not None and scope.correlation is correlation else None
-        _describe(execution, runtime, base, message_id, takes_over=takes_over)
+        if outer is not None:
+            execution.message_id = outer.message_id
+        elif scope is not None and scope.correlation is correlation:  # not of those that the message's own execution goes on to run
+            execution.message_id = scope.message_id
+        _describe(execution, runtime, base, takes_over=takes_over)
     run_context = with_ambient(base, correlation, execution.id)
     run_context = trace.set_span_in_context(execution.span, run_context)
     return execution, otel_context.set_value(EXECUTION_KEY, execution, run_context)
@@ -198,7 +201,7 @@ def _enter(parent: RunningExecution, claim: object) -> Literal["takes_over", "ne
     return parent.cores.enter(claim) if parent.is_open and parent.outer is None else None
 
 
-def _describe(execution: RunningExecution, runtime: Runtime, base: Context, message_id: str | None, *, takes_over: bool) -> None:
+def _describe(execution: RunningExecution, runtime: Runtime, base: Context, *, takes_over: bool) -> None:
     """Make the attempt's row: all that others need to close it and to end its span."""
     outer, span = execution.outer, execution.span
     if isinstance(span, ReadableSpan):
@@ -206,7 +209,7 @@ def _describe(execution: RunningExecution, runtime: Runtime, base: Context, mess
         execution.start_links = len(span.links)
     execution.attempt_row = OpenAttempt(
         token=execution.token,
-        execution=execution_row(execution.name, execution.correlation, message_id),
+        execution=execution_row(execution.name, execution.correlation, execution.message_id),
         process_id=runtime.process_id,
         started_unix_ns=execution.started_unix_ns,
         deadline_unix_ns=execution.deadline_unix_ns,

@@ -71,6 +71,7 @@ class RunningExecution:
         "duplicate",
         "ending",
         "handle",
+        "message_id",
         "name",
         "number",
         "options",
@@ -107,6 +108,7 @@ class RunningExecution:
         self.name = options.name
         self.correlation = correlation
         self.token = token
+        self.message_id: str | None = None
         self.outer = outer
         self.claim: object = None
         self.cores = Cores()

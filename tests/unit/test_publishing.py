@@ -54,6 +54,13 @@ def test_the_id_of_a_message_is_on_the_record_of_its_own_execution_alone(records
     assert named == {"first": {"messaging.message.id": "m1"}, "child": {}, "second": {}}
 
 
+def test_a_core_keeps_the_id_of_the_message_whose_execution_it_takes_over(records: Records) -> None:
+    with otelexec.extract_headers({}, message_id="m1"), otelexec.execution("task"), otelexec.correlate(source="schedule", schedule_id="s"):
+        with otelexec.execution("job", core=True):
+            pass
+    assert json.loads(records.one().correlation) == {"schedule_id": "s", "messaging.message.id": "m1"}
+
+
 def test_a_refusal_closes_the_record_as_rejected_and_comes_out(records: Records) -> None:
     """Behaviour 47: what the backend said stands on the record."""
     error = ConnectionError("no broker")
