@@ -213,7 +213,8 @@ def _spool(settings: Settings, store: Store) -> Check:
         readable = not spool.folder.exists() or os.access(spool.folder, os.R_OK | os.W_OK | os.X_OK)
     except OSError:
         readable = False
-    data = {"folder": str(spool.folder), "segments": segments, "damaged": damaged}
+    others = _other_spools(settings, store, spool.folder)
+    data = {"folder": str(spool.folder), "segments": segments, "damaged": damaged, "others": others}
     if not readable:
         return Check("spool", str(spool.folder), "the spool's folder can't be read and written: correct its permissions", data)
     if segments:
@@ -223,7 +224,21 @@ def _spool(settings: Settings, store: Store) -> Check:
     if damaged:
         problem = f"torn lines of killed processes were set aside: {', '.join(damaged)}; look at them, then move them away"
         return Check("spool", "empty", problem, data)
+    if others:
+        problem = (
+            f"records wait in {', '.join(others)}, for a database under another URL than this one: where it is this one, "
+            "take them in with `otelexec relay --drain --spool FOLDER`"
+        )
+        return Check("spool", "empty", problem, data)
     return Check("spool", "empty", data=data)
+
+
+def _other_spools(settings: Settings, store: Store, folder: Path) -> list[str]:
+    """Give the spools beside a database's that hold something: one database may go by several names, and have one for each."""
+    if settings.spool is not None or _path(store) is not None or not folder.parent.is_dir():
+        return []
+    beside = sorted(each for each in folder.parent.glob("postgres-*.spool") if each != folder)
+    return [str(each) for each in beside if options.spool_of(settings.model_copy(update={"spool": each}), store).segments()]
 
 
 def _workers(store: Store) -> Check:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
@@ -279,6 +280,25 @@ def test_a_database_in_another_encoding_is_said_clearly_and_nothing_is_lost(
         administrator.execute(f"{create} 'UTF8' LOCALE 'C'".encode())
     home()
     check_all_in(url, ["a 🙂 job"], {"a 🙂 job"})
+
+
+def test_a_spool_under_another_name_of_the_database_is_pointed_at(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A corrected URL is how an outage ends, and the spool of the wrong one is nobody's then."""
+    said(capsys, url, "migrate")
+    assert "records wait" not in said(capsys, url, "doctor")[1]
+    work = configured(at(url, port=1), reachable=False)
+    work.run("job")
+    folder = runtime.get().spool.folder
+    otelexec.shutdown()
+    text = " ".join(said(capsys, url, "doctor")[1].split())
+    assert "records wait in" in text
+    assert "otelexec relay --drain --spool FOLDER" in text
+    assert json.loads(said(capsys, url, "doctor", "--json")[1])["spool"]["others"] == [str(folder)]
+    said(capsys, url, "reconcile", "--once", "--spool", str(folder))
+    records = Records(url)
+    assert [record.name for record in records.all()] == ["job"]
+    records.close()
+    assert "records wait" not in said(capsys, url, "doctor")[1]
 
 
 def test_a_roles_default_isolation_does_not_count_for_the_store(url: str) -> None:
