@@ -119,11 +119,11 @@ def _execute(
             metrics.waited(attributes[semconv.QUEUE_LATENCY], run.task, attributes)
         return function(_payload(run))
 
-    def call_sync_() -> Any:
+    def call_and_keep() -> Any:
         value = call()
         return _keep(run, run_to_end(awaited(value)) if inspect.isawaitable(value) else value)
 
-    async def call_and_wait() -> Any:
+    async def wait_and_keep() -> Any:
         return _keep(run, await awaited(call()))
 
     steps = lifecycle(runtime, options)
@@ -132,9 +132,9 @@ def _execute(
     started = time.perf_counter_ns()
     try:
         if is_coroutine_function(function):
-            _run_coroutine(run, call_async(runtime, steps, call_and_wait, run.max_seconds))
+            _run_coroutine(run, call_async(runtime, steps, wait_and_keep, run.max_seconds))
         else:
-            call_sync(runtime, steps, call_sync_)
+            call_sync(runtime, steps, call_and_keep)
     except BaseException as error:
         if not begun and isinstance(error, ExecutionCancelled):
             return

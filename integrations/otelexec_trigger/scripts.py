@@ -75,12 +75,12 @@ def run(executor: Callable[[Any], Any], *, name: str | None = None) -> Any:
 
     # Made into JSON within the attempt: its record is not to say that all went well when the script then ends with 1.
 
-    def call_sync_() -> tuple[Any, str]:
+    def call_and_render() -> tuple[Any, str]:
         value = call()
         value = run_to_end(awaited(value)) if inspect.isawaitable(value) else value
         return value, _line(value)
 
-    async def call_async_() -> tuple[Any, str]:
+    async def wait_and_render() -> tuple[Any, str]:
         value = await awaited(call())
         return value, _line(value)
 
@@ -89,9 +89,9 @@ def run(executor: Callable[[Any], Any], *, name: str | None = None) -> Any:
     otel_context.attach(context)
     try:
         if is_coroutine_function(executor):
-            value, line = run_to_end(call_async(runtime, steps, call_async_, None))
+            value, line = run_to_end(call_async(runtime, steps, wait_and_render, None))
         else:
-            value, line = call_sync(runtime, steps, call_sync_)
+            value, line = call_sync(runtime, steps, call_and_render)
     finally:
         otel_context.attach(before)
     sys.stdout.write(line)
