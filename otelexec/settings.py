@@ -63,7 +63,8 @@ class Settings(BaseSettings):
     service_name: str | None = Field(default=None, description="`service.name` of the resource. Default: OTEL_SERVICE_NAME.")
     otlp_endpoint: str | None = Field(
         default=None,
-        description="Where the relay sends spans. Default: OTEL_EXPORTER_OTLP_(TRACES_)ENDPOINT, else localhost:4318, over gRPC localhost:4317.",
+        description="Where the relay sends spans. Default: OTEL_EXPORTER_OTLP_(TRACES_)ENDPOINT, "
+        "else localhost:4318, over gRPC localhost:4317.",
     )
     jaeger_url: str = Field(default="http://localhost:16686", description="Base URL of the Jaeger UI that `show` links to.")
 
