@@ -17,6 +17,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
+from dataclasses import replace
 from types import CellType, FunctionType
 from typing import Any, Final
 
@@ -109,8 +110,16 @@ class Run:
         if latency is not None:
             metrics.waited(latency, task.name, self._attributes)
 
-    def call(self, body: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Call the task's body, and close the attempt with its end."""
+    def call(self, body: Callable[..., Any], args: Any, kwargs: Any, *, propagates: bool) -> Any:
+        """
+        Call the task's body, and close the attempt with its end.
+
+        Args:
+            body: The body.
+            args: For it.
+            kwargs: For it.
+            propagates: Whether the tracer lets exceptions out to the caller of an eager run, who gets a `Retry` then, and no retry.
+        """
         self.reached_body = True
         around = otel_context.get_current()
         # Not what the tracer left current: another instrumentation may have replaced it in `task_prerun`.
@@ -120,9 +129,12 @@ class Run:
             otel_context.attach(around)
         except BaseException as error:
             otel_context.attach(around)
-            if isinstance(error, Retry) and error.is_eager and error.sig is not None:
+            ending = None
+            if isinstance(error, Retry) and error.is_eager and propagates:
+                ending = replace(classify(self.execution, error), retrying=False)
+            elif isinstance(error, Retry) and error.is_eager and error.sig is not None:
                 self._carry_on(error.sig)
-            self.close(error)
+            self.close(error, ending)
             raise
         try:
             self.close(None)
@@ -245,7 +257,7 @@ def wrap_build_tracer(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def build_tracer(name: str, task: Any, *args: Any, **kwargs: Any) -> Any:
-        return wrap_tracer(original(name, task, *args, **kwargs), task)
+        return wrap_tracer(original(name, task, *args, **kwargs), task, propagates=bool(kwargs.get("propagate")))
 
     return build_tracer
 
@@ -255,13 +267,14 @@ def can_wrap(build_tracer: Any) -> bool:
     return any(BODY in function.__code__.co_cellvars for function in _inside(build_tracer))
 
 
-def wrap_tracer(tracer: Callable[..., Any], task: Any) -> Callable[..., Any]:
+def wrap_tracer(tracer: Callable[..., Any], task: Any, *, propagates: bool = False) -> Callable[..., Any]:
     """
     Wrap a tracer, and the body of its task inside it.
 
     Args:
         tracer: What `build_tracer` gave.
         task: Its task.
+        propagates: Whether it lets the body's exceptions out.
     """
     cell = _body_cell(tracer)
     if cell is None or getattr(tracer, "otelexec_unwrap", None) is not None:
@@ -272,7 +285,7 @@ def wrap_tracer(tracer: Callable[..., Any], task: Any) -> Callable[..., Any]:
         run = _run.get()
         if run is None or run.task is not task or run.reached_body:
             return body(*args, **kwargs)
-        return run.call(body, args, kwargs)
+        return run.call(body, args, kwargs, propagates=propagates)
 
     # Python names the function in the TypeError for arguments that are none: the user's text is to be the user's.
     for name in ("__module__", "__name__", "__qualname__"):

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from celery import Celery, chain
+from celery.exceptions import Retry
 from opentelemetry import context
 
 import otelexec
@@ -51,6 +52,14 @@ def test_retries_are_attempts(app: Celery, records: Records) -> None:
     record = records.one()
     assert [attempt.state for attempt in record.attempts] == ["failed", "failed", "succeeded"]
     assert record.state == "succeeded"
+
+
+def test_a_retry_that_propagates_is_nobodys(app: Celery, records: Records) -> None:
+    """Celery gives the caller its `Retry`, and attempts nothing."""
+    with pytest.raises(Retry):
+        app.tasks["flaky"].apply((2,), throw=True)
+    record = records.one()
+    assert (record.state, record.attempts[0].classification, record.ended_unix_ns is not None) == ("failed", "retry", True)
 
 
 def test_a_chain_and_a_core(app: Celery, records: Records) -> None:

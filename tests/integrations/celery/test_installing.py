@@ -128,7 +128,7 @@ def test_a_limit_that_strikes_while_an_attempt_is_closed_leaves_none_open(
 
     monkeypatch.setattr(consume.Run, "_contribute", contribute)
     with pytest.raises(SoftTimeLimitExceeded):
-        run.call(lambda: 7, (), {})
+        run.call(lambda: 7, (), {}, propagates=False)
     assert (records.one().state, records.attempt().classification) == ("timed_out", "soft_limit")
     assert not run.is_open
     app.close()
