@@ -63,7 +63,7 @@ WITH RECURSIVE {_busy("running", "attempt", "state = 'running'")},
 
 
 # Quotes inside a value are escaped, so that this finds nothing but a field. Both stores have REPLACE; neither has the other's INSTR.
-_HAS_FIELD = "REPLACE(correlation, ?, '') <> correlation"
+_HAS_FIELD = "(correlation <> '{}' AND REPLACE(correlation, ?, '') <> correlation)"
 
 
 def _field(name: str, value: str) -> str:
