@@ -7,6 +7,7 @@ from otelexec.envelope import Extraction, extract, inject
 from otelexec.errors import CarrierError, CorrelationError, ExecutionCancelled, OtelexecError, SettingsError, StoreError
 from otelexec.execution import Execution, NoExecution, current_execution
 from otelexec.logs import structlog_processor
+from otelexec.lookup import find_execution
 from otelexec.propagation import extract_env, extract_headers, inject_env, inject_headers
 from otelexec.publishing import Message, publish, reject, request_cancel
 from otelexec.runtime import configure, shutdown
@@ -32,6 +33,7 @@ __all__ = [
     "extract",
     "extract_env",
     "extract_headers",
+    "find_execution",
     "inject",
     "inject_env",
     "inject_headers",

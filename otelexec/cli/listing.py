@@ -8,8 +8,8 @@ from typing import Annotated, Final
 
 import typer
 
-from otelexec import semconv
-from otelexec.cli import console, options, records
+from otelexec import records, semconv
+from otelexec.cli import console, options
 from otelexec.cli.table import executions_table
 
 TABLE_ROWS: Final = 50

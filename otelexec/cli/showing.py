@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 from rich.text import Text
 
-from otelexec.cli import console, options, records, waterfall
+from otelexec import records
+from otelexec.cli import console, options, waterfall
 from otelexec.cli.table import error_text, state_text, took, worker
 from otelexec.decoded import decode
 

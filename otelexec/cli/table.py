@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Final
 
 from rich.text import Text
 
-from otelexec.cli import console, records
+from otelexec import records
+from otelexec.cli import console
 from otelexec.ids import MAX_ID_CHARS
 
 if TYPE_CHECKING:

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from otelexec.cli import console, records, waterfall
+from otelexec import records
+from otelexec.cli import console, waterfall
 from otelexec.cli.options import Failure
 from otelexec.cli.pruning import parse_duration
 from otelexec.cli.table import executions_table

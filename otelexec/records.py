@@ -1,4 +1,4 @@
-"""Record -> JSON: the one mapping behind every `--json`; the names are promised to other programs."""
+"""Record -> JSON: the one mapping behind `find_execution()` and every `--json`; the names are promised to other programs."""
 
 from __future__ import annotations
 

@@ -1,0 +1,46 @@
+"""Reading a record in Python."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+import otelexec
+from otelexec import runtime
+from otelexec.errors import CorrelationError, StoreUnavailable
+from tests.records import Records
+
+
+def test_a_record_is_found_while_it_runs_and_when_it_has_ended(records: Records) -> None:
+    with otelexec.correlate(source="webhook", webhook_id="w"), otelexec.execution("job") as run:
+        during = otelexec.find_execution(run.id)
+        run.set_output([7])
+    after = otelexec.find_execution(run.id)
+    assert during is not None
+    assert after is not None
+    assert (during["state"], after["state"]) == ("running", "succeeded")
+    assert (after["name"], after["correlation"], after["attempts"][0]["output"]) == ("job", {"webhook_id": "w"}, [7])
+    assert otelexec.find_execution("nobody") is None
+
+
+def test_an_id_that_is_none_is_refused(records: Records) -> None:
+    for wrong in (None, "", 7):
+        given: Any = wrong
+        with pytest.raises(CorrelationError, match="takes an execution id"):
+            otelexec.find_execution(given)
+
+
+def test_without_a_store_there_are_no_records(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTELEXEC_STORE", "none")
+    with otelexec.execution("job") as run:
+        assert otelexec.find_execution(run.id) is None
+
+
+def test_a_store_that_can_not_be_read_is_said(records: Records, monkeypatch: pytest.MonkeyPatch) -> None:
+    def execution(_: str) -> None:
+        raise StoreUnavailable("gone")
+
+    monkeypatch.setattr(runtime.get().store, "execution", execution)
+    with pytest.raises(StoreUnavailable, match="gone"):
+        otelexec.find_execution("e")
