@@ -13,6 +13,7 @@ from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, Self
 
 from otelexec_trigger.calls import Steps, drive, drive_async
+from otelexec_trigger.clients import Client
 from otelexec_trigger.runs import InvalidRequest, Run
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ class TriggerBackend:
         client: Sends its requests, and is closed with it; None where there are none.
     """
 
-    def __init__(self, operations: Operations, client: httpx.Client | None = None) -> None:
+    def __init__(self, operations: Operations, client: Client | None = None) -> None:
         self._operations = operations
         self._client = client
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from otelexec.publishing import Message, publish
+from otelexec_trigger.clients import Client
 
 if TYPE_CHECKING:
     import httpx
@@ -82,7 +83,7 @@ def published(block: publish, send: Callable[[Message], Steps[Result]]) -> Steps
     return result
 
 
-def drive(steps: Steps[Result], client: httpx.Client | None) -> Result:
+def drive(steps: Steps[Result], client: Client | None) -> Result:
     """
     Take steps in this thread.
 
@@ -105,7 +106,7 @@ def drive(steps: Steps[Result], client: httpx.Client | None) -> Result:
             error = raised
 
 
-def _perform(effect: Effect, client: httpx.Client | None) -> Any:
+def _perform(effect: Effect, client: Client | None) -> Any:
     if isinstance(effect, Http):
         return _client(client).request(effect.method, effect.url, headers=dict(effect.headers), content=effect.content)
     if isinstance(effect, Wait):

@@ -11,6 +11,7 @@ import pytest
 
 import otelexec
 from tests.integrations.stage import each_open
+from tests.integrations.trigger.scripted import Served, scripted
 from tests.integrations.trigger.stage import KEY, Stage
 from tests.patience import PATIENCE
 
@@ -82,3 +83,10 @@ def common(common_stage: tuple[Stage, str], on: Callable[[Stage], Stage]) -> Sta
 def url(common_stage: tuple[Stage, str]) -> str:
     """Give the URL of the common server."""
     return common_stage[1]
+
+
+@pytest.fixture
+def served() -> Iterator[Served]:
+    """Give a server that answers as the test says."""
+    with scripted() as state:
+        yield state

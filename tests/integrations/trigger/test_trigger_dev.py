@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import json
 import socket
-import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -32,65 +29,8 @@ from otelexec import semconv
 from otelexec.decoded import DecodedSpan
 from otelexec.errors import SettingsError
 from otelexec.store.records import ExecutionRecord
+from tests.integrations.trigger.scripted import CUT, Served
 from tests.records import Records
-
-CUT = 0
-"""A status that is none: the connection is cut after the request was read."""
-
-
-@dataclass
-class Served:
-    """What a scripted server got, and what it answers next."""
-
-    url: str = ""
-    answers: list[tuple[int, dict[str, str], Any]] = field(default_factory=list)
-    requests: list[tuple[str, str, dict[str, str], bytes]] = field(default_factory=list)
-
-    def answer(self, status: int, body: Any = None, **headers: str) -> None:
-        self.answers.append((status, {name.replace("_", "-"): value for name, value in headers.items()}, body))
-
-
-@pytest.fixture
-def served() -> Iterator[Served]:
-    state = Served()
-
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def _serve(self) -> None:
-            body = self.rfile.read(int(self.headers.get("content-length", 0)))
-            state.requests.append((self.command, self.path, {name.lower(): value for name, value in self.headers.items()}, body))
-            status, headers, answer = state.answers.pop(0) if len(state.answers) > 1 else state.answers[0]
-            if status == CUT:
-                self.close_connection = True
-                self.connection.shutdown(socket.SHUT_RDWR)
-                return
-            data = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
-            self.send_response(status)
-            for name, value in {"content-type": "application/json", "content-length": str(len(data)), **headers}.items():
-                self.send_header(name, value)
-            self.end_headers()
-            self.wfile.write(data)
-
-        def do_GET(self) -> None:
-            self._serve()
-
-        def do_POST(self) -> None:
-            self._serve()
-
-        def do_PUT(self) -> None:
-            self._serve()
-
-        def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 (the base class's name)
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        state.url = f"http://127.0.0.1:{server.server_port}"
-        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
-        thread.start()
-        yield state
-        server.shutdown()
-        thread.join()
 
 
 @pytest.fixture
