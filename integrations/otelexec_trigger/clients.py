@@ -9,18 +9,23 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 from weakref import WeakSet
 
+from otelexec.errors import SettingsError
 from otelexec_trigger.runs import BackendError
 
 if TYPE_CHECKING:
     import httpx
 
-_CLOSED: Final = "This backend was closed, and nothing was sent. Make another one."
+Made = TypeVar("Made")
 
 _inherited: list[object] = []
 """What the parent has open. To drop it would close its sockets, with a warning for each."""
+
+
+class NotSent(BackendError):
+    """This backend was closed, and nothing was sent. Make another one."""
 
 
 class Client(Protocol):
@@ -55,7 +60,7 @@ class ClientOfProcess:
         Send a request.
 
         Raises:
-            BackendError: The client was closed.
+            NotSent: The client was closed.
         """
         return self._own().request(method, url, headers=headers, content=content)
 
@@ -77,10 +82,23 @@ class ClientOfProcess:
     def _own(self) -> httpx.Client:
         with self._lock:
             if self._closed:
-                raise BackendError(_CLOSED)
+                raise NotSent
             if self._client is None:
-                self._client = self._make()
+                self._client = made(self._make)
             return self._client
+
+
+def made(make: Callable[[], Made]) -> Made:
+    """
+    Make a client in the middle of a call.
+
+    Raises:
+        NotSent: The environment has changed since the first one was made, and there can be none.
+    """
+    try:
+        return make()
+    except SettingsError as error:
+        raise NotSent(str(error)) from error
 
 
 _all: WeakSet[ClientOfProcess] = WeakSet()

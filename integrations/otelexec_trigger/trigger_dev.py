@@ -20,6 +20,7 @@ from opentelemetry import trace
 
 from otelexec import inject, request_cancel, semconv
 from otelexec.correlation import Correlation
+from otelexec.endings import raised_by_signal_handler
 from otelexec.errors import SettingsError
 from otelexec.propagation import entries
 from otelexec.publishing import Message, publish, settle_queued
@@ -27,7 +28,7 @@ from otelexec.w3c import encode_traceparent
 from otelexec_trigger import wire
 from otelexec_trigger.backend import AsyncTriggerBackend, Delay, Operations, Trigger, TriggerBackend
 from otelexec_trigger.calls import Do, Enter, Http, Leave, Steps, Wait, published
-from otelexec_trigger.clients import ClientOfProcess
+from otelexec_trigger.clients import ClientOfProcess, NotSent
 from otelexec_trigger.local import encode, json_text, options_of
 from otelexec_trigger.rendering import run_of
 from otelexec_trigger.runs import BackendError, EnqueueError, InvalidRequest, Run, RunNotFound, TriggerError
@@ -50,20 +51,33 @@ _METADATA_KEY: Final = "otelexec"
 
 
 class _Attempts:
-    """What the attempts of one call tell: whether any of them may have been accepted."""
+    """
+    What the attempts of one call tell.
+
+    Attributes:
+        unknown: Whether any of them may have been accepted. So it is from before one is sent until it is known to have been refused:
+            whatever comes in between, be it out of a signal handler, says nothing of what the backend has.
+    """
 
     def __init__(self) -> None:
         self.unknown = False
+        self._before = False
+
+    def sent(self) -> None:
+        """Say that one is on its way."""
+        self._before, self.unknown = self.unknown, True
 
     def failed(self, error: Exception) -> None:
+        """Say that one got no answer."""
         # Nothing was sent where no connection was made.
         nothing = httpx.ConnectError | httpx.ConnectTimeout | httpx.PoolTimeout | httpx.UnsupportedProtocol | httpx.InvalidURL
-        if not isinstance(error, nothing):
-            self.unknown = True
+        if isinstance(error, nothing | NotSent):
+            self.unknown = self._before
 
     def answered(self, status: int) -> None:
-        if status >= 500 or status in _RETRIED:  # noqa: PLR2004 (HTTP's server errors)
-            self.unknown = True
+        """Say what one was answered."""
+        if 300 <= status < 500 and status not in _RETRIED:  # noqa: PLR2004 (HTTP's redirections and client errors)
+            self.unknown = self._before
 
 
 class TriggerDevOperations(Operations):
@@ -100,13 +114,16 @@ class TriggerDevOperations(Operations):
                 body = _without_none({"payload": payload, "options": options})
                 answer = yield from self._ask("POST", path, _body(body), attempts, entries(context, message.correlation))
                 run_id = _text(answer, "id")
-            except TriggerError as error:
-                raise self._enqueue_error(error, message, attempts) from error
-            if run_id is None:
-                message.acceptance_unknown()
-                text = f"{self._url} accepted the run of {wanted.task} and did not say its id"
-                raise EnqueueError(text, acceptance="unknown", retryable=True, status=200)
-            message.set_message_id(run_id)
+                if run_id is None:
+                    text = f"{self._url} accepted the run of {wanted.task} and did not say its id"
+                    raise BackendError(text, retryable=True, status=200)
+                message.set_message_id(run_id)
+            except BaseException as error:
+                if attempts.unknown:
+                    message.acceptance_unknown()
+                if isinstance(error, TriggerError):
+                    raise self._enqueue_error(error, attempts) from error
+                raise
             return run_id
 
         return (yield from published(_block(wanted), send))
@@ -146,19 +163,19 @@ class TriggerDevOperations(Operations):
                 try:
                     payload = yield from self._offload(payload, options)
                 except TriggerError as error:
-                    raise self._enqueue_error(error, None, attempts) from error
+                    raise self._enqueue_error(error, attempts) from error
                 lines.append(_body(_without_none({"index": index, "task": each.task, "payload": payload, "options": options})))
             otel_context.attach(base)
             try:
                 return (yield from self._send_batch(wanted, b"\n".join(lines) + b"\n", base, attempts))
             except TriggerError as error:
-                raise self._enqueue_error(error, None, attempts) from error
+                raise self._enqueue_error(error, attempts) from error
         except BaseException as error:
             failure = error
             raise
         finally:
             for block, message in reversed(blocks):
-                if isinstance(failure, EnqueueError) and failure.acceptance == "unknown":
+                if attempts.unknown:
                     message.acceptance_unknown()
                 yield Leave(block, failure)
             otel_context.attach(base)
@@ -200,11 +217,9 @@ class TriggerDevOperations(Operations):
         options["payloadType"] = wire.STORED
         return _text(answer, "storagePath") or name
 
-    def _enqueue_error(self, error: TriggerError, message: Message | None, attempts: _Attempts) -> EnqueueError:
+    def _enqueue_error(self, error: TriggerError, attempts: _Attempts) -> EnqueueError:
         if isinstance(error, EnqueueError):
             return error
-        if attempts.unknown and message is not None:
-            message.acceptance_unknown()
         acceptance: Any = "unknown" if attempts.unknown else "rejected"
         return EnqueueError(str(error), acceptance=acceptance, retryable=error.retryable or attempts.unknown, status=error.status)
 
@@ -310,13 +325,21 @@ class TriggerDevOperations(Operations):
         wait = self._first_wait
         for left in reversed(range(self._max_attempts)):
             pause = wait
+            attempts.sent()
             try:
                 response: httpx.Response = yield request
             except (httpx.HTTPError, httpx.InvalidURL) as error:
                 attempts.failed(error)
                 if not left:
-                    text = f"{request.method} {self._url}: {type(error).__name__} {error}".rstrip()
-                    raise BackendError(text, retryable=True) from error
+                    raise self._unanswered(request, error) from error
+            except NotSent as error:
+                attempts.failed(error)
+                raise
+            except RuntimeError as error:
+                # A client or an event loop that was closed in the meantime says it so.
+                if type(error) is not RuntimeError or raised_by_signal_handler(error):
+                    raise
+                raise self._unanswered(request, error) from error
             else:
                 attempts.answered(response.status_code)
                 if not left or not _is_retried(response):
@@ -326,6 +349,9 @@ class TriggerDevOperations(Operations):
             yield Wait(min(pause, LAST_WAIT_SECONDS))
             wait = min(wait * _FACTOR, LAST_WAIT_SECONDS)
         raise AssertionError("max_attempts is 1 or more")
+
+    def _unanswered(self, request: Http, error: Exception) -> BackendError:
+        return BackendError(f"{request.method} {self._url}: {type(error).__name__} {error}".rstrip(), retryable=True)
 
 
 def _is_retried(response: httpx.Response) -> bool:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -10,6 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from otelexec_trigger import (
     AsyncTriggerDevBackend,
@@ -124,6 +127,69 @@ def test_what_is_known_of_a_failed_call_and_what_stands_on_record(
     assert span.kind == "producer"
     assert span.status == "error"
     assert span.attributes[semconv.EXECUTION_ID] == record.execution_id
+
+
+class Soft(Exception):
+    pass
+
+
+@pytest.fixture
+def soft_limit() -> Iterator[Callable[[], None]]:
+    """Let SIGUSR1 raise in the main thread; gives what sends it."""
+
+    def strike(*_: object) -> None:
+        raise Soft
+
+    before = signal.signal(signal.SIGUSR1, strike)
+    yield lambda: os.kill(os.getpid(), signal.SIGUSR1)
+    signal.signal(signal.SIGUSR1, before)
+
+
+def test_what_a_signal_handler_raises_into_a_call_says_nothing_of_the_backend(
+    served: Served, backend: TriggerDevBackend, records: Callable[[], list[ExecutionRecord]], soft_limit: Callable[[], None]
+) -> None:
+    served.answer(202, {"id": "batch_1"})
+    served.before = lambda: soft_limit() if not served.requests[-1][1].endswith("batches") else None
+    asks: list[Callable[[], str]] = [lambda: backend.trigger("one"), lambda: backend.batch_trigger([{"task": "two"}, {"task": "three"}])]
+    for ask in asks:
+        with pytest.raises(Soft):
+            ask()
+    assert {record.name: record.state for record in records()} == {"one": "queued", "two": "queued", "three": "queued"}
+
+
+def test_what_a_signal_handler_raises_between_attempts_is_no_acceptance_where_none_was_possible(
+    records: Callable[[], list[ExecutionRecord]], soft_limit: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("otelexec_trigger.calls.time.sleep", lambda _: soft_limit())
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        with TriggerDevBackend(f"http://127.0.0.1:{free.getsockname()[1]}", "k") as backend, pytest.raises(Soft):
+            backend.trigger("task")
+    assert [record.state for record in records()] == ["rejected"]
+
+
+@pytest.mark.parametrize("errors", [(RuntimeError, EnqueueError), (RecursionError, RecursionError), (OSError, OSError)])
+def test_a_call_whose_client_breaks_down_may_have_been_accepted(
+    served: Served,
+    backend: TriggerDevBackend,
+    records: Callable[[], list[ExecutionRecord]],
+    monkeypatch: pytest.MonkeyPatch,
+    errors: tuple[type[Exception], type[Exception]],
+) -> None:
+    raised, expected = errors
+    request = httpx.Client.request
+
+    def broken(*args: Any, **kwargs: Any) -> None:
+        request(*args, **kwargs)
+        raise raised("Event loop is closed")
+
+    monkeypatch.setattr(httpx.Client, "request", broken)
+    served.answer(200, OK)
+    with pytest.raises(expected, match="Event loop is closed") as caught:
+        backend.trigger("task")
+    assert getattr(caught.value, "acceptance", "unknown") == "unknown"
+    assert len(served.requests) == 1
+    assert [record.state for record in records()] == ["queued"]
 
 
 def test_where_nothing_listens_nothing_was_accepted(records: Callable[[], list[ExecutionRecord]]) -> None:
