@@ -10,14 +10,11 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 from otelexec_trigger.calls import Steps, drive, drive_async
-from otelexec_trigger.clients import Client
+from otelexec_trigger.clients import AsyncClient, Client
 from otelexec_trigger.runs import InvalidRequest, Run
-
-if TYPE_CHECKING:
-    import httpx
 
 Duration = str | float | timedelta
 """Text such as `2h30m`, seconds, or a timedelta."""
@@ -262,7 +259,7 @@ class AsyncTriggerBackend:
         client: Sends its requests, and is closed with it; None where there are none.
     """
 
-    def __init__(self, operations: Operations, client: httpx.AsyncClient | None = None) -> None:
+    def __init__(self, operations: Operations, client: AsyncClient | None = None) -> None:
         self._operations = operations
         self._client = client
 

@@ -11,13 +11,10 @@ import asyncio
 import time
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from otelexec.publishing import Message, publish
-from otelexec_trigger.clients import Client
-
-if TYPE_CHECKING:
-    import httpx
+from otelexec_trigger.clients import AsyncClient, Client
 
 Result = TypeVar("Result")
 
@@ -119,7 +116,7 @@ def _perform(effect: Effect, client: Client | None) -> Any:
     return effect.function()
 
 
-async def drive_async(steps: Steps[Result], client: httpx.AsyncClient | None) -> Result:
+async def drive_async(steps: Steps[Result], client: AsyncClient | None) -> Result:
     """
     Take steps without blocking the event loop.
 
@@ -142,7 +139,7 @@ async def drive_async(steps: Steps[Result], client: httpx.AsyncClient | None) ->
             error = raised
 
 
-async def _perform_async(effect: Effect, client: httpx.AsyncClient | None) -> Any:
+async def _perform_async(effect: Effect, client: AsyncClient | None) -> Any:
     if isinstance(effect, Http):
         return await _client(client).request(effect.method, effect.url, headers=dict(effect.headers), content=effect.content)
     if isinstance(effect, Wait):

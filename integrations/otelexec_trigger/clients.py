@@ -1,14 +1,17 @@
 """
-The HTTP clients that a backend's requests go through: one for each process.
+The HTTP clients that a backend's requests go through: one for each process, and with `await` one for each event loop of it.
 
-A connection belongs to the process that opened it: two processes that read from one get each other's answers.
+A connection belongs to the process and the event loop that opened it: two processes that read from one get each other's answers, and
+a loop that waits for another one's socket waits for ever.
 """
 
 from __future__ import annotations
 
+import asyncio
 import os
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, TypeVar
 from weakref import WeakSet
 
@@ -36,6 +39,18 @@ class Client(Protocol):
         ...
 
     def close(self) -> None:
+        """Close connections."""
+        ...
+
+
+class AsyncClient(Protocol):
+    """What is needed of an `httpx.AsyncClient`."""
+
+    async def request(self, method: str, url: str, *, headers: Mapping[str, str], content: bytes | None) -> httpx.Response:
+        """Send a request, and give the answer once it was read."""
+        ...
+
+    async def aclose(self) -> None:
         """Close connections."""
         ...
 
@@ -88,6 +103,81 @@ class ClientOfProcess:
             return self._client
 
 
+class ClientOfLoop:
+    """
+    A client that each event loop has one of its own of; see `httpx.AsyncClient`.
+
+    Args:
+        make: Makes the client of a loop. One is made at once, so that what is wrong with it is said here.
+    """
+
+    def __init__(self, make: Callable[[], httpx.AsyncClient]) -> None:
+        make()
+        self._make = make
+        self._held: dict[asyncio.AbstractEventLoop, _Held] = {}
+        self._closed = False
+        self._lock = threading.RLock()
+        _all.add(self)
+
+    async def request(self, method: str, url: str, *, headers: Mapping[str, str], content: bytes | None) -> httpx.Response:
+        """
+        Send a request.
+
+        Raises:
+            NotSent: The client was closed.
+        """
+        client = await self._own()
+        return await client.request(method, url, headers=headers, content=content)
+
+    async def aclose(self) -> None:
+        """Close the connections of this process; nothing is sent any more."""
+        with self._lock:
+            self._closed = True
+            held, self._held = self._held, {}
+        own = held.pop(asyncio.get_running_loop(), None)
+        for loop, each in held.items():
+            if loop.is_running():
+                asyncio.run_coroutine_threadsafe(each.end.aclose(), loop)
+        if own is not None:
+            await own.end.aclose()
+
+    def forget(self) -> None:
+        """Leave the clients to the parent; for a forked child."""
+        self._lock = threading.RLock()
+        held, self._held = self._held, {}
+        _inherited.append(held)
+
+    async def _own(self) -> httpx.AsyncClient:
+        loop = asyncio.get_running_loop()
+        with self._lock:
+            if self._closed:
+                raise NotSent
+            held = self._held.get(loop)
+            if held is not None:
+                return held.client
+            for ended in [each for each in self._held if each.is_closed()]:
+                del self._held[ended]
+            client = made(self._make)
+            held = self._held[loop] = _Held(client, self._until_the_end(loop, client))
+        await anext(held.end)
+        return client
+
+    async def _until_the_end(self, loop: asyncio.AbstractEventLoop, client: httpx.AsyncClient) -> AsyncGenerator[None]:
+        """Close a client when its loop ends: `asyncio.run` closes the asynchronous generators that have not come to their own end."""
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._held.pop(loop, None)
+            await client.aclose()
+
+
+@dataclass(frozen=True, slots=True)
+class _Held:
+    client: httpx.AsyncClient
+    end: AsyncGenerator[None]
+
+
 def made(make: Callable[[], Made]) -> Made:
     """
     Make a client in the middle of a call.
@@ -101,7 +191,7 @@ def made(make: Callable[[], Made]) -> Made:
         raise NotSent(str(error)) from error
 
 
-_all: WeakSet[ClientOfProcess] = WeakSet()
+_all: WeakSet[ClientOfProcess | ClientOfLoop] = WeakSet()
 
 
 def _after_fork_in_child() -> None:

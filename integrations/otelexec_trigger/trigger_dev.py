@@ -28,7 +28,7 @@ from otelexec.w3c import encode_traceparent
 from otelexec_trigger import wire
 from otelexec_trigger.backend import AsyncTriggerBackend, Delay, Operations, Trigger, TriggerBackend
 from otelexec_trigger.calls import Do, Enter, Http, Leave, Steps, Wait, published
-from otelexec_trigger.clients import ClientOfProcess, NotSent
+from otelexec_trigger.clients import ClientOfLoop, ClientOfProcess, NotSent
 from otelexec_trigger.local import encode, json_text, options_of
 from otelexec_trigger.rendering import run_of
 from otelexec_trigger.runs import BackendError, EnqueueError, InvalidRequest, Run, RunNotFound, TriggerError
@@ -512,4 +512,4 @@ class AsyncTriggerDevBackend(AsyncTriggerBackend):
         first_wait_seconds: float = FIRST_WAIT_SECONDS,
     ) -> None:
         operations = _operations(api_url, secret_key, max_attempts, first_wait_seconds, timeout_seconds)
-        super().__init__(operations, httpx.AsyncClient(timeout=timeout_seconds))
+        super().__init__(operations, ClientOfLoop(lambda: httpx.AsyncClient(timeout=timeout_seconds)))

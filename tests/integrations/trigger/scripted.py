@@ -25,6 +25,7 @@ class Served:
         answers: What comes next; the last one is given for ever.
         requests: Method, path, headers by lowercase name and body of each request.
         ports: For each request the client's port, which tells one connection from another.
+        ended: Released once for each connection that has ended.
         before: Called before each answer.
     """
 
@@ -32,6 +33,7 @@ class Served:
     answers: list[tuple[int, dict[str, str], Any]] = field(default_factory=list)
     requests: list[tuple[str, str, dict[str, str], bytes]] = field(default_factory=list)
     ports: list[int] = field(default_factory=list)
+    ended: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
     before: Callable[[], object] = lambda: None
 
     def answer(self, status: int, body: Any = None, **headers: str) -> None:
@@ -63,6 +65,10 @@ def scripted() -> Iterator[Served]:
                 self.send_header(name, value)
             self.end_headers()
             self.wfile.write(data)
+
+        def finish(self) -> None:
+            super().finish()
+            state.ended.release()
 
         def do_GET(self) -> None:
             self._serve()
