@@ -13,6 +13,8 @@ from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+import httpx
+
 from otelexec.publishing import Message, publish
 from otelexec_trigger.clients import AsyncClient, Client
 
@@ -21,12 +23,22 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, slots=True)
 class Http:
-    """Send a request; the answer is an `httpx.Response` that has been read."""
+    """
+    Send a request; the answer is an `httpx.Response` that has been read.
+
+    Attributes:
+        method: Its method.
+        url: Where it goes.
+        headers: Its headers.
+        content: Its body; None without one.
+        presigned: Whether the URL's query is a signature, which nobody else is to see.
+    """
 
     method: str
-    url: str
-    headers: Mapping[str, str] = field(default_factory=dict)
-    content: bytes | None = None
+    url: str = field(repr=False)
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+    content: bytes | None = field(default=None, repr=False)
+    presigned: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +117,7 @@ def drive(steps: Steps[Result], client: Client | None) -> Result:
 
 def _perform(effect: Effect, client: Client | None) -> Any:
     if isinstance(effect, Http):
-        return _client(client).request(effect.method, effect.url, headers=dict(effect.headers), content=effect.content)
+        return _client(client).request(effect.method, **_arguments(effect))
     if isinstance(effect, Wait):
         return time.sleep(effect.seconds)
     if isinstance(effect, Enter):
@@ -141,7 +153,7 @@ async def drive_async(steps: Steps[Result], client: AsyncClient | None) -> Resul
 
 async def _perform_async(effect: Effect, client: AsyncClient | None) -> Any:
     if isinstance(effect, Http):
-        return await _client(client).request(effect.method, effect.url, headers=dict(effect.headers), content=effect.content)
+        return await _client(client).request(effect.method, **_arguments(effect))
     if isinstance(effect, Wait):
         return await asyncio.sleep(effect.seconds)
     if isinstance(effect, Enter):
@@ -150,6 +162,14 @@ async def _perform_async(effect: Effect, client: AsyncClient | None) -> Any:
         error = effect.error
         return await effect.block.__aexit__(None if error is None else type(error), error, None if error is None else error.__traceback__)
     return await asyncio.to_thread(effect.function)
+
+
+def _arguments(effect: Http) -> dict[str, Any]:
+    url, extensions = httpx.URL(effect.url), {}
+    if effect.presigned:
+        # httpx logs the URL of every request, and what traces it puts that on the span; what is sent is the target.
+        url, extensions = url.copy_with(query=None), {"target": url.raw_path}
+    return {"url": url, "headers": dict(effect.headers), "content": effect.content, "extensions": extensions}
 
 
 def _client(client: Any) -> Any:

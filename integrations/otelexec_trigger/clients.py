@@ -12,7 +12,7 @@ import os
 import threading
 from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from weakref import WeakSet
 
 from otelexec.errors import SettingsError
@@ -34,7 +34,9 @@ class NotSent(BackendError):
 class Client(Protocol):
     """What is needed of an `httpx.Client`."""
 
-    def request(self, method: str, url: str, *, headers: Mapping[str, str], content: bytes | None) -> httpx.Response:
+    def request(
+        self, method: str, url: httpx.URL, *, headers: Mapping[str, str], content: bytes | None, extensions: dict[str, Any]
+    ) -> httpx.Response:
         """Send a request, and give the answer once it was read."""
         ...
 
@@ -46,7 +48,9 @@ class Client(Protocol):
 class AsyncClient(Protocol):
     """What is needed of an `httpx.AsyncClient`."""
 
-    async def request(self, method: str, url: str, *, headers: Mapping[str, str], content: bytes | None) -> httpx.Response:
+    async def request(
+        self, method: str, url: httpx.URL, *, headers: Mapping[str, str], content: bytes | None, extensions: dict[str, Any]
+    ) -> httpx.Response:
         """Send a request, and give the answer once it was read."""
         ...
 
@@ -70,14 +74,16 @@ class ClientOfProcess:
         self._lock = threading.RLock()  # a signal handler may send something, too
         _all.add(self)
 
-    def request(self, method: str, url: str, *, headers: Mapping[str, str], content: bytes | None) -> httpx.Response:
+    def request(
+        self, method: str, url: httpx.URL, *, headers: Mapping[str, str], content: bytes | None, extensions: dict[str, Any]
+    ) -> httpx.Response:
         """
         Send a request.
 
         Raises:
             NotSent: The client was closed.
         """
-        return self._own().request(method, url, headers=headers, content=content)
+        return self._own().request(method, url, headers=headers, content=content, extensions=extensions)
 
     def close(self) -> None:
         """Close the connections of this process; nothing is sent any more."""
@@ -119,7 +125,9 @@ class ClientOfLoop:
         self._lock = threading.RLock()
         _all.add(self)
 
-    async def request(self, method: str, url: str, *, headers: Mapping[str, str], content: bytes | None) -> httpx.Response:
+    async def request(
+        self, method: str, url: httpx.URL, *, headers: Mapping[str, str], content: bytes | None, extensions: dict[str, Any]
+    ) -> httpx.Response:
         """
         Send a request.
 
@@ -127,7 +135,7 @@ class ClientOfLoop:
             NotSent: The client was closed.
         """
         client = await self._own()
-        return await client.request(method, url, headers=headers, content=content)
+        return await client.request(method, url, headers=headers, content=content, extensions=extensions)
 
     async def aclose(self) -> None:
         """Close the connections of this process; nothing is sent any more."""

@@ -209,7 +209,9 @@ class TriggerDevOperations(Operations):
         if url is None:
             raise EnqueueError(f"{self._url} gave no place to upload a payload of {len(payload)} characters", retryable=True)
         # Where the bytes go is another server, which must not see the key.
-        uploaded = yield from self._send(Http("PUT", url, {"content-type": options["payloadType"]}, payload.encode()), _Attempts())
+        uploaded = yield from self._send(
+            Http("PUT", url, {"content-type": options["payloadType"]}, payload.encode(), presigned=True), _Attempts()
+        )
         if uploaded.status_code >= 300:  # noqa: PLR2004 (anything but a success)
             raise EnqueueError(
                 f"the upload of the payload was answered {uploaded.status_code}", status=uploaded.status_code, retryable=True
@@ -229,7 +231,7 @@ class TriggerDevOperations(Operations):
         """Give a run."""
         told = yield from self._told(run_id)
         if told.get("output") is None and isinstance(told.get("outputPresignedUrl"), str):
-            answer = yield from self._send(Http("GET", told["outputPresignedUrl"]), _Attempts())
+            answer = yield from self._send(Http("GET", told["outputPresignedUrl"], presigned=True), _Attempts())
             if answer.status_code < 300:  # noqa: PLR2004 (a success)
                 told["output"] = _output(answer)
         return run_of(told)
@@ -460,8 +462,12 @@ def _operations(
         parsed = httpx.URL(url)
     except (httpx.InvalidURL, TypeError):
         parsed = httpx.URL("")
+    if parsed.userinfo:
+        # Not repeated, for it may hold a password; and what has it in its URL would show it in errors, on records and on spans.
+        raise SettingsError("TRIGGER_API_URL: leave the user name and the password out, what is sent is the key (TRIGGER_SECRET_KEY)")
     if parsed.scheme not in ("http", "https") or not parsed.host:
-        raise SettingsError(f"TRIGGER_API_URL: must start with http:// or https:// and name a host, not {str(url)[:64]!r}")
+        shown = "what it is" if "@" in str(url) else repr(str(url)[:64])
+        raise SettingsError(f"TRIGGER_API_URL: must start with http:// or https:// and name a host, not {shown}")
     if max_attempts < 1:
         raise SettingsError(f"max_attempts is 1 or more, not {max_attempts}")
     if not (timeout_seconds > 0 and first_wait_seconds >= 0):

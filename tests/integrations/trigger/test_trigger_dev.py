@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import socket
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,6 +27,7 @@ from otelexec_trigger import (
     TriggerDevBackend,
     wire,
 )
+from otelexec_trigger.calls import Http
 from otelexec_trigger.rendering import run_of
 
 import otelexec
@@ -476,6 +479,41 @@ def test_without_a_key_it_says_what_to_set(isolated: None, monkeypatch: pytest.M
     with pytest.raises(SettingsError, match="TRIGGER_SECRET_KEY") as caught:
         TriggerDevBackend("http://127.0.0.1:1", "tr_dev_\nsecret")
     assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["http://user:hunter2@h", "http://:hunter2@h", "http://hunter2@h", "ftp://user:hunter2@h", "http://user:hunter2@h:x", "u:hunter2@"],
+)
+def test_a_url_with_a_password_is_refused_and_not_repeated(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRIGGER_API_URL", url)
+    with pytest.raises(SettingsError, match="TRIGGER_API_URL") as caught:
+        TriggerDevBackend(secret_key="k")
+    assert "hunter2" not in "".join(traceback.format_exception(caught.value))
+
+
+def test_what_is_logged_of_presigned_urls_has_no_signature(
+    served: Served, backend: TriggerDevBackend, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    url = f"{served.url}/bucket/a%20b?X-Signature=a%2Fb"
+    served.answer(200, {"presignedUrl": url})
+    served.answer(200, b"")
+    served.answer(200, OK)
+    backend.trigger("task", "x" * wire.OFFLOAD_BYTES)
+    served.answers = []
+    served.answer(200, {"id": "run_1", "status": "COMPLETED", "outputPresignedUrl": url})
+    served.answer(200, [1])
+    assert backend.get("run_1").output == [1]
+    asked = [(method, path) for method, path, _, _ in served.requests if path.startswith("/bucket")]
+    assert asked == [("PUT", "/bucket/a%20b?X-Signature=a%2Fb"), ("GET", "/bucket/a%20b?X-Signature=a%2Fb")]
+    assert caplog.text.count("/bucket/a%20b") == 2
+    assert "X-Signature" not in caplog.text
+
+
+def test_the_text_of_a_request_shows_neither_key_nor_signature_nor_payload() -> None:
+    request = Http("PUT", "http://h/?X-Signature=secret", {"authorization": "Bearer secret"}, b"secret")
+    assert "secret" not in repr(request)
 
 
 def test_a_key_out_of_a_file_has_no_line_behind_it(served: Served, records: Any) -> None:
