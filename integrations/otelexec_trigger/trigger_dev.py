@@ -346,8 +346,7 @@ class TriggerDevOperations(Operations):
                 attempts.answered(response.status_code)
                 if not left or not _is_retried(response):
                     return response
-                asked = wire.wait_seconds(response.headers) if response.status_code == 429 else None  # noqa: PLR2004 (too many requests)
-                pause = wait if asked is None else asked
+                pause = max(wait, wire.wait_seconds(response.status_code, response.headers))
             yield Wait(min(pause, LAST_WAIT_SECONDS))
             wait = min(wait * _FACTOR, LAST_WAIT_SECONDS)
         raise AssertionError("max_attempts is 1 or more")

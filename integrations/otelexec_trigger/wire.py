@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import time
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
+from email.utils import parsedate_to_datetime
 from typing import Any, Final
 
 from otelexec import semconv
@@ -217,26 +219,46 @@ def correlation_tags(members: Mapping[str, str], taken: int) -> tuple[list[str],
     return tags, names[room:]
 
 
-def wait_seconds(headers: Mapping[str, str]) -> float | None:
+def wait_seconds(status: int, headers: Mapping[str, str]) -> float:
     """
-    Give how long an answer asks to wait: `Retry-After`, or `x-ratelimit-reset`, which one limiter gives in seconds since 1970
-    and the other in milliseconds.
+    Give how long an answer asks to wait: `Retry-After`, or where a rate limit was hit `x-ratelimit-reset`, which one limiter gives in
+    seconds since 1970 and the other in milliseconds. Dates count from the answer's own: the two clocks may differ.
 
     Args:
+        status: That of the answer; only 429 and 503 ask for something.
         headers: Those of the answer, by lowercase name.
 
     Returns:
-        Seconds; None where it asks for nothing.
+        Seconds; 0 where it asks for nothing.
     """  # noqa: D205 (the first sentence is as long as the fact)
+    if status not in (429, 503):  # RFC 9110, section 10.2.3, and RFC 6585, section 4
+        return 0.0
+    asked = headers.get("retry-after", "")
+    seconds, date = _number(asked), _date(asked)
+    if seconds is None and date is None and status == 429:  # noqa: PLR2004 (too many requests)
+        reset = _number(headers.get("x-ratelimit-reset", ""))
+        date = reset / 1000 if reset is not None and reset >= _MILLISECONDS_FROM else reset
+    if seconds is None and date is not None:
+        answered = _date(headers.get("date", ""))
+        seconds = date - (time.time() if answered is None else answered)
+    return max(0.0, seconds or 0.0)
+
+
+def _number(text: str) -> float | None:
     try:
-        return max(0.0, float(headers["retry-after"]))
-    except (KeyError, ValueError):
-        pass
-    try:
-        reset = float(headers["x-ratelimit-reset"])
-    except (KeyError, ValueError):
+        value = float(text)
+    except ValueError:
         return None
-    return max(0.0, (reset / 1000 if reset >= _MILLISECONDS_FROM else reset) - time.time())
+    return value if math.isfinite(value) else None
+
+
+def _date(text: str) -> float | None:
+    """Read the date of a header, as seconds since 1970; None where it is none."""
+    try:
+        when = parsedate_to_datetime(text)
+        return (when if when.tzinfo is not None else when.replace(tzinfo=UTC)).timestamp()
+    except (ValueError, TypeError, OverflowError):
+        return None
 
 
 def loads(text: str | bytes) -> Any:

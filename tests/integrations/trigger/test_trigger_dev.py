@@ -227,6 +227,43 @@ def test_a_rate_limits_end_is_awaited_in_either_unit(served: Served, backend: Tr
     assert time.time() >= reset - 0.1
 
 
+NOON = "Sat, 01 Aug 2026 12:00:00 GMT"
+NOON_UNIX = 1_785_585_600
+
+
+@pytest.mark.parametrize(
+    ("status", "headers", "waits"),
+    [
+        (429, {"retry-after": "7"}, [7.0, 7.0]),
+        (429, {"retry-after": "Sat, 01 Aug 2026 12:00:09 GMT", "date": NOON}, [9.0, 9.0]),
+        (429, {"retry-after": "Sat, 01 Aug 2026 11:59:00 GMT", "date": NOON}, [1.0, 1.6]),
+        (429, {"retry-after": "0"}, [1.0, 1.6]),
+        (429, {"retry-after": "-5"}, [1.0, 1.6]),
+        (429, {"retry-after": "nan"}, [1.0, 1.6]),
+        (429, {"retry-after": "1.3"}, [1.3, 1.6]),
+        (429, {"retry-after": "3600"}, [30.0, 30.0]),
+        (429, {"retry-after": "soon"}, [1.0, 1.6]),
+        (429, {"retry-after": "Sat, 99 Aug 99999 12:00:00 GMT"}, [1.0, 1.6]),
+        (429, {"retry-after": "soon", "x-ratelimit-reset": str(NOON_UNIX + 9), "date": NOON}, [9.0, 9.0]),
+        (429, {"x-ratelimit-reset": str((NOON_UNIX + 9) * 1000), "date": NOON}, [9.0, 9.0]),
+        (429, {"x-ratelimit-reset": str(NOON_UNIX - 9), "date": NOON}, [1.0, 1.6]),
+        (429, {"x-ratelimit-reset": "nan"}, [1.0, 1.6]),
+        (503, {"retry-after": "7"}, [7.0, 7.0]),
+        (503, {"x-ratelimit-reset": str(NOON_UNIX + 9), "date": NOON}, [1.0, 1.6]),
+        (500, {"retry-after": "7"}, [1.0, 1.6]),
+    ],
+)
+def test_an_answer_s_word_on_when_counts_by_its_own_clock_and_never_for_less_than_the_usual_wait(
+    served: Served, records: Any, monkeypatch: pytest.MonkeyPatch, *, status: int, headers: dict[str, str], waits: list[float]
+) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr("otelexec_trigger.calls.time.sleep", waited.append)
+    served.answer(status, {"error": "later"}, **headers)
+    with TriggerDevBackend(served.url, "k", max_attempts=3) as backend, pytest.raises(BackendError):
+        backend.get("run_1")
+    assert waited == waits
+
+
 def test_an_outcome_that_is_unknown_is_repeated_under_the_same_id(served: Served, backend: TriggerDevBackend) -> None:
     served.answer(200, {})
     with otelexec.correlate(source="webhook", execution_id="e-1"), pytest.raises(EnqueueError):
