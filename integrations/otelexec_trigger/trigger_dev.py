@@ -57,11 +57,15 @@ class _Attempts:
     Attributes:
         unknown: Whether any of them may have been accepted. So it is from before one is sent until it is known to have been refused:
             whatever comes in between, be it out of a signal handler, says nothing of what the backend has.
+
+    Args:
+        whole: Whether a refusal is of all that was asked for.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, whole: bool = True) -> None:
         self.unknown = False
         self._before = False
+        self._whole = whole
 
     def sent(self) -> None:
         """Say that one is on its way."""
@@ -76,7 +80,7 @@ class _Attempts:
 
     def answered(self, status: int) -> None:
         """Say what one was answered."""
-        if 300 <= status < 500 and status not in _RETRIED:  # noqa: PLR2004 (HTTP's redirections and client errors)
+        if self._whole and 300 <= status < 500 and status not in _RETRIED:  # noqa: PLR2004 (HTTP's redirections and client errors)
             self.unknown = self._before
 
 
@@ -150,7 +154,7 @@ class TriggerDevOperations(Operations):
     def _batch(self, wanted: Sequence[Trigger]) -> Steps[str]:
         base = otel_context.get_current()
         blocks: list[tuple[publish, Message]] = []
-        attempts = _Attempts()
+        attempts = _Attempts(whole=False)  # the server takes the items one after the other, and may refuse the call in between
         failure: BaseException | None = None
         try:
             lines = []
@@ -194,9 +198,12 @@ class TriggerDevOperations(Operations):
             # Some may be accepted from here on; sending all of them again is safe, since the server knows them by their index.
             path = f"/api/v3/batches/{quote(batch_id, safe='')}/items"
             answer = yield from self._ask("POST", path, lines, attempts, {"content-type": "application/x-ndjson"})
-            if answer.get("sealed") is not False:
+            if answer.get("sealed") is True:
                 return batch_id
-            attempts.unknown = True
+            if answer.get("sealed") is not False:
+                raise BackendError(
+                    f"{self._url} was sent batch {batch_id} and did not say whether it has all of it", retryable=True, status=200
+                )
         raise BackendError(f"batch {batch_id} was sent {_BATCH_SENDS} times and is not complete", retryable=True)
 
     def _offload(self, payload: str | None, options: dict[str, Any]) -> Steps[str | None]:

@@ -305,6 +305,45 @@ def test_a_batch_that_is_refused_leaves_rejected_records(served: Served, backend
     assert {record.state for record in records()} == {"rejected"}
 
 
+@pytest.mark.parametrize(
+    ("status", "answer", "requests"),
+    [
+        (422, {"error": "the queue is full after one item"}, 1),
+        (413, {"error": "too large"}, 1),
+        (200, b"<html>", 1),
+        (200, {"id": "batch_1", "itemsAccepted": 1}, 1),
+        (200, {"sealed": "true"}, 1),
+        (200, {"sealed": False}, 5),
+    ],
+)
+def test_a_batch_of_which_some_items_may_be_taken_is_unknown_as_a_whole(
+    served: Served, backend: TriggerDevBackend, records: Any, *, status: int, answer: Any, requests: int
+) -> None:
+    served.answer(202, {"id": "batch_1", "runCount": 2, "isCached": False})
+    served.answer(status, answer)
+    with pytest.raises(EnqueueError) as caught:
+        backend.batch_trigger([{"task": "a"}, {"task": "b"}])
+    assert (caught.value.acceptance, caught.value.retryable) == ("unknown", True)
+    assert len(served.requests) == 1 + requests
+    assert [record.state for record in records()] == ["queued", "queued"]
+
+
+def test_a_batch_whose_items_were_not_sent_is_rejected(served: Served, records: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    request = httpx.Client.request
+
+    def unconnected(client: httpx.Client, method: str, url: httpx.URL, **kwargs: Any) -> httpx.Response:
+        if url.path.endswith("/items"):
+            raise httpx.ConnectError("refused")
+        return request(client, method, url, **kwargs)
+
+    monkeypatch.setattr(httpx.Client, "request", unconnected)
+    served.answer(202, {"id": "batch_1"})
+    with TriggerDevBackend(served.url, "k", first_wait_seconds=0) as backend, pytest.raises(EnqueueError) as caught:
+        backend.batch_trigger([{"task": "a"}])
+    assert caught.value.acceptance == "rejected"
+    assert [record.state for record in records()] == ["rejected"]
+
+
 def test_too_many_tags_lose_the_correlations_and_say_so(
     served: Served, backend: TriggerDevBackend, caplog: pytest.LogCaptureFixture
 ) -> None:
