@@ -196,11 +196,13 @@ class TriggerBackend:
             tasks: Only runs of these; empty: of any.
         """
         cursor: str | None = None
+        seen: set[str | None] = {None}  # a server that gives one again would give its pages for ever
         while True:
             runs, cursor = drive(self._operations.page(cursor, tasks), self._client)
             yield from runs
-            if cursor is None:
+            if cursor in seen:
                 return
+            seen.add(cursor)
 
     def replay(self, run_id: str) -> str:
         """
@@ -296,12 +298,14 @@ class AsyncTriggerBackend:
     async def list(self, *, tasks: Sequence[str] = ()) -> AsyncIterator[Run]:
         """Give all runs, the newest first; as `TriggerBackend.list`."""
         cursor: str | None = None
+        seen: set[str | None] = {None}
         while True:
             runs, cursor = await drive_async(self._operations.page(cursor, tasks), self._client)
             for run in runs:
                 yield run
-            if cursor is None:
+            if cursor in seen:
                 return
+            seen.add(cursor)
 
     async def replay(self, run_id: str) -> str:
         """Ask for the same once more; as `TriggerBackend.replay`."""

@@ -10,8 +10,8 @@ from __future__ import annotations
 import logging
 import os
 import uuid
-from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final, TypeVar
 from urllib.parse import quote, urlencode
 
 import httpx
@@ -29,7 +29,7 @@ from otelexec_trigger import wire
 from otelexec_trigger.backend import AsyncTriggerBackend, Delay, Operations, Trigger, TriggerBackend
 from otelexec_trigger.calls import Do, Enter, Http, Leave, Steps, Wait, published
 from otelexec_trigger.clients import ClientOfLoop, ClientOfProcess, NotSent
-from otelexec_trigger.local import encode, json_text, options_of
+from otelexec_trigger.local import check_text, encode, json_text, options_of
 from otelexec_trigger.rendering import run_of
 from otelexec_trigger.runs import BackendError, EnqueueError, InvalidRequest, Run, RunNotFound, TriggerError
 
@@ -107,11 +107,11 @@ class TriggerDevOperations(Operations):
         """Ask for a run."""
         options_of(wanted)
         encode(wanted.payload)
+        path = f"/api/v1/tasks/{_segment(wanted.task)}/trigger"
 
         def send(message: Message) -> Steps[str]:
             context = otel_context.get_current()
             payload, options = _prepare(wanted, message.correlation)
-            path = f"/api/v1/tasks/{quote(wanted.task, safe='')}/trigger"
             attempts = _Attempts()
             try:
                 payload = yield from self._offload(payload, options)
@@ -194,9 +194,12 @@ class TriggerDevOperations(Operations):
         batch_id = _text(created, "id")
         if batch_id is None:
             raise BackendError(f"{self._url} announced a batch and did not say its id", status=200)
+        try:
+            path = f"/api/v3/batches/{_segment(batch_id)}/items"
+        except InvalidRequest as error:
+            raise BackendError(f"{self._url} announced a batch, but {error}", status=200) from None
         for _ in range(_BATCH_SENDS):
             # Some may be accepted from here on; sending all of them again is safe, since the server knows them by their index.
-            path = f"/api/v3/batches/{quote(batch_id, safe='')}/items"
             answer = yield from self._ask("POST", path, lines, attempts, {"content-type": "application/x-ndjson"})
             if answer.get("sealed") is True:
                 return batch_id
@@ -255,7 +258,7 @@ class TriggerDevOperations(Operations):
         if execution_id is not None:
             yield Do(lambda: request_cancel(execution_id, terminate=True))
         try:
-            yield from self._ask("POST", f"/api/v2/runs/{quote(run_id, safe='')}/cancel", b"", _Attempts())
+            yield from self._ask("POST", f"/api/v2/runs/{_segment(run_id)}/cancel", b"", _Attempts())
         except RunNotFound:
             return False
         if execution_id is not None:
@@ -279,7 +282,7 @@ class TriggerDevOperations(Operations):
     def replay(self, run_id: str) -> Steps[str]:
         """Ask for the same once more."""
         carried = entries_here()
-        answer = yield from self._ask("POST", f"/api/v1/runs/{quote(run_id, safe='')}/replay", b"", _Attempts(), carried)
+        answer = yield from self._ask("POST", f"/api/v1/runs/{_segment(run_id)}/replay", b"", _Attempts(), carried)
         new_id = _text(answer, "id")
         if new_id is None:
             raise BackendError(f"{self._url} replayed {run_id} and did not say the new run's id", status=200)
@@ -288,15 +291,15 @@ class TriggerDevOperations(Operations):
     def reschedule(self, run_id: str, delay: Delay) -> Steps[Run]:
         """Give a delayed run another time."""
         body = _body({"delay": wire.delay_text(delay)})
-        return run_of((yield from self._ask_for_run("POST", f"/api/v1/runs/{quote(run_id, safe='')}/reschedule", body)))
+        return run_of((yield from self._ask_for_run("POST", f"/api/v1/runs/{_segment(run_id)}/reschedule", body)))
 
     def add_tags(self, run_id: str, tags: str | Sequence[str]) -> Steps[None]:
         """Add tags to a run."""
         body = _body({"tags": wire.checked_tags(tags)})
-        yield from self._ask("POST", f"/api/v1/runs/{quote(run_id, safe='')}/tags", body, _Attempts())
+        yield from self._ask("POST", f"/api/v1/runs/{_segment(run_id)}/tags", body, _Attempts())
 
     def _told(self, run_id: str) -> Steps[dict[str, Any]]:
-        return (yield from self._ask_for_run("GET", f"/api/v3/runs/{quote(run_id, safe='')}", None))
+        return (yield from self._ask_for_run("GET", f"/api/v3/runs/{_segment(run_id)}", None))
 
     # Requests
 
@@ -415,9 +418,12 @@ def _prepare(wanted: Trigger, correlation: Correlation) -> tuple[str | None, dic
         logger.warning("otelexec.trigger.tags: no room for %s among the %d tags of a run", ", ".join(dropped), wire.MAX_TAGS)
     if wanted.metadata is None or isinstance(wanted.metadata, Mapping):
         shown = {name.removeprefix(semconv.PREFIX): value for name, value in members.items()}
-        metadata = {**(wanted.metadata or {}), _METADATA_KEY: shown}
+        own = wanted.metadata or {}
+        metadata = {**own, _METADATA_KEY: shown}
         if len(json_text(metadata, "metadata").encode()) <= wire.MAX_METADATA_BYTES:
             options["metadata"] = metadata
+            if _METADATA_KEY in own and _named(own) is None:  # else it is that of an earlier run, which was passed on
+                logger.warning("otelexec.trigger.metadata: %r is the correlation's, what the call gave there is left out", _METADATA_KEY)
     if "metadata" in options:
         options["metadata"] = json_text(options["metadata"], "metadata")
         options["metadataType"] = wire.JSON
@@ -431,14 +437,27 @@ def entries_here() -> dict[str, str]:
 
 
 def _execution_id(told: Mapping[str, Any]) -> str | None:
-    metadata = told.get("metadata")
-    ours = metadata.get(_METADATA_KEY) if isinstance(metadata, dict) else None
-    if isinstance(ours, dict):
-        return _text(ours, "execution_id")
+    named = _named(told.get("metadata"))
+    if named is not None:
+        return named
     # Metadata that is no object has no room for it, and a task may have replaced what was there.
     tags, prefix = told.get("tags"), f"{semconv.EXECUTION_ID}:"
     found = [tag for tag in tags if isinstance(tag, str) and tag.startswith(prefix)] if isinstance(tags, list) else []
     return found[0].removeprefix(prefix) if found else None
+
+
+def _named(metadata: object) -> str | None:
+    """Give the execution id that metadata tells of."""
+    ours = metadata.get(_METADATA_KEY) if isinstance(metadata, Mapping) else None
+    return _text(ours, "execution_id") if isinstance(ours, Mapping) else None
+
+
+def _segment(name: object) -> str:
+    """Give an id as a part of a path, where dots and nothing would lead somewhere else."""
+    if not isinstance(name, str) or name in ("", ".", ".."):
+        raise InvalidRequest(f"an id is text such as run_1234, not {name!r}")
+    check_text(name, "an id")
+    return quote(name, safe="")
 
 
 def _body(value: Any) -> bytes:
@@ -483,6 +502,30 @@ def _operations(
     return TriggerDevOperations(url, key, max_attempts=max_attempts, first_wait_seconds=first_wait_seconds)
 
 
+Made = TypeVar("Made", httpx.Client, httpx.AsyncClient)
+
+
+def _maker(kind: type[Made], timeout_seconds: float) -> Callable[[], Made]:
+    """Give what makes clients as the environment has proxies and certificates; the latter are read once."""
+    try:
+        certificates = httpx.create_ssl_context()
+    except OSError as error:
+        given = [f"{name}={os.environ[name]!r}" for name in ("SSL_CERT_FILE", "SSL_CERT_DIR") if os.environ.get(name)]
+        raise SettingsError(f"{', '.join(given) or 'certifi'}: has no certificates that can be read: {error}") from None
+
+    def make() -> Made:
+        proxies = ", ".join(sorted(name for name in os.environ if name.lower().endswith("_proxy"))) or "the system's proxies"
+        try:
+            return kind(timeout=timeout_seconds, verify=certificates)
+        except ImportError:
+            raise SettingsError(f"{proxies}: a SOCKS proxy needs another package: pip install 'httpx[socks]'") from None
+        except (ValueError, httpx.InvalidURL):
+            # Without what httpx says of it, which may hold the proxy's password.
+            raise SettingsError(f"{proxies}: a proxy is http://, https:// or socks5:// and a host") from None
+
+    return make
+
+
 class TriggerDevBackend(TriggerBackend):
     """
     Trigger.dev, over its REST API.
@@ -495,7 +538,8 @@ class TriggerDevBackend(TriggerBackend):
         first_wait_seconds: How long to wait before the second attempt; each further one waits 1.6 times as long, up to 30 s.
 
     Raises:
-        SettingsError: There is no key, the URL is none, or a number is too small.
+        SettingsError: There is no key, the URL is none, a number is too small, or the environment's proxies or certificates can't be
+            used.
     """
 
     def __init__(
@@ -508,7 +552,7 @@ class TriggerDevBackend(TriggerBackend):
         first_wait_seconds: float = FIRST_WAIT_SECONDS,
     ) -> None:
         operations = _operations(api_url, secret_key, max_attempts, first_wait_seconds, timeout_seconds)
-        super().__init__(operations, ClientOfProcess(lambda: httpx.Client(timeout=timeout_seconds)))
+        super().__init__(operations, ClientOfProcess(_maker(httpx.Client, timeout_seconds)))
 
 
 class AsyncTriggerDevBackend(AsyncTriggerBackend):
@@ -524,4 +568,4 @@ class AsyncTriggerDevBackend(AsyncTriggerBackend):
         first_wait_seconds: float = FIRST_WAIT_SECONDS,
     ) -> None:
         operations = _operations(api_url, secret_key, max_attempts, first_wait_seconds, timeout_seconds)
-        super().__init__(operations, ClientOfLoop(lambda: httpx.AsyncClient(timeout=timeout_seconds)))
+        super().__init__(operations, ClientOfLoop(_maker(httpx.AsyncClient, timeout_seconds)))

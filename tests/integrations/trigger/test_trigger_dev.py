@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import socket
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -506,6 +507,83 @@ def test_lists_follow_their_pages(served: Served, backend: TriggerDevBackend) ->
     served.answer(200, {"data": [{"id": "run_1"}], "pagination": {"previous": "run_1"}})
     assert [run.id for run in backend.list()] == ["run_3", "run_2", "run_1"]
     assert "page%5Bafter%5D=run_2" in served.requests[1][1]
+
+
+async def test_a_list_whose_cursor_comes_again_ends(served: Served, backend: TriggerDevBackend) -> None:
+    for cursor in ("a", "b", "a"):
+        served.answer(200, {"data": [{"id": cursor}], "pagination": {"next": cursor}})
+    assert [run.id for run in backend.list()] == ["a", "b", "a"]
+    assert len(served.requests) == 3
+    async with AsyncTriggerDevBackend(served.url, "k") as awaited:
+        assert [run.id async for run in awaited.list()] == ["a", "a"]
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "\ud800", None, 7])
+def test_what_is_no_id_is_refused_and_leads_nowhere(
+    served: Served, backend: TriggerDevBackend, records: Callable[[], list[ExecutionRecord]], name: Any
+) -> None:
+    asks: list[Callable[[], object]] = [
+        lambda: backend.get(name),
+        lambda: backend.cancel(name),
+        lambda: backend.replay(name),
+        lambda: backend.reschedule(name, "1h"),
+        lambda: backend.add_tags(name, "tag"),
+        lambda: backend.trigger(name),
+    ]
+    for ask in asks:
+        with pytest.raises(InvalidRequest):
+            ask()
+    assert not served.requests
+    assert not records()
+
+
+@pytest.mark.parametrize("name", ["..", "batch_\ud800"])
+def test_a_batch_that_is_announced_under_no_id_is_rejected(served: Served, backend: TriggerDevBackend, records: Any, name: str) -> None:
+    served.answer(202, {"id": name})
+    with pytest.raises(EnqueueError, match="announced") as caught:
+        backend.batch_trigger([{"task": "a"}])
+    assert caught.value.acceptance == "rejected"
+    assert len(served.requests) == 1
+    assert [record.state for record in records()] == ["rejected"]
+
+
+def test_metadata_under_the_correlations_key_is_left_out_and_that_is_said(
+    served: Served, backend: TriggerDevBackend, records: Callable[[], list[ExecutionRecord]], caplog: pytest.LogCaptureFixture
+) -> None:
+    served.answer(200, OK)
+    backend.trigger("task", metadata={"otelexec": "mine", "a": 1})
+    sent = json.loads(json.loads(served.requests[-1][3])["options"]["metadata"])
+    (record,) = records()
+    assert (sent["a"], sent["otelexec"]["execution_id"]) == (1, record.execution_id)
+    assert caplog.text.count("otelexec.trigger.metadata") == 1
+    backend.trigger("task", metadata=sent)
+    assert caplog.text.count("otelexec.trigger.metadata") == 1, "a run's own metadata may be passed on"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("ALL_PROXY", "foo://user:hunter2@h:1"),
+        ("HTTP_PROXY", "http://user:hunter2@h:port"),
+        ("HTTPS_PROXY", "http://user:hunter2#@h"),
+        ("SSL_CERT_FILE", "/nowhere/at/all.pem"),
+    ],
+)
+@pytest.mark.parametrize("kind", [TriggerDevBackend, AsyncTriggerDevBackend])
+def test_a_proxy_or_certificates_that_can_not_be_used_are_named(
+    isolated: None, monkeypatch: pytest.MonkeyPatch, kind: type[Any], name: str, *, value: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(SettingsError, match=name) as caught:
+        kind("http://127.0.0.1:1", "k")
+    assert "hunter2" not in "".join(traceback.format_exception(caught.value))
+
+
+def test_a_proxy_that_needs_another_package_says_which(isolated: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ALL_PROXY", "socks5://127.0.0.1:1")
+    monkeypatch.setitem(sys.modules, "socksio", None)
+    with pytest.raises(SettingsError, match=r"ALL_PROXY.*httpx\[socks\]"):
+        TriggerDevBackend("http://127.0.0.1:1", "k")
 
 
 @pytest.mark.parametrize(
