@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import hashlib
 import hmac
 import json
@@ -33,6 +34,7 @@ _FAR: Final = 2**33
 _PREFIX: Final = re.compile(rb"\Asignkey-[^-]+-")
 _TIMESTAMP: Final = re.compile(r"\A(0|[1-9][0-9]{0,11})\Z")
 """Without zeros in front: where nothing stands between body and time, a body's last zero would else pass for the time's first."""
+_SIGNATURE_V1: Final = re.compile(r"(?:\A|(?<=[\s,]))v1,([^\s,]+)")
 _HEX_SHA256: Final = re.compile(r"\A[0-9a-fA-F]{64}\Z")
 
 Clock = Callable[[], float]
@@ -245,18 +247,20 @@ class StandardWebhooks:
         """Verify a delivery; its identity is `webhook-id`, which the signature covers."""
         found, body = lowercase(headers), raw(body)
         message_id, sent = _header(found, "webhook-id"), _header(found, "webhook-timestamp").strip()
-        signatures = _header(found, "webhook-signature").split()
+        _header(found, "webhook-signature")
         if not message_id:
             raise VerificationError("webhook-id is empty.")
         if not _TIMESTAMP.match(sent):
             raise VerificationError("webhook-timestamp is no number of seconds.")
-        signed = f"{message_id}.{sent}.".encode("utf-8", "surrogatepass") + body
-        wanted = [base64.b64encode(hmac.digest(key, signed, hashlib.sha256)).decode() for key in self._keys]
-        given = [text.removeprefix("v1,") for text in signatures if text.startswith("v1,")]
-        if not any(_same(each, digest) for each in given for digest in wanted):
-            raise VerificationError("The signature is none of ours.")
-        _check_time(int(sent), self._tolerance, self._clock())
-        return Verified(identity_of(message_id))
+        given = _SIGNATURE_V1.findall(_joined(found, "webhook-signature"))
+        for signed_id in _sent_as(message_id):
+            signed = signed_id + f".{sent}.".encode() + body
+            wanted = [base64.b64encode(hmac.digest(key, signed, hashlib.sha256)).decode() for key in self._keys]
+            if any(_same(each, digest) for each in given for digest in wanted):
+                _check_time(int(sent), self._tolerance, self._clock())
+                # Named by the bytes that are signed, or one that is read in two ways would be two deliveries.
+                return Verified(identity_of(signed_id.decode("utf-8", "surrogateescape")))
+        raise VerificationError("The signature is none of ours.")
 
 
 # --- What they share ---------------------------------------------------------------------------------------------
@@ -268,10 +272,17 @@ class Headers(Mapping[str, str]):
 
     Args:
         found: Them, by lowercase name.
+        further: What further headers of a name hold.
     """
 
-    def __init__(self, found: Mapping[str, str]) -> None:
+    def __init__(self, found: Mapping[str, str], further: Mapping[str, Sequence[str]] | None = None) -> None:
         self._found = found
+        self._further = further or {}
+
+    def every(self, name: str) -> list[str]:
+        """Give what all headers of a name hold."""
+        name = name.lower()
+        return [*([self._found[name]] if name in self._found else []), *self._further.get(name, [])]
 
     def __getitem__(self, name: str) -> str:
         return self._found[name.lower()]
@@ -293,6 +304,7 @@ def lowercase(headers: object) -> Headers:
     if isinstance(headers, Headers):
         return headers
     found: dict[str, str] = {}
+    further: dict[str, list[str]] = {}
     try:
         items = getattr(headers, "items", None)
         pairs: Any = items() if callable(items) else headers if isinstance(headers, Iterable) else ()
@@ -300,10 +312,13 @@ def lowercase(headers: object) -> Headers:
             if isinstance(pair, Sequence) and len(pair) == 2:  # noqa: PLR2004 (a pair)
                 name, value = (each.decode("latin-1") if isinstance(each, bytes) else each for each in pair)
                 if isinstance(name, str) and isinstance(value, str):
-                    found.setdefault(name.lower(), value)
+                    if name.lower() in found:
+                        further.setdefault(name.lower(), []).append(value)
+                    else:
+                        found[name.lower()] = value
     except Exception:  # the object's own code
         logger.debug("otelexec.trigger.unreadable: %s", type(headers).__name__, exc_info=True)
-    return Headers(found)
+    return Headers(found, further)
 
 
 def raw(body: object) -> bytes:
@@ -350,6 +365,27 @@ def _header(headers: Mapping[str, str], name: str) -> str:
     if len(value) > _MAX_HEADER_CHARS:
         raise VerificationError(f"{name} is too long.")
     return value
+
+
+def _joined(headers: Headers, name: str) -> str:
+    """Give what all headers of a name hold, as a proxy joins them (RFC 9110, section 5.3)."""
+    value = ", ".join(headers.every(name))
+    if len(value) > _MAX_HEADER_CHARS:
+        raise VerificationError(f"{name} is too long.")
+    return value
+
+
+def _sent_as(text: str) -> list[bytes]:
+    """
+    Give the bytes that a header's text may have been sent as.
+
+    Servers read headers as Latin-1, whatever they were written in (PEP 3333; ASGI gives bytes, which are read so here), and some
+    read them as UTF-8.
+    """
+    found = [text.encode("utf-8", "surrogatepass")]
+    with contextlib.suppress(UnicodeEncodeError):
+        found.append(text.encode("latin-1"))
+    return list(dict.fromkeys(found))
 
 
 def _same(given: str, wanted: str) -> bool:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import hashlib
+import hmac
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -97,6 +99,42 @@ def test_any_of_the_keys_may_have_signed() -> None:
     headers = standard(BODY)
     headers["Webhook-Signature"] = "v1a,nonsense v1,bm9uZQ== " + headers["Webhook-Signature"]
     assert both.verify(lowercase(headers), BODY).identity
+
+
+def test_an_id_beyond_ascii_is_verified_however_the_server_reads_headers_and_is_one_delivery() -> None:
+    name = "évt_ü"
+    headers = standard(BODY, message=name)
+    as_bytes = [(key.encode(), value.encode()) for key, value in headers.items()]
+    as_latin = headers | {"Webhook-Id": name.encode().decode("latin-1")}
+    other_bytes = [(key, b"\xe9vt_\xfc" if key == b"Webhook-Id" else value) for key, value in as_bytes]
+    given: list[Any] = [headers, as_bytes, as_latin, other_bytes]
+    assert {STANDARD.verify(each, BODY).identity for each in given} == {name}
+    for changed in ("evt_ü", "évt_u", "évt_ü ", name.encode().decode("latin-1").encode().decode("latin-1"), "\ud800"):
+        with pytest.raises(VerificationError):
+            STANDARD.verify(headers | {"Webhook-Id": changed}, BODY)
+
+
+def test_bytes_that_are_no_utf_8_name_another_delivery_than_the_same_text_in_utf_8() -> None:
+    def signed(name: bytes) -> list[tuple[bytes, bytes]]:
+        sent = str(int(NOW)).encode()
+        digest = hmac.digest(base64.b64decode(SECRET.removeprefix("whsec_")), b".".join((name, sent, BODY)), hashlib.sha256)
+        return [(b"webhook-id", name), (b"webhook-timestamp", sent), (b"webhook-signature", b"v1," + base64.b64encode(digest))]
+
+    latin, utf8 = STANDARD.verify(signed(b"\xe9"), BODY).identity, STANDARD.verify(signed(b"\xc3\xa9"), BODY).identity
+    assert (len(latin), utf8) == (64, "é")
+
+
+@pytest.mark.parametrize("join", [", ", ",", " ", None])
+def test_every_signature_header_counts(join: str | None) -> None:
+    headers = standard(BODY)
+    right = headers.pop("Webhook-Signature")
+    for signatures in (["v1,AAAA", right], [right, "v1,AAAA"], ["v1a,AAAA", "v1,AAAA", right]):
+        given = signatures if join is None else [join.join(signatures)]
+        pairs = [*headers.items(), *(("webhook-Signature", each) for each in given)]
+        assert STANDARD.verify(pairs, BODY).identity == "msg_2"
+    for wrong in (["v1,AAAA", "v1a," + right[3:]], [right[3:], "v1,"], [right + "A", "x" + right], ["v1,AAAA"] * 3000 + [right]):
+        with pytest.raises(VerificationError):
+            STANDARD.verify([*headers.items(), *(("Webhook-Signature", each) for each in wrong)], BODY)
 
 
 def test_a_zero_does_not_pass_from_the_body_to_the_time() -> None:
