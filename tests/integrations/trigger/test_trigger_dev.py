@@ -573,6 +573,8 @@ def test_metadata_under_the_correlations_key_is_left_out_and_that_is_said(
 def test_a_proxy_or_certificates_that_can_not_be_used_are_named(
     isolated: None, monkeypatch: pytest.MonkeyPatch, kind: type[Any], name: str, *, value: str
 ) -> None:
+    if name == "SSL_CERT_FILE" and httpx.__version__ < "0.28":
+        pytest.skip("httpx before 0.28 takes its own certificates where the file is not there")
     monkeypatch.setenv(name, value)
     with pytest.raises(SettingsError, match=name) as caught:
         kind("http://127.0.0.1:1", "k")
