@@ -12,16 +12,16 @@ import os
 import threading
 from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 from weakref import WeakSet
+
+import httpx
 
 from otelexec.errors import SettingsError
 from otelexec_trigger.runs import BackendError
 
-if TYPE_CHECKING:
-    import httpx
-
 Made = TypeVar("Made")
+Kind = TypeVar("Kind", httpx.Client, httpx.AsyncClient)
 
 _inherited: list[object] = []
 """What the parent has open. To drop it would close its sockets, with a warning for each."""
@@ -197,6 +197,36 @@ def made(make: Callable[[], Made]) -> Made:
         return make()
     except SettingsError as error:
         raise NotSent(str(error)) from error
+
+
+def client_maker(kind: type[Kind], timeout_seconds: float) -> Callable[[], Kind]:
+    """
+    Give what makes clients as the environment has proxies and certificates; the latter are read once.
+
+    Args:
+        kind: Which clients.
+        timeout_seconds: How long one waits for a connection, and for each part of an answer.
+
+    Raises:
+        SettingsError: The certificates can't be read; and, from what this gives, the proxies can't be used.
+    """
+    try:
+        certificates = httpx.create_ssl_context()
+    except OSError as error:
+        given = [f"{name}={os.environ[name]!r}" for name in ("SSL_CERT_FILE", "SSL_CERT_DIR") if os.environ.get(name)]
+        raise SettingsError(f"{', '.join(given) or 'certifi'}: has no certificates that can be read: {error}") from None
+
+    def make() -> Kind:
+        proxies = ", ".join(sorted(name for name in os.environ if name.lower().endswith("_proxy"))) or "the system's proxies"
+        try:
+            return kind(timeout=timeout_seconds, verify=certificates)
+        except ImportError:
+            raise SettingsError(f"{proxies}: a SOCKS proxy needs another package: pip install 'httpx[socks]'") from None
+        except (ValueError, httpx.InvalidURL):
+            # Without what httpx says of it, which may hold the proxy's password.
+            raise SettingsError(f"{proxies}: a proxy is http://, https:// or socks5:// and a host") from None
+
+    return make
 
 
 _all: WeakSet[ClientOfProcess | ClientOfLoop] = WeakSet()

@@ -10,8 +10,8 @@ from __future__ import annotations
 import logging
 import os
 import uuid
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
 from urllib.parse import quote, urlencode
 
 import httpx
@@ -20,15 +20,15 @@ from opentelemetry import trace
 
 from otelexec import inject, request_cancel, semconv
 from otelexec.correlation import Correlation
-from otelexec.endings import raised_by_signal_handler
 from otelexec.errors import SettingsError
 from otelexec.propagation import entries
 from otelexec.publishing import Message, publish, settle_queued
 from otelexec.w3c import encode_traceparent
 from otelexec_trigger import wire
 from otelexec_trigger.backend import AsyncTriggerBackend, Delay, Operations, Trigger, TriggerBackend
-from otelexec_trigger.calls import Do, Enter, Http, Leave, Steps, Wait, published
-from otelexec_trigger.clients import ClientOfLoop, ClientOfProcess, NotSent
+from otelexec_trigger.calls import Do, Enter, Http, Leave, Steps, published
+from otelexec_trigger.clients import ClientOfLoop, ClientOfProcess, client_maker
+from otelexec_trigger.exchange import Attempts, Exchange
 from otelexec_trigger.local import check_text, encode, json_text, options_of
 from otelexec_trigger.rendering import run_of
 from otelexec_trigger.runs import BackendError, EnqueueError, InvalidRequest, Run, RunNotFound, TriggerError
@@ -42,46 +42,9 @@ API_URL: Final = "https://api.trigger.dev"
 TIMEOUT_SECONDS: Final = 30.0
 MAX_ATTEMPTS: Final = 5
 FIRST_WAIT_SECONDS: Final = 1.0
-LAST_WAIT_SECONDS: Final = 30.0
-_FACTOR: Final = 1.6
-_RETRIED: Final = frozenset({408, 409, 429})
 _PAGE: Final = 100
 _BATCH_SENDS: Final = 5
 _METADATA_KEY: Final = "otelexec"
-
-
-class _Attempts:
-    """
-    What the attempts of one call tell.
-
-    Attributes:
-        unknown: Whether any of them may have been accepted. So it is from before one is sent until it is known to have been refused:
-            whatever comes in between, be it out of a signal handler, says nothing of what the backend has.
-
-    Args:
-        whole: Whether a refusal is of all that was asked for.
-    """
-
-    def __init__(self, *, whole: bool = True) -> None:
-        self.unknown = False
-        self._before = False
-        self._whole = whole
-
-    def sent(self) -> None:
-        """Say that one is on its way."""
-        self._before, self.unknown = self.unknown, True
-
-    def failed(self, error: Exception) -> None:
-        """Say that one got no answer."""
-        # Nothing was sent where no connection was made.
-        nothing = httpx.ConnectError | httpx.ConnectTimeout | httpx.PoolTimeout | httpx.UnsupportedProtocol | httpx.InvalidURL
-        if isinstance(error, nothing | NotSent):
-            self.unknown = self._before
-
-    def answered(self, status: int) -> None:
-        """Say what one was answered."""
-        if self._whole and 300 <= status < 500 and status not in _RETRIED:  # noqa: PLR2004 (HTTP's redirections and client errors)
-            self.unknown = self._before
 
 
 class TriggerDevOperations(Operations):
@@ -97,9 +60,7 @@ class TriggerDevOperations(Operations):
 
     def __init__(self, api_url: str, secret_key: str, *, max_attempts: int, first_wait_seconds: float) -> None:
         self._url = api_url.rstrip("/")
-        self._key = secret_key
-        self._max_attempts = max_attempts
-        self._first_wait = first_wait_seconds
+        self._server = Exchange(self._url, secret_key, max_attempts=max_attempts, first_wait_seconds=first_wait_seconds)
 
     # Asking
 
@@ -112,11 +73,11 @@ class TriggerDevOperations(Operations):
         def send(message: Message) -> Steps[str]:
             context = otel_context.get_current()
             payload, options = _prepare(wanted, message.correlation)
-            attempts = _Attempts()
+            attempts = Attempts()
             try:
                 payload = yield from self._offload(payload, options)
                 body = _without_none({"payload": payload, "options": options})
-                answer = yield from self._ask("POST", path, _body(body), attempts, entries(context, message.correlation))
+                answer = yield from self._server.ask("POST", path, _body(body), attempts, entries(context, message.correlation))
                 run_id = _text(answer, "id")
                 if run_id is None:
                     text = f"{self._url} accepted the run of {wanted.task} and did not say its id"
@@ -154,7 +115,7 @@ class TriggerDevOperations(Operations):
     def _batch(self, wanted: Sequence[Trigger]) -> Steps[str]:
         base = otel_context.get_current()
         blocks: list[tuple[publish, Message]] = []
-        attempts = _Attempts(whole=False)  # the server takes the items one after the other, and may refuse the call in between
+        attempts = Attempts(whole=False)  # the server takes the items one after the other, and may refuse the call in between
         failure: BaseException | None = None
         try:
             lines = []
@@ -184,12 +145,12 @@ class TriggerDevOperations(Operations):
                 yield Leave(block, failure)
             otel_context.attach(base)
 
-    def _send_batch(self, wanted: Sequence[Trigger], lines: bytes, base: Any, attempts: _Attempts) -> Steps[str]:
+    def _send_batch(self, wanted: Sequence[Trigger], lines: bytes, base: Any, attempts: Attempts) -> Steps[str]:
         span = trace.get_current_span(base).get_span_context()
         carried = {semconv.HEADER_TRACEPARENT: encode_traceparent(span)} if span.is_valid else {}
         tasks = sorted({each.task for each in wanted})
-        created = yield from self._ask(
-            "POST", "/api/v3/batches", _body({"runCount": len(wanted), "taskIdentifiers": tasks}), _Attempts(), carried
+        created = yield from self._server.ask(
+            "POST", "/api/v3/batches", _body({"runCount": len(wanted), "taskIdentifiers": tasks}), Attempts(), carried
         )
         batch_id = _text(created, "id")
         if batch_id is None:
@@ -200,7 +161,7 @@ class TriggerDevOperations(Operations):
             raise BackendError(f"{self._url} announced a batch, but {error}", status=200) from None
         for _ in range(_BATCH_SENDS):
             # Some may be accepted from here on; sending all of them again is safe, since the server knows them by their index.
-            answer = yield from self._ask("POST", path, lines, attempts, {"content-type": "application/x-ndjson"})
+            answer = yield from self._server.ask("POST", path, lines, attempts, {"content-type": "application/x-ndjson"})
             if answer.get("sealed") is True:
                 return batch_id
             if answer.get("sealed") is not False:
@@ -214,13 +175,13 @@ class TriggerDevOperations(Operations):
         if payload is None or len(payload.encode()) < wire.OFFLOAD_BYTES:
             return payload
         name = f"otelexec_{uuid.uuid4().hex}/payload.{'txt' if options['payloadType'] == wire.TEXT else 'json'}"
-        answer = yield from self._ask("PUT", f"/api/v2/packets/{name}", b"", _Attempts())
+        answer = yield from self._server.ask("PUT", f"/api/v2/packets/{name}", b"", Attempts())
         url = _text(answer, "presignedUrl")
         if url is None:
             raise EnqueueError(f"{self._url} gave no place to upload a payload of {len(payload)} characters", retryable=True)
         # Where the bytes go is another server, which must not see the key.
-        uploaded = yield from self._send(
-            Http("PUT", url, {"content-type": options["payloadType"]}, payload.encode(), presigned=True), _Attempts()
+        uploaded = yield from self._server.send(
+            Http("PUT", url, {"content-type": options["payloadType"]}, payload.encode(), presigned=True), Attempts()
         )
         if uploaded.status_code >= 300:  # noqa: PLR2004 (anything but a success)
             raise EnqueueError(
@@ -229,7 +190,7 @@ class TriggerDevOperations(Operations):
         options["payloadType"] = wire.STORED
         return _text(answer, "storagePath") or name
 
-    def _enqueue_error(self, error: TriggerError, attempts: _Attempts) -> EnqueueError:
+    def _enqueue_error(self, error: TriggerError, attempts: Attempts) -> EnqueueError:
         if isinstance(error, EnqueueError):
             return error
         acceptance: Any = "unknown" if attempts.unknown else "rejected"
@@ -241,7 +202,7 @@ class TriggerDevOperations(Operations):
         """Give a run."""
         told = yield from self._told(run_id)
         if told.get("output") is None and isinstance(told.get("outputPresignedUrl"), str):
-            answer = yield from self._send(Http("GET", told["outputPresignedUrl"], presigned=True), _Attempts())
+            answer = yield from self._server.send(Http("GET", told["outputPresignedUrl"], presigned=True), Attempts())
             if answer.status_code < 300:  # noqa: PLR2004 (a success)
                 told["output"] = _output(answer)
         return run_of(told)
@@ -258,7 +219,7 @@ class TriggerDevOperations(Operations):
         if execution_id is not None:
             yield Do(lambda: request_cancel(execution_id, terminate=True))
         try:
-            yield from self._ask("POST", f"/api/v2/runs/{_segment(run_id)}/cancel", b"", _Attempts())
+            yield from self._server.ask("POST", f"/api/v2/runs/{_segment(run_id)}/cancel", b"", Attempts())
         except RunNotFound:
             return False
         if execution_id is not None:
@@ -272,7 +233,7 @@ class TriggerDevOperations(Operations):
             query["page[after]"] = cursor
         if tasks:
             query["filter[taskIdentifier]"] = ",".join(tasks)
-        answer = yield from self._ask("GET", f"/api/v1/runs?{urlencode(query)}", None, _Attempts())
+        answer = yield from self._server.ask("GET", f"/api/v1/runs?{urlencode(query)}", None, Attempts())
         data, pagination = answer.get("data"), answer.get("pagination")
         if not isinstance(data, list):
             raise BackendError(f"{self._url} was asked for its runs and gave none", status=200)
@@ -282,7 +243,7 @@ class TriggerDevOperations(Operations):
     def replay(self, run_id: str) -> Steps[str]:
         """Ask for the same once more."""
         carried = entries_here()
-        answer = yield from self._ask("POST", f"/api/v1/runs/{_segment(run_id)}/replay", b"", _Attempts(), carried)
+        answer = yield from self._server.ask("POST", f"/api/v1/runs/{_segment(run_id)}/replay", b"", Attempts(), carried)
         new_id = _text(answer, "id")
         if new_id is None:
             raise BackendError(f"{self._url} replayed {run_id} and did not say the new run's id", status=200)
@@ -296,7 +257,7 @@ class TriggerDevOperations(Operations):
     def add_tags(self, run_id: str, tags: str | Sequence[str]) -> Steps[None]:
         """Add tags to a run."""
         body = _body({"tags": wire.checked_tags(tags)})
-        yield from self._ask("POST", f"/api/v1/runs/{_segment(run_id)}/tags", body, _Attempts())
+        yield from self._server.ask("POST", f"/api/v1/runs/{_segment(run_id)}/tags", body, Attempts())
 
     def _told(self, run_id: str) -> Steps[dict[str, Any]]:
         return (yield from self._ask_for_run("GET", f"/api/v3/runs/{_segment(run_id)}", None))
@@ -304,88 +265,10 @@ class TriggerDevOperations(Operations):
     # Requests
 
     def _ask_for_run(self, method: str, path: str, content: bytes | None) -> Steps[dict[str, Any]]:
-        told = yield from self._ask(method, path, content, _Attempts())
+        told = yield from self._server.ask(method, path, content, Attempts())
         if _text(told, "id") is None:
             raise BackendError(f"{method} {self._url}{path} was answered with something that is no run", status=200)
         return told
-
-    def _ask(
-        self, method: str, path: str, content: bytes | None, attempts: _Attempts, headers: Mapping[str, str] | None = None
-    ) -> Steps[dict[str, Any]]:
-        """Make one logical call, in as many attempts as it takes; gives the answer's JSON object."""
-        response = yield from self._send(
-            Http(
-                method,
-                self._url + path,
-                {
-                    "authorization": f"Bearer {self._key}",
-                    "content-type": "application/json",
-                    "x-trigger-api-version": wire.API_VERSION,
-                    "x-trigger-source": "sdk",
-                    "x-trigger-request-idempotency-key": str(uuid.uuid4()),
-                    **(headers or {}),
-                },
-                content,
-            ),
-            attempts,
-        )
-        if response.status_code >= 300:  # noqa: PLR2004 (anything but a success)
-            raise _refusal(response, f"{method} {self._url}{path.partition('?')[0]}")
-        return _object(response) or {}
-
-    def _send(self, request: Http, attempts: _Attempts) -> Steps[httpx.Response]:
-        wait = self._first_wait
-        for left in reversed(range(self._max_attempts)):
-            pause = wait
-            attempts.sent()
-            try:
-                response: httpx.Response = yield request
-            except (httpx.HTTPError, httpx.InvalidURL) as error:
-                attempts.failed(error)
-                if not left:
-                    raise self._unanswered(request, error) from error
-            except NotSent as error:
-                attempts.failed(error)
-                raise
-            except RuntimeError as error:
-                # A client or an event loop that was closed in the meantime says it so.
-                if type(error) is not RuntimeError or raised_by_signal_handler(error):
-                    raise
-                raise self._unanswered(request, error) from error
-            else:
-                attempts.answered(response.status_code)
-                if not left or not _is_retried(response):
-                    return response
-                pause = max(wait, wire.wait_seconds(response.status_code, response.headers))
-            yield Wait(min(pause, LAST_WAIT_SECONDS))
-            wait = min(wait * _FACTOR, LAST_WAIT_SECONDS)
-        raise AssertionError("max_attempts is 1 or more")
-
-    def _unanswered(self, request: Http, error: Exception) -> BackendError:
-        return BackendError(f"{request.method} {self._url}: {type(error).__name__} {error}".rstrip(), retryable=True)
-
-
-def _is_retried(response: httpx.Response) -> bool:
-    wanted = response.headers.get("x-should-retry")
-    if wanted in ("true", "false"):
-        return bool(wanted == "true") and response.status_code >= 400  # noqa: PLR2004 (an error of any kind)
-    return response.status_code in _RETRIED or response.status_code >= 500  # noqa: PLR2004 (HTTP's server errors)
-
-
-def _refusal(response: httpx.Response, what: str) -> TriggerError:
-    body = _object(response) or {}
-    said = body.get("error") or body.get("title") or body.get("detail")
-    text = f"{what} was answered {response.status_code}" + (f": {str(said)[:500]}" if said else "")
-    kind = RunNotFound if response.status_code == 404 and "/runs/" in what else BackendError  # noqa: PLR2004 (HTTP)
-    return kind(text, status=response.status_code, retryable=_is_retried(response))
-
-
-def _object(response: httpx.Response) -> dict[str, Any] | None:
-    try:
-        found = response.json()
-    except (ValueError, RecursionError):
-        return None
-    return found if isinstance(found, dict) else None
 
 
 def _output(response: httpx.Response) -> Any:
@@ -502,30 +385,6 @@ def _operations(
     return TriggerDevOperations(url, key, max_attempts=max_attempts, first_wait_seconds=first_wait_seconds)
 
 
-Made = TypeVar("Made", httpx.Client, httpx.AsyncClient)
-
-
-def _maker(kind: type[Made], timeout_seconds: float) -> Callable[[], Made]:
-    """Give what makes clients as the environment has proxies and certificates; the latter are read once."""
-    try:
-        certificates = httpx.create_ssl_context()
-    except OSError as error:
-        given = [f"{name}={os.environ[name]!r}" for name in ("SSL_CERT_FILE", "SSL_CERT_DIR") if os.environ.get(name)]
-        raise SettingsError(f"{', '.join(given) or 'certifi'}: has no certificates that can be read: {error}") from None
-
-    def make() -> Made:
-        proxies = ", ".join(sorted(name for name in os.environ if name.lower().endswith("_proxy"))) or "the system's proxies"
-        try:
-            return kind(timeout=timeout_seconds, verify=certificates)
-        except ImportError:
-            raise SettingsError(f"{proxies}: a SOCKS proxy needs another package: pip install 'httpx[socks]'") from None
-        except (ValueError, httpx.InvalidURL):
-            # Without what httpx says of it, which may hold the proxy's password.
-            raise SettingsError(f"{proxies}: a proxy is http://, https:// or socks5:// and a host") from None
-
-    return make
-
-
 class TriggerDevBackend(TriggerBackend):
     """
     Trigger.dev, over its REST API.
@@ -552,7 +411,7 @@ class TriggerDevBackend(TriggerBackend):
         first_wait_seconds: float = FIRST_WAIT_SECONDS,
     ) -> None:
         operations = _operations(api_url, secret_key, max_attempts, first_wait_seconds, timeout_seconds)
-        super().__init__(operations, ClientOfProcess(_maker(httpx.Client, timeout_seconds)))
+        super().__init__(operations, ClientOfProcess(client_maker(httpx.Client, timeout_seconds)))
 
 
 class AsyncTriggerDevBackend(AsyncTriggerBackend):
@@ -568,4 +427,4 @@ class AsyncTriggerDevBackend(AsyncTriggerBackend):
         first_wait_seconds: float = FIRST_WAIT_SECONDS,
     ) -> None:
         operations = _operations(api_url, secret_key, max_attempts, first_wait_seconds, timeout_seconds)
-        super().__init__(operations, ClientOfLoop(_maker(httpx.AsyncClient, timeout_seconds)))
+        super().__init__(operations, ClientOfLoop(client_maker(httpx.AsyncClient, timeout_seconds)))
