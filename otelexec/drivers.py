@@ -229,7 +229,7 @@ class AsyncDriver:
         if isinstance(effect, Commit):
             return await loop_commit.of(loop).commit(self._runtime, effect, self._hold)
         if isinstance(effect, Block):
-            future = self._runtime.in_thread(loop, effect.function)
+            future = self._runtime.journal.in_thread(loop, effect.function)
         else:
             future = loop.create_task(asyncio.sleep(effect.seconds))
         while not future.done():

@@ -44,7 +44,7 @@ def perform(runtime: Runtime, effect: Effect) -> Any:
     """Perform an effect in this thread."""
     if isinstance(effect, Commit):
         try:
-            return runtime.commit(effect.write, durable=effect.durable, timeout_seconds=effect.timeout_seconds)
+            return runtime.journal.commit(effect.write, durable=effect.durable, timeout_seconds=effect.timeout_seconds)
         except StoreError as error:
             return error
     if isinstance(effect, Sleep):
@@ -60,7 +60,7 @@ def perform_without_waiting(runtime: Runtime, effect: Effect) -> Any:
     free, and else left for the next one.
     """
     if isinstance(effect, Commit):
-        return runtime.leave(effect.write, durable=effect.durable)
+        return runtime.journal.leave(effect.write, durable=effect.durable)
     if isinstance(effect, Block):
         return effect.function()
     return None

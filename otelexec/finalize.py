@@ -23,6 +23,7 @@ from otelexec.store.writes import CANCELLED, LOST, CloseAttempt, Closed, CloseOu
 
 if TYPE_CHECKING:
     from otelexec.endings import Ending
+    from otelexec.journal import Journal
     from otelexec.running import RunningExecution
     from otelexec.runtime import Runtime
 
@@ -47,12 +48,12 @@ class Kept:
     durable: bool
 
 
-def persist(runtime: Runtime, write: Write, *, durable: bool, patience_seconds: float) -> Generator[Effect, Any, object]:
+def persist(journal: Journal, write: Write, *, durable: bool, patience_seconds: float) -> Generator[Effect, Any, object]:
     """
     Bring a write into the store, or else keep it where it will be found.
 
     Args:
-        runtime: The runtime of this process.
+        journal: The journal of this process.
         write: What to write.
         durable: Whether it must survive power loss.
         patience_seconds: How long to try the store.
@@ -65,7 +66,7 @@ def persist(runtime: Runtime, write: Write, *, durable: bool, patience_seconds: 
     deadline = time.monotonic() + patience_seconds
     backoff = FIRST_BACKOFF_SECONDS
     # Once something is in the spool all else goes there until it is taken in, so that the order stays.
-    while exclusive or not runtime.spooling:
+    while exclusive or not journal.spooling:
         left = deadline - time.monotonic()
         answer = yield Commit(write, durable, max(left, 0.001))
         if not isinstance(answer, StoreError) or isinstance(answer, StoreRejected):
@@ -74,13 +75,13 @@ def persist(runtime: Runtime, write: Write, *, durable: bool, patience_seconds: 
         if left <= 0 and exclusive:
             return answer
         if left <= 0:
-            runtime.store_failed(answer)
+            journal.store_failed(answer)
             break
         if isinstance(write, OpenAttempt):
             write = replace(write, repeated=True)  # a store may fail after it has committed
         yield Sleep(min(left, backoff * _jitter.uniform(0.5, 1.0)))
         backoff = min(2 * backoff, LAST_BACKOFF_SECONDS)
-    kept: Kept = yield Block(partial(runtime.keep, write, durable=durable))
+    kept: Kept = yield Block(partial(journal.keep, write, durable=durable))
     return kept
 
 
@@ -106,13 +107,13 @@ def finalize(runtime: Runtime, execution: RunningExecution, ending: Ending, ende
     patience = runtime.settings.finalize_timeout_seconds
     # The end of an outer executor is no promise: the core's success stands whatever becomes of it.
     durable = isinstance(write, CloseAttempt)
-    answer = yield from persist(runtime, write, durable=durable, patience_seconds=patience)
+    answer = yield from persist(runtime.journal, write, durable=durable, patience_seconds=patience)
     if isinstance(answer, StoreRejected) and isinstance(write, CloseAttempt):
         logger.error("otelexec.finalize.fallback: %s", answer)
         write = minimal(runtime, execution, write, str(answer))
-        answer = yield from persist(runtime, write, durable=True, patience_seconds=patience)
+        answer = yield from persist(runtime.journal, write, durable=True, patience_seconds=patience)
     if isinstance(answer, StoreRejected):
-        runtime.cry(write, answer)
+        runtime.journal.cry(write, answer)
         return False
     if isinstance(answer, Kept):
         return answer.durable
@@ -135,7 +136,7 @@ def _lost(runtime: Runtime, execution: RunningExecution, write: Any, closed: Clo
     )
     if closed.state == LOST:
         found = observed(runtime, execution, write.frozen)
-        yield from persist(runtime, found, durable=True, patience_seconds=runtime.settings.finalize_timeout_seconds)
+        yield from persist(runtime.journal, found, durable=True, patience_seconds=runtime.settings.finalize_timeout_seconds)
 
 
 def closing(runtime: Runtime, execution: RunningExecution, ending: Ending, ended_ns: int) -> CloseAttempt | CloseOuter:

@@ -122,20 +122,21 @@ class Heartbeat:
 
     def _round(self) -> None:
         runtime, now = self._runtime, time.monotonic()
-        runtime.group.flush()
-        if runtime.homeless:
-            runtime.recover()
+        journal = runtime.journal
+        journal.group.flush()
+        if journal.homeless:
+            journal.recover()
         if runtime.collector.has_loose and now >= self._next_loose:
             self._next_loose = now + LOOSE_SECONDS
             loose = runtime.collector.take_loose(runtime.process_id)
             if loose:
-                runtime.write(loose)
+                journal.write(loose)
         beat = now >= self._next_beat
         self._look_after_executions(now, all_children=beat)
         if beat:
             self._next_beat = now + runtime.settings.heartbeat
-            if not runtime.spooling:
-                runtime.commit(HeartbeatWrite(runtime.process), durable=False, timeout_seconds=1.0)
+            if not journal.spooling:
+                journal.commit(HeartbeatWrite(runtime.process), durable=False, timeout_seconds=1.0)
         if runtime.relay is None and runtime.settings.relay and now >= self._relay_from:
             relay = self.make_relay()
             if relay is not None:
@@ -156,8 +157,8 @@ class Heartbeat:
             if all_children or len(execution.children) >= runtime.collector.max_collected:
                 children = runtime.collector.take_children(execution, runtime.process_id)
                 if children:
-                    runtime.write(children)
-        if runtime.store is not None and not runtime.spooling:
+                    runtime.journal.write(children)
+        if runtime.store is not None and not runtime.journal.spooling:
             # A duplicate runs for the second time what has succeeded: wishes from before do not concern it.
             asked = [execution for execution in executions if not execution.duplicate]
             wishes = runtime.store.cancellations([name for execution in asked for name in _names(execution)])
@@ -177,7 +178,7 @@ class Heartbeat:
             return None
         try:
             runtime.relay = Relay(
-                runtime.commit_all, runtime.settings, runtime.process_id, dead=lambda: dead_relays(store, runtime.process_id)
+                runtime.journal.commit_all, runtime.settings, runtime.process_id, dead=lambda: dead_relays(store, runtime.process_id)
             )
         except OtelexecError as error:
             logger.error("otelexec.relay.unusable: %s", error)  # noqa: TRY400 (the message says it all)
@@ -192,8 +193,8 @@ class Heartbeat:
         if runtime.store is None:
             return
         if self._reconciler is None:
-            self._reconciler = Reconciler(runtime.store, runtime.spool, own=runtime.process_id)
-        if runtime.spooling:
+            self._reconciler = Reconciler(runtime.store, runtime.journal.spool, own=runtime.process_id)
+        if runtime.journal.spooling:
             self._reconciler.store_was_away()
             return
         try:

@@ -131,7 +131,7 @@ def _open(runtime: Runtime, execution: RunningExecution) -> Generator[Effect, An
             if runtime.records:
                 write = execution.attempt_row if held is None else replace(execution.attempt_row, repeated=True)
                 patience = runtime.settings.open_timeout_seconds
-                answer = yield from persist(runtime, write, durable=False, patience_seconds=patience)
+                answer = yield from persist(runtime.journal, write, durable=False, patience_seconds=patience)
                 refusal = _refusal(execution, answer)
                 if refusal is not None:
                     break

@@ -58,9 +58,10 @@ class LoopCommit:
         """
         loop = asyncio.get_running_loop()
         waiting = _Waiting(self, loop)
-        runtime.group.submit(effect.write, waiting.settled, durable=effect.durable, timeout_seconds=effect.timeout_seconds, wake=False)
+        group = runtime.journal.group
+        group.submit(effect.write, waiting.settled, durable=effect.durable, timeout_seconds=effect.timeout_seconds, wake=False)
         # Not at once: tasks that are ready now add theirs first.
-        loop.call_soon(runtime.group.wake)
+        loop.call_soon(group.wake)
         while not waiting.done:
             try:
                 await waiting.future

@@ -135,7 +135,7 @@ class publish(Block[Message]):  # noqa: N801 (read as a verb: `with publish(...)
         if runtime.records:
             execution = execution_row(self._name, correlation, self._message_id)
             queued = RecordQueued(execution, row, runtime.process_id, started, runtime.open_ancestors(base))
-            yield from persist(runtime, queued, durable=False, patience_seconds=patience)
+            yield from persist(runtime.journal, queued, durable=False, patience_seconds=patience)
             runtime.heartbeat.ensure()
         message = Message(correlation, span, self._message_id)
         dropped = None
@@ -158,14 +158,14 @@ class publish(Block[Message]):  # noqa: N801 (read as a verb: `with publish(...)
             if refused:
                 outcome = Outcome(REJECTED, ended, "publisher", error_type=error_type, error_message=error_message)
                 refusal = RefuseQueued(correlation.execution_id, outcome, spans)
-                yield from persist(runtime, refusal, durable=True, patience_seconds=patience)
+                yield from persist(runtime.journal, refusal, durable=True, patience_seconds=patience)
             else:
                 for write in self._after(message, spans):
-                    if runtime.spooling and dropped is None:
-                        yield from persist(runtime, write, durable=False, patience_seconds=patience)
+                    if runtime.journal.spooling and dropped is None:
+                        yield from persist(runtime.journal, write, durable=False, patience_seconds=patience)
                     else:
                         # The message has left; a commit of its own for its end would cost as much as the record did.
-                        runtime.defer(write)
+                        runtime.journal.defer(write)
         if dropped is not None:
             raise dropped
 
@@ -246,7 +246,7 @@ def request_cancel(execution_id: str, *, terminate: bool | None = None) -> str |
     if not runtime.records:
         return None
     wish = Cancellation(time.time_ns(), terminate)
-    state = runtime.write(RequestCancel(execution_id, wish), durable=True)
+    state = runtime.journal.write(RequestCancel(execution_id, wish), durable=True)
     for execution in list(runtime.executions.values()):
         if execution.id == execution_id:
             execution.cancelled_by(wish)
@@ -262,4 +262,4 @@ def settle_queued(execution_id: str) -> None:
     """
     runtime = _runtime.get()
     if runtime.records:
-        runtime.write(RefuseQueued(execution_id, Outcome(CANCELLED, time.time_ns(), "publisher", sticky=True)), durable=True)
+        runtime.journal.write(RefuseQueued(execution_id, Outcome(CANCELLED, time.time_ns(), "publisher", sticky=True)), durable=True)

@@ -1,5 +1,5 @@
 """
-What one process has: its settings, store, spool, provider, background threads, and the hooks for fork and exit.
+What one process has: its settings, store, journal, provider, background threads, and the hooks for fork and exit.
 
 There is one runtime per process. The first use makes it from the environment; `configure()` makes it on purpose; a
 forked child gets a new one with new locks and a new process row.
@@ -7,17 +7,13 @@ forked child gets a new one with new locks and a new process row.
 
 from __future__ import annotations
 
-import asyncio
 import atexit
-import concurrent.futures
 import contextlib
 import functools
-import json
 import logging
 import os
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,34 +25,17 @@ from opentelemetry.sdk.trace import TracerProvider
 from otelexec import identity, logs, otlp, semconv, spans
 from otelexec import settings as _settings
 from otelexec.context import current_execution
-from otelexec.effects import run
 from otelexec.endings import raised_by_signal_handler
-from otelexec.errors import SettingsError, StoreError, StoreRejected
+from otelexec.errors import SettingsError, StoreError
 from otelexec.exits import call_within
-from otelexec.finalize import Kept, persist
-from otelexec.freeze import for_spool
 from otelexec.heartbeat import Heartbeat as HeartbeatThread
 from otelexec.ids import mint_nonce
+from otelexec.journal import Journal
 from otelexec.running import RunningExecution
 from otelexec.settings import Settings
 from otelexec.spans import CollectingProvider, Collector, SecureIdGenerator
-from otelexec.store import spool as _spool
 from otelexec.store.base import Store
-from otelexec.store.group_commit import Entry, GroupCommit
-from otelexec.store.spool import Spool
-from otelexec.store.writes import (
-    AddSpans,
-    CloseAttempt,
-    CloseOuter,
-    Heartbeat,
-    ProcessRow,
-    RecordObserved,
-    RecordProgress,
-    RecordQueued,
-    RefuseQueued,
-    RequestCancel,
-    Write,
-)
+from otelexec.store.writes import AddSpans, Heartbeat, ProcessRow, RecordProgress
 
 if TYPE_CHECKING:
     from opentelemetry.context import Context
@@ -66,12 +45,6 @@ if TYPE_CHECKING:
     from otelexec.relay import Relay
 
 logger = logging.getLogger("otelexec")
-
-# What a log line is the last place for. An open, a heartbeat and a marker are followed by something that says more.
-_RECORDS = (CloseAttempt, CloseOuter, RecordObserved, RecordQueued, RefuseQueued, RequestCancel, AddSpans)
-
-MAX_BACKLOG = 10_000
-"""Writes kept in memory when neither store nor spool takes them; each has its CRITICAL line as well."""
 
 
 def open_store(settings: Settings, *, create: bool = True) -> Store | None:
@@ -101,11 +74,6 @@ def open_store(settings: Settings, *, create: bool = True) -> Store | None:
             raise
         raise SettingsError("OTELEXEC_STORE: the PostgreSQL store needs psycopg: pip install 'otelexec[postgres]'") from error
     return PostgresStore(settings.store, create=create, patience_seconds=settings.open_timeout_seconds)
-
-
-def spool_folder(settings: Settings, store: Store) -> Path:
-    """Give the folder of the spool: the same for workers and the command line."""
-    return settings.spool if settings.spool is not None else store.spool_folder
 
 
 def _stock_exporter(settings: Settings) -> SpanExporter:
@@ -152,16 +120,9 @@ class Runtime:
         self._process: ProcessRow | None = None
         self._parent = (0, 0)
         self.executions: dict[str, RunningExecution] = {}
-        self.spooling = False
-        self._backlog: deque[Write] = deque()
-        self._backlog_lock = threading.Lock()
-        self._recovery_lock = threading.Lock()
-        self._executor: concurrent.futures.ThreadPoolExecutor | None = None
         self.relay: Relay | None = None
-        if self.store is not None:
-            self.store.announce = self._announce
-            self.group = GroupCommit(self.store)
-            self.spool = Spool(spool_folder(settings, self.store), lambda: self.process)
+        if self.store is not None:  # else there is no journal, which is what `records` tells
+            self.journal = Journal(self, self.store)
 
     def _recording_provider(self, parent: Runtime | None) -> TracerProvider:
         """Give the provider whose spans are committed with their records."""
@@ -240,83 +201,8 @@ class Runtime:
     def attend(self) -> None:
         """Open the store, and relay and reconcile from now on, also while nothing runs here: for children that don't."""
         if self.records:
-            self.write(Heartbeat(self.process))
+            self.journal.write(Heartbeat(self.process))
             self.heartbeat.ensure()
-
-    def _announce(self) -> Sequence[Write]:
-        return (Heartbeat(self.process),)
-
-    # Writing
-
-    def commit(self, write: Write, *, durable: bool, timeout_seconds: float) -> object:
-        """Commit a write in this thread, together with others; see `GroupCommit.commit`."""
-        return self.group.commit(write, durable=durable, timeout_seconds=timeout_seconds)
-
-    def commit_all(self, writes: Sequence[Write]) -> list[object]:
-        """Commit writes of the relay one after the other; each goes in with whatever else waits."""
-        return [self.group.commit(write, durable=False, timeout_seconds=5.0) for write in writes]
-
-    def leave(self, write: Write, *, durable: bool) -> None:
-        """Commit a write without waiting for anything, or leave it for the next commit."""
-        self.group.leave(write, self._keep_if_refused, durable=durable, timeout_seconds=self.settings.finalize_timeout_seconds)
-        self.group.flush(wait=False)
-        self.heartbeat.nudge()
-
-    def defer(self, write: Write) -> None:
-        """Leave a write for a commit that has room for it, or the background thread's within `cancel_poll_seconds`."""
-        self.group.defer(write, self._keep_if_refused, timeout_seconds=self.settings.finalize_timeout_seconds)
-        self.heartbeat.ensure()
-
-    def _keep_if_refused(self, entry: Entry) -> None:
-        if entry.error is not None:
-            self.keep(entry.write, durable=entry.durable)
-
-    def in_thread(self, loop: asyncio.AbstractEventLoop, function: Callable[[], Any]) -> asyncio.Future[Any]:
-        """Call a function that may block on a thread of our own: the loop's pool may be full of the user's work."""
-        if self._executor is None:
-            self._executor = concurrent.futures.ThreadPoolExecutor(2, thread_name_prefix="otelexec-spool")
-        try:
-            return loop.run_in_executor(self._executor, function)
-        except RuntimeError:  # the interpreter is shutting down and takes no new threads
-            future = loop.create_future()
-            future.set_result(function())
-            return future
-
-    def store_failed(self, error: StoreError) -> None:
-        """Go over to the spool until the store is back."""
-        if not self.spooling:
-            self.spooling = True
-            logger.error(
-                "otelexec.store.unavailable: %s. Records go to the spool until it is back; the work goes on.",
-                error,
-                extra={"otelexec_error": str(error)},
-            )
-        self.heartbeat.nudge()
-
-    def keep(self, write: Write, *, durable: bool) -> Kept:
-        """Keep a write that the store could not take: in the spool, or else in the log and in memory."""
-        self.spooling = True
-        token = write.attempt.token if isinstance(write, CloseAttempt) else ""
-        write = for_spool(self, self.executions.get(f"{token}:core") or self.executions.get(token), write)
-        try:
-            self.spool.append(write, durable=durable)
-        except (OSError, ValueError, TypeError) as error:
-            self.cry(write, error)
-            with self._backlog_lock:
-                if len(self._backlog) < MAX_BACKLOG:
-                    self._backlog.append(write)
-            return Kept(durable=False)
-        self.heartbeat.ensure()
-        return Kept(durable=durable)
-
-    def cry(self, write: Write, error: Exception) -> None:
-        """Put a whole record into one CRITICAL log line, the last place left."""
-        if isinstance(write, _RECORDS):
-            try:
-                line = _spool.encode(write)
-            except (TypeError, ValueError) as broken:
-                line = f'{{"unencodable": "{type(broken).__name__}"}}'
-            logger.critical('{"otelexec.record.homeless": %s, "record": %s}', json.dumps(str(error)), line)
 
     # Executions
 
@@ -345,72 +231,26 @@ class Runtime:
         """Write the marker without waiting for anybody."""
         execution.progress_due = False
         marker = execution.progress_marker
-        if self.records and not self.spooling and marker is not None:
-            write = RecordProgress(execution.id, execution.token, marker)
-            self.group.leave(write, _ignore, durable=False, timeout_seconds=0.05)
-            self.group.flush(wait=False)
+        if self.records and marker is not None and not self.journal.spooling:
+            self.journal.offer(RecordProgress(execution.id, execution.token, marker))
 
     def open_ancestors(self, context: Context) -> tuple[Any, ...]:
         """Give the rows of spans still open between a context and its execution, not yet written."""
         return self.collector.open_ancestors(context) if self.records else ()
 
-    # Recovery and exit
-
-    @property
-    def homeless(self) -> bool:
-        """Whether something waits outside the store."""
-        return self.records and (self.spooling or bool(self._backlog) or self.spool.filled)
-
-    def recover(self) -> bool:
-        """Take in what the store could not take before; gives whether all is in."""
-        store = self.store
-        if store is None:
-            return True
-        with self._recovery_lock:  # the background thread's, and the one that shuts down
-            try:
-                # Whether the store is back, before anything else is touched.
-                self.take_in([Heartbeat(self.process)])
-                try:
-                    self.spool.ingest(self.take_in, store.ingested)
-                except OSError as error:
-                    if self.spool.filled:
-                        raise
-                    logger.debug("otelexec.spool.unavailable: %s", error)
-                while self._backlog:
-                    self.take_in([self._backlog[0]])
-                    self._backlog.popleft()
-            except (StoreError, OSError) as error:
-                logger.debug("otelexec.store.unavailable: %s", error)
-                return False
-            if self.spooling:
-                self.spooling = False
-                logger.warning("otelexec.store.recovered: %s is back and has what it could not take before", store.url)
-        return True
-
-    def take_in(self, writes: Sequence[Write]) -> None:
-        """Commit writes from the spool durably; what the store refuses by itself goes to the log."""
-        if self.store is None:
-            return
-        results = self.store.commit(writes, durable=True, timeout_seconds=self.settings.open_timeout_seconds)
-        for write, result in zip(writes, results, strict=True):
-            if isinstance(result, StoreRejected):
-                self.cry(write, result)
+    # Exit
 
     def flush(self) -> None:
         """Write what is only in memory; gives up at once where the store does not answer."""
         if not self.records:
             return
-        self.group.flush()
+        self.journal.group.flush()
         loose = self.collector.take_loose(self.process_id)
         while loose:
-            self.write(loose)
+            self.journal.write(loose)
             loose = self.collector.take_loose(self.process_id)
-        if self.homeless:
-            self.recover()
-
-    def write(self, write: Write, *, durable: bool = False) -> object:
-        """Bring a write into the store, or into the spool, in this thread."""
-        return run(self, persist(self, write, durable=durable, patience_seconds=self.settings.open_timeout_seconds))
+        if self.journal.homeless:
+            self.journal.recover()
 
     def shutdown(self, *, leaves: bool = False) -> None:
         """
@@ -425,11 +265,11 @@ class Runtime:
             self._send_plain_spans(deadline)
             return
         # A goodbye is for what is still open or was left to write. Else a process that ends is missed by nobody.
-        silent = leaves and not (self.executions or self.group.waits or self.collector.has_loose)
+        silent = leaves and not (self.executions or self.journal.group.waits or self.collector.has_loose)
         self.flush()
-        if not silent and not self.spooling and self._process is not None:
+        if not silent and not self.journal.spooling and self._process is not None:
             with contextlib.suppress(StoreError):
-                self.commit(Heartbeat(self.process, ended=not self.executions), durable=False, timeout_seconds=0.5)
+                self.journal.commit(Heartbeat(self.process, ended=not self.executions), durable=False, timeout_seconds=0.5)
         if self.relay is None and self.settings.relay and self._process is not None and not self._forked:
             # A short script; a forked worker of one job leaves its spans to its parent's relay, and is sooner gone.
             relay = self.heartbeat.make_relay()
@@ -438,15 +278,11 @@ class Runtime:
         if self.relay is not None:
             self.relay.stop(max(0.0, deadline - time.monotonic()))
         self._send_plain_spans(deadline)
-        self.group.close()
+        self.journal.group.close()
         if leaves:
             _left.append(self)
         else:
             self.store.close()
-
-
-def _ignore(_: Entry) -> None:
-    """Take no notice: a lost marker is followed by the next one."""
 
 
 _current: Runtime | None = None
@@ -532,7 +368,7 @@ def before_send(context: Context) -> None:
     if rows:
         execution = current_execution(context)
         execution_id = None if execution is None else execution.id
-        runtime.write(AddSpans(opened=rows, process_id=runtime.process_id, execution_id=execution_id, nonce=mint_nonce()))
+        runtime.journal.write(AddSpans(opened=rows, process_id=runtime.process_id, execution_id=execution_id, nonce=mint_nonce()))
         runtime.heartbeat.ensure()
 
 

@@ -147,7 +147,7 @@ class Delivery:
         self.accepted = True
         runtime = _runtime.get()
         if runtime.records:
-            runtime.write(replace(self.execution(runtime).attempt_row, repeated=True))
+            runtime.journal.write(replace(self.execution(runtime).attempt_row, repeated=True))
             runtime.heartbeat.ensure()
 
     def close(self, ending: Ending, *, asked: bool = False) -> None:
@@ -174,7 +174,8 @@ class Delivery:
         ended = max(ended_unix_ns, execution.started_unix_ns)
         end_span(execution, ending, ended)
         patience = runtime.settings.finalize_timeout_seconds
-        run(runtime, persist(runtime, closing(runtime, execution, ending, ended), durable=True, patience_seconds=patience))
+        write = closing(runtime, execution, ending, ended)
+        run(runtime, persist(runtime.journal, write, durable=True, patience_seconds=patience))
 
     def stop(self) -> None:
         """Stop the child's work, once."""
@@ -308,7 +309,7 @@ class Supervisor:
         while True:
             try:
                 if runtime.store is not None:
-                    Reconciler(runtime.store, runtime.spool, own=runtime.process_id).run_once({report.pid: report.death})
+                    Reconciler(runtime.store, runtime.journal.spool, own=runtime.process_id).run_once({report.pid: report.death})
                 break
             except (StoreError, OSError) as error:
                 # Nobody else speaks for it as long as this process lives and the lease runs.
@@ -328,7 +329,7 @@ class Supervisor:
     def _pass_wishes_on(self) -> None:
         runtime = _runtime.get()
         running = list(self._running.values())
-        if runtime.store is None or runtime.spooling or not running:
+        if runtime.store is None or runtime.journal.spooling or not running:
             return
         try:
             wishes = runtime.store.cancellations([delivery.execution(runtime).id for delivery in running])

@@ -54,7 +54,7 @@ class Work:
 
 
 def at_home() -> bool:
-    return not runtime.get().homeless
+    return not runtime.get().journal.homeless
 
 
 def spooled(folder: Path) -> list[Write]:

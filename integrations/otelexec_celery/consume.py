@@ -163,7 +163,7 @@ class Run:
         """Note the span of a chord's header, before anybody can see that the last of them is done."""
         span = self.execution.span.get_span_context()
         if span.is_valid and span.trace_flags.sampled and self._runtime.records:
-            self._runtime.write(Contribute(key, self.execution.id, f"{span.trace_id:032x}", f"{span.span_id:016x}"))
+            self._runtime.journal.write(Contribute(key, self.execution.id, f"{span.trace_id:032x}", f"{span.span_id:016x}"))
 
     def close(self, error: BaseException | None, ending: Ending | None = None) -> None:
         """Close the attempt, once; an ending goes before what is made of the exception."""
@@ -242,7 +242,7 @@ def _links(found: Mapping[str, Any], runtime: _runtime.Runtime) -> tuple[trace.L
     if key is None or not runtime.records:
         return ()
     try:  # not by `write`, which would keep a question in the spool
-        spans = runtime.commit(ReadContributions(key), durable=False, timeout_seconds=runtime.settings.open_timeout_seconds)
+        spans = runtime.journal.commit(ReadContributions(key), durable=False, timeout_seconds=runtime.settings.open_timeout_seconds)
     except StoreError as error:
         logger.warning("otelexec.celery.links: the body of a chord has no links to its headers: %s", error)
         return ()
@@ -400,7 +400,7 @@ def _went_wrong_after(run: Run, error: BaseException) -> None:
         what = endings.after_success(error)
         runtime = _runtime.get()
         if runtime.records:
-            runtime.write(AmendAttempt(run.execution.id, run.execution.token, what))
+            runtime.journal.write(AmendAttempt(run.execution.id, run.execution.token, what))
         error_type, text = describe(error, runtime.settings.max_error_chars)
         logger.warning("otelexec.celery.%s: %s %s succeeded, then came %s: %s", what, run.task.name, run.execution.id, error_type, text)
 

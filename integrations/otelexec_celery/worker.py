@@ -224,7 +224,7 @@ def on_terminate(request: Any, *_: Any, **__: Any) -> None:
         delivery.stopped = True
     if runtime.records:
         wish = Cancellation(time.time_ns(), terminate=True)
-        runtime.write(RequestCancel(delivery.execution(runtime).id, wish))
+        runtime.journal.write(RequestCancel(delivery.execution(runtime).id, wish))
 
 
 def on_cancel(request: Any, *_: Any, **__: Any) -> None:

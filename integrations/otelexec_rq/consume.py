@@ -112,7 +112,7 @@ class Run:
         execution.attempt_row = replace(execution.attempt_row, span=row_of(span, execution.correlation.members()))
         execution.start_links = len(span.links)
         # Whoever closes it in place of this process writes the span from this row.
-        self._runtime.write(replace(execution.attempt_row, takes_over=True))
+        self._runtime.journal.write(replace(execution.attempt_row, takes_over=True))
 
     def perform(self, original: Callable[[Any], Any]) -> Any:
         """Call the function, and note how it ended."""

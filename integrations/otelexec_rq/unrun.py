@@ -98,7 +98,7 @@ def _tell(execution_id: str) -> None:
     """Tell one run of a job of its cancellation; a wish for the job would keep RQ from retrying it, which RQ does all the same."""
     runtime = _runtime.get()
     if runtime.records:
-        runtime.write(RequestCancel(execution_id, Cancellation(time.time_ns(), terminate=False)))
+        runtime.journal.write(RequestCancel(execution_id, Cancellation(time.time_ns(), terminate=False)))
 
 
 def wrap_cleanup(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -28,7 +28,7 @@ class Sweeper:
         self._is_away = False
         self._thread = threading.Thread(target=self._serve, name="otelexec-sweeper", daemon=True)
         runtime = _runtime.get()
-        self._reconciler = Reconciler(engine.store(), runtime.spool, own=runtime.process_id)
+        self._reconciler = Reconciler(engine.store(), runtime.journal.spool, own=runtime.process_id)
 
     def start(self) -> None:
         """Begin."""

@@ -12,7 +12,8 @@ from otelexec import endpoint as endpoints
 from otelexec import identity
 from otelexec import settings as _settings
 from otelexec.errors import SettingsError, StoreNotFound
-from otelexec.runtime import open_store, spool_folder
+from otelexec.journal import spool_folder
+from otelexec.runtime import open_store
 from otelexec.store.spool import Spool
 from otelexec.store.writes import Heartbeat
 

@@ -36,7 +36,7 @@ from tests.stores import Place, Places
 
 PACKAGE: Final = Path(otelexec.__file__).parent
 NAMES: Final = (
-    *("lifecycle", "drivers", "finalize", "effects", "execution", "blocks", "publishing", "runtime", "spans"),
+    *("lifecycle", "drivers", "finalize", "effects", "execution", "blocks", "publishing", "runtime", "journal", "spans"),
     *("reconcile", "relay", "delivery", "transport", "cli/relaying", "cli/reconciling"),
     *("store/group_commit", "store/spool", "store/sql", "store/outbox_statements", "store/sqlite"),
     *sorted(f"store/{path.stem}" for path in (PACKAGE / "store").glob("postgres*.py")),

@@ -62,11 +62,11 @@ def prune() -> None:
     store = made.store
     assert store is not None
     while True:
-        (rows,) = made.commit_all([ClaimOutbox("test", 60, max_rows=5_000)])
+        (rows,) = made.journal.commit_all([ClaimOutbox("test", 60, max_rows=5_000)])
         assert isinstance(rows, list)
         if not rows:
             break
-        made.commit_all([SettleOutbox("test", delivered=[row.id for row in rows])])
+        made.journal.commit_all([SettleOutbox("test", delivered=[row.id for row in rows])])
     assert pruned(store, 2**62)
 
 

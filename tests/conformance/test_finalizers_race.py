@@ -149,7 +149,7 @@ def test_of_several_threads_one_wins_and_the_others_are_told_who(path: Path) -> 
         def race(place: int) -> None:
             gate.wait()
             for close in closes[place]:
-                answer = runtime.get().group.commit(close, timeout_seconds=20)
+                answer = runtime.get().journal.group.commit(close, timeout_seconds=20)
                 assert isinstance(answer, Closed)
                 told[place].append((answer.won, answer.state, answer.finalized_by, answer.number))
 
@@ -228,10 +228,10 @@ def test_what_a_lost_attempt_observed_is_recorded_beside_with_a_span_of_its_own(
             job()
         assert raised.value is error
     if way == "spool":
-        assert runtime.get().homeless
+        assert runtime.get().journal.homeless
         blocker.execute("ROLLBACK")
     blocker.close()
-    until(lambda: not runtime.get().homeless)
+    until(lambda: not runtime.get().journal.homeless)
     reader = Records(path)
     record = reader.named("job")
     (attempt,) = record.attempts

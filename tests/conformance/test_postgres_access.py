@@ -55,7 +55,7 @@ def test_however_a_password_is_given_nothing_shows_it(
     settings = runtime.get().settings
     store = runtime.get().store
     assert store is not None
-    shown = [repr(settings), str(settings), repr(store), store.url, str(runtime.get().spool.folder)]
+    shown = [repr(settings), str(settings), repr(store), store.url, str(runtime.get().journal.spool.folder)]
     commands = (["doctor"], ["doctor", "--json"], ["list"], ["prune", "--older-than", "1d"], ["show", "00"], ["reconcile", "--once"])
     shown += [said(capsys, url, *command)[1] for command in commands]
     for command in (["doctor"], ["list"]):
@@ -77,7 +77,7 @@ def test_however_a_password_is_given_nothing_shows_it(
         error = error.__cause__ or error.__context__
     for text in [*shown, caplog.text, *capsys.readouterr()]:
         _secretless(text)
-    spool = runtime.get().spool.folder
+    spool = runtime.get().journal.spool.folder
     assert not [path for path in spool.iterdir() if PASSWORD.encode() in path.read_bytes()]
     own.start()
     home()
@@ -288,7 +288,7 @@ def test_a_spool_under_another_name_of_the_database_is_pointed_at(url: str, caps
     assert "records wait" not in said(capsys, url, "doctor")[1]
     work = configured(at(url, port=1), reachable=False)
     work.run("job")
-    folder = runtime.get().spool.folder
+    folder = runtime.get().journal.spool.folder
     otelexec.shutdown()
     text = " ".join(said(capsys, url, "doctor")[1].split())
     assert "records wait in" in text

@@ -70,7 +70,7 @@ def test_a_server_that_is_down_for_a_while_gets_everything_when_it_is_back(own: 
         return
     getattr(own, how)()
     run_in_trouble(work)
-    kept = [write for write in spooled(runtime.get().spool.folder) if isinstance(write, CloseAttempt)]
+    kept = [write for write in spooled(runtime.get().journal.spool.folder) if isinstance(write, CloseAttempt)]
     assert [write.attempt.execution.name for write in kept] == work.names[1:]
     assert caplog.text.count("otelexec.store.unavailable") == 1
     own.start()
@@ -78,7 +78,7 @@ def test_a_server_that_is_down_for_a_while_gets_everything_when_it_is_back(own: 
     until(lambda: caplog.text.count("otelexec.store.recovered") == 1)
     work.run("after")
     check_all_in(url, work.names, {"waits no more 7"})
-    assert spooled(runtime.get().spool.folder) == []
+    assert spooled(runtime.get().journal.spool.folder) == []
     assert PASSWORD not in caplog.text
 
 
@@ -374,7 +374,7 @@ def test_a_connection_that_is_cut_at_any_request_of_an_execution_doubles_and_los
         if proxy.counts()["requests"] < number:
             break
         assert number < 100
-        until(runtime.get().recover)  # the request that is cut may be one of its own
+        until(runtime.get().journal.recover)  # the request that is cut may be one of its own
     assert number > 4
     records = Records(url)
     assert Counter(record.name for record in records.all()) == dict.fromkeys(work.names, 1)

@@ -83,7 +83,7 @@ def test_locked_for_seconds_by_another_process(work: Work, path: Path, caplog: p
     work.run("before")
     with locked(path):
         run_in_trouble(work)
-        kept = [write for write in spooled(runtime.get().spool.folder) if isinstance(write, CloseAttempt)]
+        kept = [write for write in spooled(runtime.get().journal.spool.folder) if isinstance(write, CloseAttempt)]
         assert [write.attempt.execution.name for write in kept] == work.names[1:]
         assert all(decode(write.frozen.request)[0].attributes["otelexec.outcome"] == write.frozen.outcome.state for write in kept)
         assert caplog.text.count("otelexec.store.unavailable") == 1
@@ -93,7 +93,7 @@ def test_locked_for_seconds_by_another_process(work: Work, path: Path, caplog: p
     assert caplog.text.count("otelexec.store.recovered") == 1
     work.run("after")
     check_all_in(path, work.names, {"waits no more 7"})
-    assert spooled(runtime.get().spool.folder) == []
+    assert spooled(runtime.get().journal.spool.folder) == []
     found = Records(path)
     assert {record.attempts[0].finalized_by for record in found.all()} == {"executor", "spool"}
     found.close()
@@ -314,7 +314,7 @@ def test_neither_store_nor_spool_leaves_one_critical_line_with_everything(
             (span,) = decode(write.frozen.request)
             assert (span.name, span.attributes["otelexec.outcome"], span.end_unix_ns) == (name, state, write.frozen.outcome.ended_unix_ns)
         assert max(work.seconds) < OPEN + FINALIZE + SLACK
-        assert not runtime.get().spool.filled
+        assert not runtime.get().journal.spool.filled
     check_all_in(folder / "store.db", ["fails", "works"], {"fails"})
 
 
@@ -369,7 +369,7 @@ signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 limit = 300_000
 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
 number = 0
-while not runtime.get().spooling:
+while not runtime.get().journal.spooling:
     names.append(f"fills {number}")
     run(names[-1], "y" * 20_000)
     number += 1
@@ -380,7 +380,7 @@ for number in range(10):
     taken += run(names[-1])
 assert taken < 10 * 0.3 / 2, taken
 resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-until(lambda: not runtime.get().homeless)
+until(lambda: not runtime.get().journal.homeless)
 names.append("after")
 run("after")
 print(json.dumps(names))
@@ -413,7 +413,7 @@ if sys.argv[3] == "folder":
     path.parent.chmod(0o700)
 for file in files:
     file.chmod(0o600)
-until(lambda: not runtime.get().homeless)
+until(lambda: not runtime.get().journal.homeless)
 names.append("after")
 run("after")
 print(json.dumps(names))
@@ -480,7 +480,7 @@ def test_files_belong_to_their_owner_only(tmp_path: Path, isolated: None) -> Non
     work.run("before")
     with locked(path):
         work.run("during")
-        spool = runtime.get().spool.folder
+        spool = runtime.get().journal.spool.folder
         modes = {file.name.removeprefix("store.db"): stat.S_IMODE(file.stat().st_mode) for file in folder.iterdir() if file != spool}
         assert modes == {"": 0o600, "-wal": 0o600, "-shm": 0o600, ".lock": 0o600}
         assert [stat.S_IMODE(place.stat().st_mode) for place in (folder, spool)] == [0o700, 0o700]
@@ -518,7 +518,7 @@ def test_another_process_may_take_the_spool_in_while_its_writer_lives(work: Work
         thread.join(60)
     assert failures == []
     assert_nobody_waited(work.seconds[31:])
-    assert runtime.get().recover()
+    assert runtime.get().journal.recover()
     check = Records(path)
     assert Counter(record.name for record in check.all()) == dict.fromkeys(work.names, 1)
     assert {record.state for record in check.all()} == {"succeeded"}
@@ -553,7 +553,7 @@ spool.Spool(Path(sys.argv[2]), lambda: None).ingest(commit, store.ingested)
 def test_an_ingestion_killed_anywhere_is_repeated_and_doubles_nothing(work: Work, path: Path) -> None:
     runtime.get().heartbeat.stop(5)  # it would take the spool in
     work.run("before")
-    folder = runtime.get().spool.folder
+    folder = runtime.get().journal.spool.folder
     with locked(path):
         for number in range(6):
             work.run(f"spooled {number}", Boom("mine") if number == 2 else None)
@@ -567,14 +567,14 @@ def test_an_ingestion_killed_anywhere_is_repeated_and_doubles_nothing(work: Work
         killed += 1
     assert killed > 3
     assert spooled(folder) == []
-    assert runtime.get().recover()
+    assert runtime.get().journal.recover()
     check_all_in(path, work.names, {"spooled 2"})
 
 
 def test_torn_and_damaged_lines_are_set_aside_and_the_rest_goes_in(work: Work, path: Path, caplog: pytest.LogCaptureFixture) -> None:
     runtime.get().heartbeat.stop(5)  # it would take the spool in
     work.run("before")
-    folder = runtime.get().spool.folder
+    folder = runtime.get().journal.spool.folder
     with locked(path):
         for number in range(4):
             work.run(f"spooled {number}")
@@ -585,7 +585,7 @@ def test_torn_and_damaged_lines_are_set_aside_and_the_rest_goes_in(work: Work, p
     torn = lines[closes[3]][:-20]
     lines[closes[1]], lines[closes[3]] = flipped, torn
     segment.write_bytes(b"".join(lines))
-    assert runtime.get().recover()
+    assert runtime.get().journal.recover()
     (damaged,) = folder.glob("*.damaged")
     assert damaged.read_bytes() == flipped + torn
     assert stat.S_IMODE(damaged.stat().st_mode) == 0o600

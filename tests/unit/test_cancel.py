@@ -86,11 +86,11 @@ def test_a_wish_for_one_attempt_tells_it_and_its_core_and_nobody_after_it(record
         return ExecutionDecorator(Options("job", token=token))
 
     with otelexec.correlate(source="x", execution_id="e"), contextlib.suppress(ValueError), attempt("first") as run:
-        runtime.get().write(RequestCancel("first", Cancellation(7, terminate=False)))
+        runtime.get().journal.write(RequestCancel("first", Cancellation(7, terminate=False)))
         with otelexec.execution("core", core=True) as core:
             until(lambda: run.cancel_requested and core.cancel_requested)
             raise ValueError
-    runtime.get().write(RequestCancel("other", Cancellation(7, terminate=False)))
+    runtime.get().journal.write(RequestCancel("other", Cancellation(7, terminate=False)))
     with otelexec.correlate(source="x", execution_id="e"), attempt("second") as run:
         with otelexec.correlate(source="x"), attempt("other") as told_after_it:
             until(lambda: told_after_it.cancel_requested)

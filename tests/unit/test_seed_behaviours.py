@@ -135,7 +135,7 @@ def test_12_and_13_when_nothing_can_be_recorded_result_and_exception_stay_and_no
     assert len(critical) == 1
     assert critical[0]["record"]["frozen"]["outcome"]["state"] == ("failed" if fails else "succeeded")
     failing.left = 0
-    runtime.get().recover()
+    runtime.get().journal.recover()
     assert records.attempt().state == ("failed" if fails else "succeeded")
 
 
@@ -159,10 +159,10 @@ def test_22_and_23_a_start_that_never_got_through_is_made_up_for_by_the_end(reco
     failing = Failing(OpenAttempt)
     monkeypatch.setattr(runtime.get().store, "commit", failing)
     with pytest.raises(ValueError, match="x"), otelexec.execution("job"):
-        assert runtime.get().spooling
+        assert runtime.get().journal.spooling
         failing.left = 0
         raise ValueError("x")
-    runtime.get().recover()
+    runtime.get().journal.recover()
     assert (records.one().name, records.attempt().attempt, records.attempt().state) == ("job", 1, "failed")
 
 
@@ -192,10 +192,10 @@ def test_28_and_29_a_wish_to_cancel_outlives_an_end_that_was_not_stored(records:
     failing = Failing(CloseAttempt)
     monkeypatch.setattr(store, "commit", failing)
     with otelexec.correlate(source="x", execution_id="e"), otelexec.execution("job") as run:
-        runtime.get().commit(RequestCancel(run.id, Cancellation(1, None)), durable=True, timeout_seconds=5)
+        runtime.get().journal.commit(RequestCancel(run.id, Cancellation(1, None)), durable=True, timeout_seconds=5)
     assert store.cancellations(["e"])["e"].requested_unix_ns == 1
     failing.left = 0
-    runtime.get().recover()
+    runtime.get().journal.recover()
     assert records.one().state == "succeeded"
 
 
@@ -261,7 +261,7 @@ def test_15_and_16_two_threads_that_end_one_attempt_write_it_once(records: Recor
     store.commit = watching  # type: ignore[method-assign]
     otelexec.execution("job")(lambda: None)()
     (close,) = made
-    threads = [threading.Thread(target=runtime.get().write, args=(close,), kwargs={"durable": True}) for _ in range(8)]
+    threads = [threading.Thread(target=runtime.get().journal.write, args=(close,), kwargs={"durable": True}) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -28,25 +28,25 @@ def test_a_process_ends_although_a_suspended_one_holds_a_lock_of_the_spool(
     with closing(sqlite3.connect(records.path, isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
         otelexec.execution("spooled")(lambda: None)()
-        (own.spool.folder / ".lock").touch()
-        [held] = own.spool.folder.glob(lock)
+        (own.journal.spool.folder / ".lock").touch()
+        [held] = own.journal.spool.folder.glob(lock)
         descriptor = os.open(held, os.O_RDWR)
         until(lambda: _locked(descriptor))
     try:
         with pytest.raises(TimeoutError):
-            own.spool.ingest(own.take_in, lambda _: 0)
-        assert not own.recover()
+            own.journal.spool.ingest(own.journal.take_in, lambda _: 0)
+        assert not own.journal.recover()
         ending = threading.Thread(target=otelexec.shutdown)
         ending.start()
         ending.join(20)
         assert not ending.is_alive()
-        assert own.spool.filled
+        assert own.journal.spool.filled
     finally:
         os.close(descriptor)
     store = runtime.open_store(own.settings)
     assert store is not None
     with closing(store):
-        assert Reconciler(store, own.spool).run_once().ingested
+        assert Reconciler(store, own.journal.spool).run_once().ingested
     assert [(record.name, record.state) for record in records.all()] == [("first", "succeeded"), ("spooled", "succeeded")]
 
 

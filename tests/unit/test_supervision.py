@@ -161,9 +161,9 @@ def test_a_reconciler_leaves_a_supervised_child_to_its_living_parent(records: Re
     dead = replace(own.process, process_id="child", pid=2**22 - 1, parent_pid=os.getpid())
     living = replace(dead, parent_start=own.process.pid_start)
     attempt = replace(work.execution(own).attempt_row, takes_over=True, process_id="child")
-    own.write(Heartbeat(living))
-    own.write(attempt)
-    reconciler = Reconciler(own.store, own.spool, own=own.process_id)
+    own.journal.write(Heartbeat(living))
+    own.journal.write(attempt)
+    reconciler = Reconciler(own.store, own.journal.spool, own=own.process_id)
     assert not reconciler.run_once()
     assert records.attempt().state == "running"
     # The parent is gone too: nobody is left who could say more.

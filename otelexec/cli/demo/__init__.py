@@ -276,7 +276,7 @@ class Stage:
         """Close what a dead worker left open, deliver its message once more, and start another one in its place."""
         for pid, code in self.crew.dead_workers():
             death = Death(self._killed_unix_ns or time.time_ns(), signal=-code if code < 0 else None, exit_code=code if code >= 0 else None)
-            reconciler = Reconciler(self._store, self._runtime.spool, own=self._runtime.process_id)
+            reconciler = Reconciler(self._store, self._runtime.journal.spool, own=self._runtime.process_id)
             closed = reconciler.run_once({pid: death})
             given_back = self.crew.queue.give_back(pid)
             self.crew.start_worker()

@@ -72,13 +72,13 @@ def held_spans(runtime: Runtime, records: Sequence[ExecutionRecord]) -> list[Dec
     claimed: list[int] = []
     try:
         while True:
-            [rows] = runtime.commit_all([ClaimOutbox(runtime.process_id, CLAIM_SECONDS, BATCH)])
+            [rows] = runtime.journal.commit_all([ClaimOutbox(runtime.process_id, CLAIM_SECONDS, BATCH)])
             if not isinstance(rows, list) or not rows:
                 return found
             claimed += [row.id for row in rows]
             found += [span for row in rows for span in decode(row.request) if span.trace_id in wanted]
     finally:
-        runtime.commit_all([SettleOutbox(runtime.process_id, released=claimed)])
+        runtime.journal.commit_all([SettleOutbox(runtime.process_id, released=claimed)])
 
 
 def farewell(console: Console, runtime: Runtime, store: Store, records: Sequence[ExecutionRecord], wrong: Sequence[str]) -> None:
@@ -128,7 +128,7 @@ def _deliver(console: Console, runtime: Runtime, store: Store, records: Sequence
         console.print("  make jaeger")
         console.print(f"  OTELEXEC_STORE={shlex.quote(store.url)} {_command()} relay --drain", soft_wrap=True, markup=False)
         return
-    relay = Relay(runtime.commit_all, runtime.settings, runtime.process_id, waiting=store.outbox_rows)
+    relay = Relay(runtime.journal.commit_all, runtime.settings, runtime.process_id, waiting=store.outbox_rows)
     drained = relay.drain(DRAIN_SECONDS)
     relay.stop(1.0)
     statistics = store.statistics()
