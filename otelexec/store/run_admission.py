@@ -24,14 +24,7 @@ def ensure_execution(tx: Transaction, execution: ExecutionRow) -> None:
     tx.execute(
         f"""INSERT INTO execution (execution_id, name, state, request_id, source, correlation, parent_execution_id)
             VALUES (?, ?, '{QUEUED}', ?, ?, ?, ?) ON CONFLICT (execution_id) DO NOTHING""",
-        (
-            execution.execution_id,
-            execution.name,
-            execution.request_id,
-            execution.source,
-            execution.correlation,
-            execution.parent_execution_id,
-        ),
+        execution.values,
     )
 
 

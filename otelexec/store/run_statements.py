@@ -52,15 +52,7 @@ def enqueue_run(tx: Transaction, write: EnqueueRun) -> Enqueued:
             VALUES (?, ?, '{QUEUED}', ?, ?, ?, ?, ?)
             ON CONFLICT (execution_id) DO UPDATE SET correlation = excluded.correlation,
                 queued_unix_ns = COALESCE(execution.queued_unix_ns, excluded.queued_unix_ns)""",
-        (
-            execution.execution_id,
-            execution.name,
-            execution.request_id,
-            execution.source,
-            execution.correlation,
-            execution.parent_execution_id,
-            now,
-        ),
+        (*execution.values, now),
     )
     due = _due_unix_ns(run, now)
     tx.execute(

@@ -51,7 +51,11 @@ from otelexec.store.writes import (
     Write,
 )
 
-_TERMINAL = "state = 'succeeded' OR sticky = 1"
+
+def _is_final(prefix: str = "") -> str:
+    """Give the condition under which an execution's state stays; with a prefix where a statement has two rows in sight."""
+    return f"{prefix}state = 'succeeded' OR {prefix}sticky = 1"
+
 
 # Of the texts in capitals without an underscore, each is a part of a statement that has another form in `postgres_schema.py`.
 
@@ -61,8 +65,8 @@ OPENED = f"""ON CONFLICT (execution_id) DO UPDATE SET
     name = CASE WHEN execution.attempts = 0 THEN excluded.name ELSE execution.name END,
     started_unix_ns = COALESCE(execution.started_unix_ns, excluded.started_unix_ns),
     error_type = NULL, error_message = NULL,
-    ended_unix_ns = CASE WHEN execution.{_TERMINAL.replace("OR ", "OR execution.")} THEN execution.ended_unix_ns END,
-    state = CASE WHEN execution.{_TERMINAL.replace("OR ", "OR execution.")} THEN execution.state ELSE 'running' END
+    ended_unix_ns = CASE WHEN {_is_final("execution.")} THEN execution.ended_unix_ns END,
+    state = CASE WHEN {_is_final("execution.")} THEN execution.state ELSE 'running' END
 RETURNING attempts, state, snapshot,
     (SELECT requested_unix_ns FROM cancellation c WHERE c.execution_id = execution.execution_id) AS requested_unix_ns,
     (SELECT terminate FROM cancellation c WHERE c.execution_id = execution.execution_id) AS terminate"""
@@ -104,7 +108,7 @@ WHERE execution_id = ? AND state <> '{SUCCEEDED}'"""
 
 _END = f"""
 UPDATE execution SET state = ?, ended_unix_ns = ?, sticky = ?, snapshot = COALESCE(?, snapshot)
-WHERE execution_id = ? AND latest = ? AND NOT ({_TERMINAL})"""
+WHERE execution_id = ? AND latest = ? AND NOT ({_is_final()})"""
 
 QUEUED_AGAIN = """ON CONFLICT (execution_id) DO UPDATE SET
     queued_unix_ns = COALESCE(execution.queued_unix_ns, excluded.queued_unix_ns),
@@ -138,18 +142,8 @@ def open_attempt(tx: Transaction, write: OpenAttempt) -> Opened | Busy:
         run_admission.ensure_execution(tx, execution)
         before = write.number - 1
         tx.execute("UPDATE execution SET attempts = ? WHERE execution_id = ? AND attempts < ?", (before, execution.execution_id, before))
-    number, state, snapshot, requested, terminate = tx.execute(
-        _OPEN_EXECUTION,
-        (
-            execution.execution_id,
-            execution.name,
-            execution.request_id,
-            execution.source,
-            execution.correlation,
-            execution.parent_execution_id,
-            write.started_unix_ns,
-        ),
-    ).fetchone()
+    opening = (*execution.values, write.started_unix_ns)
+    number, state, snapshot, requested, terminate = tx.execute(_OPEN_EXECUTION, opening).fetchone()
     duplicate = state == SUCCEEDED
     tx.execute(
         _OPEN_ATTEMPT,
@@ -362,7 +356,7 @@ def close_outer(tx: Transaction, write: CloseOuter) -> bool:
     if rows and write.retrying:
         tx.execute(
             f"""UPDATE execution SET state = '{RETRYING}', ended_unix_ns = NULL
-                WHERE execution_id = ? AND latest = ? AND NOT ({_TERMINAL}) AND state <> '{RUNNING}'""",
+                WHERE execution_id = ? AND latest = ? AND NOT ({_is_final()}) AND state <> '{RUNNING}'""",
             (write.execution_id, max(row[0] for row in rows)),
         )
     add_spans(tx, write.spans)
@@ -381,16 +375,7 @@ def record_queued(tx: Transaction, write: RecordQueued) -> None:
                                    queued_unix_ns, producer_trace_id, producer_span_id)
             VALUES (?, ?, '{QUEUED}', ?, ?, ?, ?, ?, ?, ?)
             {QUEUED_AGAIN}""",
-        (
-            execution.execution_id,
-            execution.name,
-            execution.request_id,
-            execution.source,
-            execution.correlation,
-            execution.parent_execution_id,
-            write.queued_unix_ns,
-            *_span(span)[:2],
-        ),
+        (*execution.values, write.queued_unix_ns, *_span(span)[:2]),
     )
     if span is not None:
         _record_open(tx, (span,), write.process_id, execution.execution_id)

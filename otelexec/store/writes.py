@@ -81,6 +81,11 @@ class ExecutionRow:
     correlation: str
     parent_execution_id: str | None
 
+    @property
+    def values(self) -> tuple[str, str, str, str, str, str | None]:
+        """All of it in the order above, which is that of the columns."""
+        return self.execution_id, self.name, self.request_id, self.source, self.correlation, self.parent_execution_id
+
 
 @dataclass(slots=True)
 class SpanRow:
