@@ -245,7 +245,23 @@ def incoming(
     """
     base = otel_context.get_current() if context is None else context
     try:
-        return _incoming(carrier, trusted, _id_text(message_id), enqueued_unix_ns, legacy or {}, bounds, base)
+        own_id, legacy = _id_text(message_id), legacy or {}
+        ours, others = decode_baggage(carrier.baggage) if carrier.baggage else ({}, {})
+        if trusted and runtime.settings().signing_key is not None:
+            # Bound to the message's id, or made before the message had one. What is bound to an id serves no other message.
+            trusted = _is_authentic(carrier.signature, ours, bounds or (lambda: (("message", own_id), ("message", None))))
+            if not trusted and (carrier is not NOTHING or legacy or own_id):
+                _warn_of(carrier)
+        execution = running(base)
+        members = _members(ours, legacy, own_id) if trusted else _unbelieved(legacy)
+        correlation = _correlation_around(base) if trusted and not members else Correlation.from_members(members)
+        traced, links = _follow(carrier, base, trusted=trusted, inside=execution is not None)
+        scope = Scope(correlation, links=links, trusted=trusted, message_id=own_id, enqueued_unix_ns=enqueued_unix_ns, execution=execution)
+        kept = others if execution is None and carrier is not NOTHING else {**foreign(base), **others}
+        values = dict(traced)
+        values[_BAGGAGE_KEY] = ambient(correlation, correlation.parent_execution_id if execution is None else execution.id, kept)
+        values[SCOPE_KEY] = scope
+        return Context(values), scope
     except Exception:
         # Reached with settings that can't be read, or a broken context: then nothing in the carrier is believed.
         _logger.exception("otelexec.carrier.unreadable: the work runs under new ids")
@@ -253,53 +269,28 @@ def incoming(
         return Context({**base, _BAGGAGE_KEY: {}, SCOPE_KEY: scope}), scope
 
 
-def _incoming(  # noqa: PLR0917 # called in one place, right above
-    carrier: Carrier,
-    trusted: bool,  # noqa: FBT001 # as above
-    message_id: str | None,
-    enqueued_unix_ns: int | None,
-    legacy: Mapping[str, str],
-    bounds: Callable[[], Iterable[tuple[object, ...]]] | None,
-    base: Context,
-) -> tuple[Context, Scope]:
-    ours, others = decode_baggage(carrier.baggage) if carrier.baggage else ({}, {})
-    execution = running(base)
-    if trusted and runtime.settings().signing_key is not None:
-        # Bound to the message's id, or made before the message had one. What is bound to an id serves no other message.
-        trusted = _is_authentic(carrier.signature, ours, bounds or (lambda: (("message", message_id), ("message", None))))
-        if not trusted and (carrier is not NOTHING or legacy or message_id):
-            reason = "is not signed" if carrier.signature is None else "has a signature that none of the keys made"
-            _logger.warning("otelexec.carrier.untrusted: a message %s: its ids are not used, its trace is linked", reason)
-    if not trusted:
-        correlation = Correlation.from_members(_unbelieved(legacy))
-    elif members := _members(ours, legacy, message_id):
-        correlation = Correlation.from_members(members)
-    else:
-        outer = enclosing(base)
-        correlation = Correlation.direct() if outer is None else outer.child(execution.id if execution else outer.parent_execution_id)
+def _warn_of(carrier: Carrier) -> None:
+    reason = "is not signed" if carrier.signature is None else "has a signature that none of the keys made"
+    _logger.warning("otelexec.carrier.untrusted: a message %s: its ids are not used, its trace is linked", reason)
 
+
+def _correlation_around(base: Context) -> Correlation:
+    """Give the correlation of a believed message without ids: one more call from where it is taken in."""
+    outer, execution = enclosing(base), running(base)
+    if outer is None:
+        return Correlation.direct()
+    return outer.child(outer.parent_execution_id if execution is None else execution.id)
+
+
+def _follow(carrier: Carrier, base: Context, *, trusted: bool, inside: bool) -> tuple[Context, tuple[trace.Link, ...]]:
+    """Go on with the trace of a message, or give the link to it where the message isn't believed or is read inside an execution."""
     remote = decode_trace(carrier.traceparent, carrier.tracestate) if carrier.traceparent else None
-    links: tuple[trace.Link, ...] = ()
-    if remote is not None:
-        if execution is not None or not trusted:
-            links = (trace.Link(remote),)
-        if execution is None:
-            base = trace.set_span_in_context(trace.NonRecordingSpan(remote) if trusted else trace.INVALID_SPAN, base)
-    kept: Mapping[str, object] = others
-    if execution is not None or carrier is NOTHING:
-        kept = {**foreign(base), **others}
-    scope = Scope(
-        correlation,
-        links=links,
-        trusted=trusted,
-        message_id=message_id,
-        enqueued_unix_ns=enqueued_unix_ns,
-        execution=execution,
-    )
-    values = dict(base)
-    values[_BAGGAGE_KEY] = ambient(correlation, correlation.parent_execution_id if execution is None else execution.id, kept)
-    values[SCOPE_KEY] = scope
-    return Context(values), scope
+    if remote is None:
+        return base, ()
+    links = () if trusted and not inside else (trace.Link(remote),)
+    if inside:
+        return base, links
+    return trace.set_span_in_context(trace.NonRecordingSpan(remote) if trusted else trace.INVALID_SPAN, base), links
 
 
 def _members(ours: dict[str, str], legacy: Mapping[str, str], message_id: str | None) -> dict[str, str]:
