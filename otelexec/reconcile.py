@@ -252,7 +252,8 @@ class Reconciler:
                 if item.kind == "attempt" and result is True:
                     lost += 1
                     if lost <= MAX_LINES:
-                        state = _state_of(item, death)
+                        ending = _ending_of(item, death)
+                        state = LOST if ending is None else ending.state
                         text = "otelexec.reconcile.lost: execution %s attempt %d of process %d on %s is %s (%s)"
                         logger.warning(text, item.execution_id, item.number, process.pid, process.host, state, classification)
             if lost > MAX_LINES:
@@ -294,33 +295,7 @@ def take_in(store: Store, spool: Spool, *, timeout_seconds: float = 5.0) -> int:
 
 
 def _write(item: OpenWork, process: ProcessRow, classification: str, death: Death | None, now: int) -> Write:
-    started = item.started_unix_ns
-    if item.kind == "span" and item.span is not None:
-        started = SpanMessage.FromString(item.span.start).start_time_unix_nano
-    # All on the clock of the process, as its start is; a row of an older version has the store's only.
-    seen = max(process.clock_unix_ns or process.heartbeat_unix_ns, item.last_seen_unix_ns) if death is None else death.seen_unix_ns
-    if item.kind == "outer":
-        seen = max(seen, item.last_seen_unix_ns)
-    ended = max(seen, started)
-    if classification != OOM and item.deadline_unix_ns is not None and ended >= item.deadline_unix_ns:
-        classification = DEADLINE_EXCEEDED
-    outcome = Outcome(
-        state=LOST,
-        ended_unix_ns=ended,
-        finalized_by="reconciler" if death is None else "parent",
-        classification=classification,
-        error_type=classification,
-        error_message=_explain(process, death, ended),
-        reconciled_unix_ns=now,
-    )
-    ending = None if death is None else death.endings.get(item.token)
-    if ending is not None:
-        outcome.state, outcome.classification = ending.state, ending.classification
-        outcome.error_type = ending.error_type
-        outcome.error_message = ending.error_message or outcome.error_message
-        outcome.retrying = ending.retrying
-        # What was interrupted without anybody having asked for it says so in its classification.
-        outcome.sticky = ending.state == CANCELLED and ending.classification is None
+    outcome = _outcome(item, process, classification, death, now)
     frozen = Frozen(outcome, _synthesize(item, process, outcome))
     if item.kind == "attempt":
         return CloseLost(item.execution_id, item.token, frozen)
@@ -331,9 +306,41 @@ def _write(item: OpenWork, process: ProcessRow, classification: str, death: Deat
     return AddSpans(recorded=((item.span, frozen.request),), execution_id=item.execution_id or None)
 
 
-def _state_of(item: OpenWork, death: Death | None) -> str:
-    ending = None if death is None else death.endings.get(item.token)
-    return LOST if ending is None else ending.state
+def _outcome(item: OpenWork, process: ProcessRow, classification: str, death: Death | None, now: int) -> Outcome:
+    """Give how something ended that a dead process left: as its parent says, or lost."""
+    ended = _ended_unix_ns(item, process, death)
+    if classification != OOM and item.deadline_unix_ns is not None and ended >= item.deadline_unix_ns:
+        classification = DEADLINE_EXCEEDED
+    ending = _ending_of(item, death) or Ending(LOST, classification, classification)
+    return Outcome(
+        state=ending.state,
+        ended_unix_ns=ended,
+        finalized_by="reconciler" if death is None else "parent",
+        classification=ending.classification,
+        error_type=ending.error_type,
+        error_message=ending.error_message or _explain(process, death, ended),
+        reconciled_unix_ns=now,
+        retrying=ending.retrying,
+        # What was interrupted without anybody having asked for it says so in its classification.
+        sticky=ending.state == CANCELLED and ending.classification is None,
+    )
+
+
+def _ended_unix_ns(item: OpenWork, process: ProcessRow, death: Death | None) -> int:
+    """Give when it ended: at its death as its parent saw that, or at the last sign of life."""
+    started = item.started_unix_ns
+    if item.kind == "span" and item.span is not None:
+        started = SpanMessage.FromString(item.span.start).start_time_unix_nano
+    # All on the clock of the process, as its start is; a row of an older version has the store's only.
+    seen = max(process.clock_unix_ns or process.heartbeat_unix_ns, item.last_seen_unix_ns) if death is None else death.seen_unix_ns
+    if item.kind == "outer":
+        seen = max(seen, item.last_seen_unix_ns)
+    return max(seen, started)
+
+
+def _ending_of(item: OpenWork, death: Death | None) -> Ending | None:
+    """Give how the parent says that an attempt ended; None where it says nothing."""
+    return None if death is None else death.endings.get(item.token)
 
 
 def _explain(process: ProcessRow, death: Death | None, ended: int) -> str:
