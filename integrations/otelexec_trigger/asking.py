@@ -56,30 +56,11 @@ def row_of(request: RunRequest, run_id: str) -> RunRow:
     options = request.options
     delay = _option(options, "delay", str)
     wait, date = (0, None) if delay is None else checked_delay(delay)
-    priority = _option(options, "priority", int, float) or 0
-    if not 0 <= priority <= MOST_SECONDS:
-        raise InvalidRequest(f"priority is a number of seconds, 0 to {MOST_SECONDS}, not {priority}", status=400)
-    ttl = _option(options, "ttl", str, int)
-    queue = _option(options, "queue", Mapping) or {}
-    key = _option(options, "concurrencyKey", str, int, float)
-    limit = _option(queue, "concurrencyLimit", int)
-    if limit is not None and not 1 <= limit <= _MOST_WHOLE:
-        raise InvalidRequest(f"queue.concurrencyLimit is 1 to {_MOST_WHOLE}, not {limit}", status=400)
-    name = _option(queue, "name", str) or f"task/{request.task}"
-    lane = None
-    if key is not None:
-        lane = f"{name}/{_part(key)}"
-    elif limit is not None:
-        lane = _part(name)
-    attempts = _option(options, "maxAttempts", int)
-    if attempts is not None and not 1 <= attempts <= _MOST_WHOLE:
-        raise InvalidRequest(f"maxAttempts is 1 to {_MOST_WHOLE}, not {attempts}", status=400)
-    duration = _option(options, "maxDuration", int, float)
-    if duration is not None and not 0 < duration <= MOST_SECONDS:
-        raise InvalidRequest(f"maxDuration is a number of seconds above 0, up to {MOST_SECONDS}, not {duration}", status=400)
-    seconds = (wire.seconds_of(ttl) if isinstance(ttl, str) else ttl) if ttl else None
-    if seconds is not None and not 0 <= seconds <= MOST_SECONDS:
-        raise InvalidRequest(f"ttl is 0 to {MOST_SECONDS} seconds", status=400)
+    priority_ns = _priority_ns(options)
+    lane, lane_limit = _lane(request)
+    attempts = _count(options, "maxAttempts")
+    max_seconds = _max_seconds(options)
+    ttl_ns = _ttl_ns(options)
     payload, payload_type = request.payload, request.payload_type
     if payload is not None:
         payload, payload_type = storable(payload, payload_type)
@@ -92,17 +73,71 @@ def row_of(request: RunRequest, run_id: str) -> RunRow:
         tags=json.dumps(wire.checked_tags(options.get("tags"))),
         metadata=metadata_text(options.get("metadata")),
         lane=lane,
-        lane_limit=limit or 1,
+        lane_limit=lane_limit,
         max_attempts=attempts or MAX_ATTEMPTS,
-        max_seconds=None if duration is None else float(duration),
+        max_seconds=max_seconds,
         delay_ns=wait,
         not_before_unix_ns=date,
         # A run with a delay is due when that is over, and not before.
-        priority_ns=0 if delay is not None else int(priority * NANOSECONDS),
-        ttl_ns=None if seconds is None else int(seconds * NANOSECONDS),
+        priority_ns=0 if delay is not None else priority_ns,
+        ttl_ns=ttl_ns,
         batch_id=request.batch_id,
         batch_index=request.batch_index,
     )
+
+
+def _priority_ns(options: Mapping[str, Any]) -> int:
+    """Give how much sooner a run is due than others."""
+    priority = _option(options, "priority", int, float) or 0
+    if not 0 <= priority <= MOST_SECONDS:
+        raise InvalidRequest(f"priority is a number of seconds, 0 to {MOST_SECONDS}, not {priority}", status=400)
+    return int(priority * NANOSECONDS)
+
+
+def _lane(request: RunRequest) -> tuple[str | None, int]:
+    """Give the lane that a run waits in and how many of that may run at a time; no lane where nothing limits it."""
+    queue = _option(request.options, "queue", Mapping) or {}
+    key = _option(request.options, "concurrencyKey", str, int, float)
+    limit = _count(queue, "concurrencyLimit", "queue.concurrencyLimit")
+    name = _option(queue, "name", str) or f"task/{request.task}"
+    if key is not None:
+        return f"{name}/{_part(key)}", limit or 1
+    return (None, 1) if limit is None else (_part(name), limit)
+
+
+def _max_seconds(options: Mapping[str, Any]) -> float | None:
+    duration = _option(options, "maxDuration", int, float)
+    if duration is None:
+        return None
+    if not 0 < duration <= MOST_SECONDS:
+        raise InvalidRequest(f"maxDuration is a number of seconds above 0, up to {MOST_SECONDS}, not {duration}", status=400)
+    return float(duration)
+
+
+def _ttl_ns(options: Mapping[str, Any]) -> int | None:
+    """Give how long a run may wait for its first attempt; None where it may for ever."""
+    ttl = _option(options, "ttl", str, int)
+    if not ttl:
+        return None
+    seconds = wire.seconds_of(ttl) if isinstance(ttl, str) else ttl
+    if not 0 <= seconds <= MOST_SECONDS:
+        raise InvalidRequest(f"ttl is 0 to {MOST_SECONDS} seconds", status=400)
+    return int(seconds * NANOSECONDS)
+
+
+def _count(options: Mapping[str, Any], name: str, shown: str | None = None) -> int | None:
+    """
+    Give an option that counts something; None where it is not there.
+
+    Args:
+        options: The options.
+        name: Its name there.
+        shown: Its name for a caller; None: the same.
+    """
+    count: int | None = _option(options, name, int)
+    if count is not None and not 1 <= count <= _MOST_WHOLE:
+        raise InvalidRequest(f"{shown or name} is 1 to {_MOST_WHOLE}, not {count}", status=400)
+    return count
 
 
 def storable(payload: str, payload_type: str) -> tuple[str, str]:
