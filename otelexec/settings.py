@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import logging
 import os
@@ -212,10 +213,14 @@ def _absolute_sqlite(url: str) -> str:
         raise ValueError(msg)
     try:
         # Two names of one file share one spool, and a link may name a file that is to be made.
-        return f"sqlite:///{_expanded(Path(path[1:])).resolve()}"
+        resolved = _expanded(Path(path[1:])).resolve()
     except (OSError, RuntimeError) as error:  # links in a circle
         msg = f"its path can't be used: {error}"
         raise ValueError(msg) from error
+    if any(each.is_symlink() for each in (resolved, *resolved.parents)):  # since Python 3.13 such links are left as they stand
+        msg = f"its path can't be used: {os.strerror(errno.ELOOP)}"
+        raise ValueError(msg)
+    return f"sqlite:///{resolved}"
 
 
 def _expanded(path: Path) -> Path:
