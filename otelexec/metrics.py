@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 from opentelemetry import metrics
 
 from otelexec import semconv
+from otelexec.endings import raised_by_signal_handler
 from otelexec.exits import call_within
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ def waited(seconds: float, name: str, span_attributes: Mapping[str, Any]) -> Non
         name: Name of its execution.
         span_attributes: Those of the CONSUMER span, of which the few that don't multiply series are kept.
     """
-    instruments()[0].record(seconds, _attributes(name, span_attributes))
+    _record(0, seconds, _attributes(name, span_attributes))
 
 
 def took(seconds: float, name: str, span_attributes: Mapping[str, Any], ending: Ending) -> None:
@@ -80,7 +81,16 @@ def took(seconds: float, name: str, span_attributes: Mapping[str, Any], ending: 
     attributes = {**_attributes(name, span_attributes), semconv.OUTCOME: ending.state}
     if ending.error_type is not None:
         attributes[semconv.ERROR_TYPE] = ending.error_type
-    instruments()[1].record(seconds, attributes)
+    _record(1, seconds, attributes)
+
+
+def _record(instrument: int, seconds: float, attributes: Mapping[str, Any]) -> None:
+    try:
+        instruments()[instrument].record(seconds, attributes)
+    except Exception as error:  # the user's meter provider is not to end the user's work
+        if raised_by_signal_handler(error):
+            raise
+        logger.debug("otelexec.metrics.failed: %s", error)
 
 
 def flush(timeout_seconds: float) -> None:

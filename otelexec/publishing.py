@@ -82,7 +82,7 @@ class publish(Block[Message]):  # noqa: N801 (read as a verb: `with publish(...)
     """
     Record that work leaves for a queue: a PRODUCER span, and a `queued` record that is committed before it leaves.
 
-    Inside the block, `inject*` carries the message's own execution id and the PRODUCER span. An exception means that
+    The block gets a `Message`. Inside, `inject*` carries the message's own execution id and the PRODUCER span. An exception means that
     the backend refused: the record is closed as `rejected`, and the exception goes on.
 
     Args:

@@ -239,7 +239,7 @@ def _unclaimed(request: Mapping[str, Any]) -> Run | None:
 def _links(found: Mapping[str, Any], runtime: _runtime.Runtime) -> tuple[trace.Link, ...]:
     """Give the links of a chord's body to its headers."""
     key = carrier.text_of(found, carrier.JOINS)
-    if key is None or not runtime.records:
+    if key is None or not runtime.records or runtime.journal.spooling:
         return ()
     try:  # not by `write`, which would keep a question in the spool
         spans = runtime.journal.commit(ReadContributions(key), durable=False, timeout_seconds=runtime.settings.open_timeout_seconds)

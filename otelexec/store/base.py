@@ -8,11 +8,11 @@ the commit, or where a write goes when the database is away: those are `sqlite.p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, Unpack
 
-from otelexec.store.records import ExecutionRecord, OpenWork, Statistics
+from otelexec.store.records import ExecutionRecord, OpenWork, Statistics, Wanted
 from otelexec.store.schema import Transaction
 from otelexec.store.writes import Cancellation, ProcessRow, Write
 
@@ -102,18 +102,8 @@ class Store(Protocol):
         """Give since when on its clock the store's server is known to be up, so that leases could be renewed; 0: always."""
         ...
 
-    def executions(
-        self,
-        *,
-        limit: int | None = None,
-        before: int | None = None,
-        state: str | None = None,
-        name: str | None = None,
-        request_id: str | None = None,
-        source: str | None = None,
-        fields: Mapping[str, str] | None = None,
-    ) -> Iterator[ExecutionRecord]:
-        """Give executions, the newest first, in pages; `before` is the `seq` after which to go on. See `SqlReader`."""
+    def executions(self, *, limit: int | None = None, before: int | None = None, **wanted: Unpack[Wanted]) -> Iterator[ExecutionRecord]:
+        """Give executions, the newest first, in pages; `before` is the `seq` after which to go on."""
         ...
 
     def executions_of(self, known_as: str, *, limit: int) -> list[str]:

@@ -6,10 +6,10 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, TypeVar
+from typing import Any, TypeVar, Unpack
 
 from otelexec import semconv
-from otelexec.store.records import AttemptRecord, ExecutionRecord, OpenWork, ParkedRow, Statistics
+from otelexec.store.records import AttemptRecord, ExecutionRecord, OpenWork, ParkedRow, Statistics, Wanted
 from otelexec.store.schema import Transaction
 from otelexec.store.writes import Cancellation, ProcessRow, SpanRow
 
@@ -92,35 +92,21 @@ class SqlReader(ABC):
         with self._reading() as tx:
             return query(tx)
 
-    def executions(
-        self,
-        *,
-        limit: int | None = None,
-        before: int | None = None,
-        state: str | None = None,
-        name: str | None = None,
-        request_id: str | None = None,
-        source: str | None = None,
-        fields: Mapping[str, str] | None = None,
-    ) -> Iterator[ExecutionRecord]:
+    def executions(self, *, limit: int | None = None, before: int | None = None, **wanted: Unpack[Wanted]) -> Iterator[ExecutionRecord]:
         """
         Give executions, the newest first.
 
         Args:
             limit: At most so many; None means all.
             before: Only those with a smaller `seq`; None means from the newest.
-            state: Only those in this state; None means any.
-            name: Only those with this name; None means any.
-            request_id: Only those of this request; None means any.
-            source: Only those from this source; None means any.
-            fields: Only those whose correlation has all of these fields; the message's id is one. None means any.
+            **wanted: Which.
         """
         left = limit
-        equal = {"state": state, "name": name, "request_id": request_id, "source": source}
-        wanted = [(f"{column} = ?", value) for column, value in equal.items() if value is not None]
-        wanted += [(_HAS_FIELD, _field(*field)) for field in (fields or {}).items()]
-        condition = " AND ".join(["seq < ?", *(one for one, _ in wanted)])
-        values = [value for _, value in wanted]
+        fields = wanted.pop("fields", None) or {}
+        asked = [(f"{column} = ?", value) for column, value in wanted.items() if value is not None]
+        asked += [(_HAS_FIELD, _field(*field)) for field in fields.items()]
+        condition = " AND ".join(["seq < ?", *(one for one, _ in asked)])
+        values = [value for _, value in asked]
         while left is None or left > 0:
             page = _PAGE if left is None else min(_PAGE, left)
             with self._reading() as tx:

@@ -4,8 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypedDict
 
 from otelexec.store.writes import Cancellation, SpanRow
+
+
+class Wanted(TypedDict, total=False):
+    """
+    Which executions are meant: those that have all of what is given. None, or nothing: any.
+
+    Attributes:
+        state: Their state.
+        name: Their name.
+        request_id: Their request.
+        source: Where they come from.
+        fields: Fields of their correlation; the message's id is one.
+    """
+
+    state: str | None
+    name: str | None
+    request_id: str | None
+    source: str | None
+    fields: Mapping[str, str] | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -90,3 +91,13 @@ def test_the_buckets_are_those_of_seconds(reader: InMemoryMetricReader) -> None:
 
 def test_without_a_provider_nothing_is_flushed() -> None:
     metrics.flush(1.0)
+
+
+def test_a_meter_provider_that_fails_does_not_end_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("the user's")
+
+    broken = SimpleNamespace(record=fail)
+    monkeypatch.setattr(metrics, "instruments", lambda: (broken, broken))
+    metrics.waited(1.0, "job", {})
+    metrics.took(1.0, "job", {}, Ending("succeeded"))
