@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from opentelemetry import context as otel_context
 from opentelemetry import trace
@@ -32,7 +32,7 @@ from otelexec.heartbeat import Heartbeat as HeartbeatThread
 from otelexec.ids import mint_nonce
 from otelexec.journal import Journal
 from otelexec.running import RunningExecution
-from otelexec.settings import Settings
+from otelexec.settings import MoreSettings, Settings
 from otelexec.spans import CollectingProvider, Collector, SecureIdGenerator
 from otelexec.store.base import Store
 from otelexec.store.writes import AddSpans, Heartbeat, ProcessRow, RecordProgress
@@ -325,7 +325,7 @@ def configure(
     store: str | None = None,
     otlp_endpoint: str | None = None,
     tracer_provider: TracerProvider | None = None,
-    **settings: Any,
+    **settings: Unpack[MoreSettings],
 ) -> None:
     """
     Configure otelexec in this process. Optional, and so is every argument.
@@ -336,7 +336,7 @@ def configure(
         otlp_endpoint: Where the relay sends spans; None: OTEL_EXPORTER_OTLP_ENDPOINT, else localhost.
         tracer_provider: Your own provider, whose resource and sampler are taken over; None: the global one, if
             there is one, else otelexec sets it.
-        **settings: Any other field of `Settings`.
+        **settings: Any other field of `Settings` (README, Configuration).
 
     Raises:
         SettingsError: A setting is wrong. A store that can't be reached is no such error: the work goes on.

@@ -8,7 +8,7 @@ import logging
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypedDict
 
 from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -194,6 +194,30 @@ class Settings(BaseSettings):
         if self.signing_key is None:
             return ()
         return tuple(part.strip().encode() for part in self.signing_key.get_secret_value().split(",") if part.strip())
+
+
+class MoreSettings(TypedDict, total=False):
+    """The fields of `Settings` that `configure()` takes beside the arguments that it names; None means not given."""
+
+    spool: str | os.PathLike[str] | None
+    jaeger_url: str | None
+    open_timeout_seconds: float | None
+    finalize_timeout_seconds: float | None
+    lease_seconds: float | None
+    heartbeat_seconds: float | None
+    cancel_poll_seconds: float | None
+    progress_seconds: float | None
+    exit_timeout_seconds: float | None
+    relay: bool | None
+    relay_interval_seconds: float | None
+    reconcile: bool | None
+    reconcile_interval_seconds: float | None
+    signing_key: str | SecretStr | None
+    ambient: str | Iterable[str] | None
+    link_carried: bool | None
+    max_collected_spans: int | None
+    max_output_bytes: int | None
+    max_error_chars: int | None
 
 
 def _as_variable(value: object) -> str:

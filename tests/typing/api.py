@@ -81,6 +81,10 @@ async def checks() -> None:
     named(7, wet=True)  # type: ignore[call-arg] # pyright: ignore[reportCallIssue]
     otelexec.execution("x", no_such_option=1)  # type: ignore[call-overload] # pyright: ignore[reportCallIssue, reportArgumentType]
 
+    otelexec.configure(service_name="billing", lease_seconds=10, ambient=["tenant"], spool="spool", signing_key=None)
+    otelexec.configure(lease_secnds=10)  # type: ignore[call-arg] # pyright: ignore[reportCallIssue]
+    otelexec.configure(lease_seconds="10 s")  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
+
     with otelexec.execution("batch") as run:
         assert_type(run, otelexec.Execution)
         assert_type(run.id, str)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import otelexec
 from otelexec import settings
 from otelexec.errors import SettingsError
+from otelexec.settings import MoreSettings, Settings
 
 
 @pytest.mark.parametrize("endpoint", ["gopher://collector", "collector", "http://", "https:///", "://x"])
@@ -121,6 +123,11 @@ def test_a_setting_that_does_not_exist_is_told_so_with_the_one_that_was_meant(na
     given: dict[str, Any] = {name: "7"}
     with pytest.raises(SettingsError, match=f"^{name}: there is no such setting{said}"):
         otelexec.configure(**given)
+
+
+def test_type_checkers_know_every_setting() -> None:
+    named = inspect.signature(otelexec.configure).parameters.keys() - {"tracer_provider", "settings"}
+    assert named | MoreSettings.__annotations__.keys() == Settings.model_fields.keys()
 
 
 def test_a_misspelt_variable_is_warned_of_once_and_one_of_somebody_else_is_not(
