@@ -12,13 +12,14 @@ import os
 import signal
 import sys
 import threading
+from importlib import import_module
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
 import otelexec
-from otelexec.cli import cancelling, console, demo, doctor, listing, migrating, options, pruning, reconciling, relaying, showing
+from otelexec.cli import console, options
 from otelexec.errors import OtelexecError, SettingsError, StoreNotFound, StoreVersionError
 
 if TYPE_CHECKING:
@@ -26,12 +27,22 @@ if TYPE_CHECKING:
 
 NOT_DONE: Final = 1
 WRONG: Final = 2
-COMMANDS: Final = "otelexec.commands"
+COMMANDS: Final = {
+    "list": "listing:list_executions",
+    "show": "showing:show",
+    "cancel": "cancelling:cancel",
+    "relay": "relaying:relay",
+    "reconcile": "reconciling:reconcile",
+    "doctor": "doctor:doctor",
+    "prune": "pruning:prune",
+    "migrate": "migrating:migrate",
+    "demo": "demo:demo",
+}
+"""Our own commands: `module:function` here."""
+ADDED: Final = "otelexec.commands"
 """The entry points of what adapters add to the command line: Typer applications, each a command with its own ones."""
 INTERRUPTED: Final = 128 + signal.SIGINT
 TERMINATED: Final = 128 + signal.SIGTERM
-
-app = typer.Typer(name="otelexec", add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False)
 
 
 def _version(value: bool) -> None:  # noqa: FBT001 (typer calls it so)
@@ -40,7 +51,6 @@ def _version(value: bool) -> None:  # noqa: FBT001 (typer calls it so)
         raise typer.Exit
 
 
-@app.callback()
 def _root(
     *,
     _: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")] = False,
@@ -50,17 +60,6 @@ def _root(
 
     Every command reads OTELEXEC_* variables; its options go before them.
     """
-
-
-app.command("list")(listing.list_executions)
-app.command("show")(showing.show)
-app.command("cancel")(cancelling.cancel)
-app.command("relay")(relaying.relay)
-app.command("reconcile")(reconciling.reconcile)
-app.command("doctor")(doctor.doctor)
-app.command("prune")(pruning.prune)
-app.command("migrate")(migrating.migrate)
-app.command("demo")(demo.demo)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -93,23 +92,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return code
 
 
-def _add_commands(arguments: Sequence[str]) -> None:
-    """Load what adapters add, unless the command is one of our own: their imports take longer than most commands do."""
-    if any(command.name in arguments[:1] for command in app.registered_commands):
-        return
-    for entry in entry_points(group=COMMANDS):
+def _application(arguments: Sequence[str]) -> typer.Typer:
+    """Make the application, with the one command that is asked for where it is ours: to import all takes longer than most of them do."""
+    app = typer.Typer(name="otelexec", add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False)
+    app.callback()(_root)
+    asked = arguments[0]
+    for name in [asked] if asked in COMMANDS else COMMANDS:
+        module, _, function = COMMANDS[name].partition(":")
+        app.command(name)(getattr(import_module(f"otelexec.cli.{module}"), function))
+    if asked in COMMANDS:
+        return app
+    for entry in entry_points(group=ADDED):
         try:
             app.add_typer(entry.load(), name=entry.name)
         except ImportError as error:
-            if entry.name in arguments[:1]:
+            if asked == entry.name:
                 extra = f"pip install 'otelexec[{entry.name}]'"
                 raise SettingsError(f"`otelexec {entry.name}` needs {error.name}, which is not installed: {extra}") from error
+    return app
 
 
 def _run(arguments: Sequence[str]) -> int:
     try:
-        _add_commands(arguments)
-        code = app(args=arguments, prog_name="otelexec", standalone_mode=False)
+        code = _application(arguments)(args=arguments, prog_name="otelexec", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
         return INTERRUPTED
     except (options.Failure, OtelexecError) as error:

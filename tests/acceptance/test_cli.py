@@ -743,6 +743,13 @@ def full(cli: Cli) -> Cli:
     return cli
 
 
+@pytest.mark.parametrize("command", ["list", "show", "cancel", "doctor"])
+def test_a_command_imports_nothing_that_only_others_need(command: str) -> None:
+    code = "import sys; from otelexec import cli; cli.main(sys.argv[1:]); print({'requests', 'uvicorn', 'celery', 'rq'} & {*sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code, command, "--help"], capture_output=True, text=True, timeout=SECONDS, check=True)
+    assert done.stdout.splitlines()[-1] == "set()"
+
+
 def test_ten_thousand_executions_are_listed_whole_as_json_and_in_part_as_a_table(full: Cli) -> None:
     ids = [each["execution_id"] for each in full.records()]
     assert ids == [f"e-{n:05}" for n in reversed(range(10_000))]
