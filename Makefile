@@ -36,6 +36,8 @@ help:
 demo: $(if $(filter celery,$(BACKEND)),$(CELERY),$(if $(filter rq,$(BACKEND)),$(RQ),$(if $(filter trigger,$(BACKEND)),$(TRIGGER),$(RUNTIME)))) $(if $(filter postgres,$(STORE)),$(EMBEDDED))
 	$(if $(STORE),OTELEXEC_STORE='$(STORE)') $(BIN)/otelexec demo --backend $(BACKEND)
 
+# Most tests start processes: without compiled files, each would compile every module anew.
+test: export PYTHONDONTWRITEBYTECODE :=
 test: $(DEV)
 	$(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadfile --no-loadscope-reorder $(ARGS)
 
