@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
 from otelexec import endpoint as endpoints
 from otelexec import identity
 from otelexec import settings as _settings
-from otelexec.errors import SettingsError, StoreNotFound
+from otelexec.cli import console
+from otelexec.errors import SettingsError, StoreNotFound, StoreUnavailable
 from otelexec.journal import spool_folder
 from otelexec.runtime import open_store
 from otelexec.store.spool import Spool
@@ -24,6 +26,9 @@ if TYPE_CHECKING:
     from otelexec.store.base import Store
     from otelexec.store.records import ExecutionRecord
     from otelexec.store.writes import ProcessRow, Write
+
+WAIT_SECONDS: Final = 1.0
+"""How often a command that stays looks whether a store that was away is back."""
 
 StoreOption = Annotated[
     str | None,
@@ -141,13 +146,14 @@ class Opened:
 
 
 @contextlib.contextmanager
-def opened(settings: Settings, *, with_spool: bool = False) -> Iterator[Opened]:
+def opened(settings: Settings, *, with_spool: bool = False, waits: bool = False) -> Iterator[Opened]:
     """
     Open the store that the settings name.
 
     Args:
         settings: The settings.
         with_spool: Whether a spool alone will do: then the store is made when records wait for it there.
+        waits: Whether to wait for a store that is away, as a command that stays does later, too.
 
     Raises:
         StoreNotFound: There is none; nothing was created.
@@ -159,7 +165,7 @@ def opened(settings: Settings, *, with_spool: bool = False) -> Iterator[Opened]:
     process = _this_process(settings)
     spool = spool_of(settings, store)
     try:
-        store.ingested("")  # any reading tells whether it is there, and this one is the cheapest
+        _look(store, waits=waits)
     except StoreNotFound:
         if not (with_spool and spool.segments()):
             raise
@@ -170,6 +176,22 @@ def opened(settings: Settings, *, with_spool: bool = False) -> Iterator[Opened]:
         yield Opened(settings, store, spool, process)
     finally:
         store.close()
+
+
+def _look(store: Store, *, waits: bool) -> None:
+    said = False
+    while True:
+        try:
+            store.ingested("")  # any reading tells whether it is there, and this one is the cheapest
+        except StoreUnavailable as error:
+            if not waits:
+                raise
+            if not said:
+                console.complain(f"{error}; waiting for it")
+                said = True
+            time.sleep(WAIT_SECONDS)
+        else:
+            return
 
 
 def find(store: Store, given: str) -> ExecutionRecord:

@@ -36,12 +36,13 @@ def reconcile(
     Close the attempts of dead workers as `lost`, with the spans that they could not end.
 
     A process of this machine is looked at and closed however young it is; any other one counts as dead when its lease is
-    over. What waits in the spool is taken in first. Without --once it stays until SIGINT or SIGTERM.
+    over. What waits in the spool is taken in first. Without --once it stays until SIGINT or SIGTERM, also while the store is
+    away.
     """
     if interval is not None and once:
         raise options.Failure("--interval: goes without --once only", 2)
     settings = options.load(store=store, spool=spool)
-    with options.opened(settings, with_spool=True) as opened:
+    with options.opened(settings, with_spool=True, waits=not once) as opened:
         reconciler = Reconciler(opened.store, opened.spool)
         if once:
             console.say(_told(_round(reconciler)) or "Nothing to close.")

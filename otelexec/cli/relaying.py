@@ -53,13 +53,14 @@ def relay(
     """
     Deliver spans to the OTLP endpoint, beside what the workers deliver themselves.
 
-    Without --drain it stays until SIGINT or SIGTERM. Headers, protocol, compression, certificates and timeout come from the
-    standard OTEL_EXPORTER_OTLP_* variables. Spans that the endpoint refused for good are parked and don't count; `doctor` names them.
+    Without --drain it stays until SIGINT or SIGTERM, also while the store is away. Headers, protocol, compression, certificates and
+    timeout come from the standard OTEL_EXPORTER_OTLP_* variables. Spans that the endpoint refused for good are parked and don't
+    count; `doctor` names them.
     """
     if timeout is not None and not drain:
         raise options.Failure("--timeout: goes with --drain only", 2)
     settings = options.load(store=store, spool=spool, otlp_endpoint=otlp_endpoint)
-    with options.opened(settings, with_spool=True) as opened:
+    with options.opened(settings, with_spool=True, waits=not drain) as opened:
         opened.announce()
         work = _Relaying(opened)
         if retry_parked:

@@ -20,6 +20,7 @@ from otelexec import runtime
 from otelexec.store.writes import CloseAttempt
 from otelexec.testing.rows import opening
 from tests import stores
+from tests.patience import PATIENCE
 from tests.postgres_proxy import MOMENTS, Proxy, running_proxy
 from tests.postgres_servers import (
     PASSWORD,
@@ -80,6 +81,28 @@ def test_a_server_that_is_down_for_a_while_gets_everything_when_it_is_back(own: 
     check_all_in(url, work.names, {"waits no more 7"})
     assert spooled(runtime.get().journal.spool.folder) == []
     assert PASSWORD not in caplog.text
+
+
+@pytest.mark.parametrize("command", ["relay", "reconcile"])
+def test_a_command_that_stays_waits_for_a_server_that_is_down_when_it_starts(own: Server, command: str) -> None:
+    url = own.new_database()
+    configured(url).run("before")
+    own.stop()
+    environ = {**os.environ, "OTELEXEC_STORE": url}
+    arguments = [sys.executable, "-m", "otelexec", command]
+    with subprocess.Popen(arguments, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stderr is not None
+            assert process.stdout is not None
+            assert process.stderr.readline().endswith("; waiting for it\n")
+            own.start()
+            assert process.stdout.readline().endswith("Ctrl-C ends it.\n")
+            process.terminate()
+            _, complaints = process.communicate(timeout=20 * PATIENCE)
+        finally:
+            process.kill()
+    assert process.returncode == 0
+    assert "waiting for it" not in complaints
 
 
 def test_a_server_behind_pgbouncer_is_away_for_a_while(own: Server, bounced: str) -> None:
