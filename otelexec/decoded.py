@@ -108,6 +108,21 @@ def decode(request: bytes) -> list[DecodedSpan]:
     ]
 
 
+def decode_resource(resource: bytes) -> dict[str, Any]:
+    """
+    Read the attributes of a resource as the record of a process has it: the field of a ResourceSpans message.
+
+    Raises:
+        ValueError: The bytes are no such field.
+    """
+    from opentelemetry.proto.trace.v1.trace_pb2 import ResourceSpans
+
+    try:
+        return _values(ResourceSpans.FromString(resource).resource.attributes)
+    except Exception as error:
+        raise ValueError(f"not an OTLP resource: {error}") from None
+
+
 def _decoded(span: Any, resource: dict[str, Any], scope: str, encoded: bytes) -> DecodedSpan:
     return DecodedSpan(
         trace_id=span.trace_id.hex(),

@@ -102,8 +102,11 @@ def error_text(error_type: str | None, error_message: str | None) -> str:
 
 
 def worker(attempt: AttemptRecord) -> str:
-    """Give who ran an attempt: `4711 on host`."""
-    return "unknown" if attempt.pid is None else f"{attempt.pid} on {console.clean(attempt.host or 'unknown')}"
+    """Give who ran an attempt: `4711 on host, service billing`."""
+    if attempt.pid is None:
+        return "unknown"
+    service = records.service_name(attempt)
+    return f"{attempt.pid} on {console.clean(attempt.host or 'unknown')}{'' if service is None else ', service ' + console.clean(service)}"
 
 
 def _error(record: ExecutionRecord) -> str:

@@ -25,7 +25,7 @@ _EXECUTIONS = """SELECT seq, execution_id, name, state, request_id, source, corr
 _ATTEMPTS = """SELECT a.execution_id, a.attempt, a.state, a.duplicate, a.trace_id, a.span_id, a.started_unix_ns,
     a.ended_unix_ns, a.deadline_unix_ns, a.error_type, a.error_message, a.finalized_by, a.classification,
     a.reconciled_unix_ns, a.progress, a.output, a.observed, a.outer_span_id, a.outer_outcome, a.outer_started_unix_ns,
-    a.outer_ended_unix_ns, a.outer_error_type, a.outer_error_message, p.host, p.pid
+    a.outer_ended_unix_ns, a.outer_error_type, a.outer_error_message, p.host, p.pid, p.resource
     FROM attempt a LEFT JOIN process p ON p.process_id = a.process_id
     WHERE a.execution_id {among} ORDER BY a.execution_id, a.attempt"""
 

@@ -30,7 +30,7 @@ class Wanted(TypedDict, total=False):
 
 @dataclass(frozen=True, slots=True)
 class AttemptRecord:
-    """One attempt as `list` and `show` give it; the names are those of the JSON."""
+    """One attempt; the names are those that `list --json` has, and `resource` is the encoded OTLP resource of its process."""
 
     attempt: int
     state: str
@@ -56,6 +56,7 @@ class AttemptRecord:
     outer_error_message: str | None
     host: str | None
     pid: int | None
+    resource: bytes | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -416,6 +416,9 @@ def test_show_has_the_held_spans_and_the_link_to_jaeger(worked: Cli) -> None:
     assert {each["name"] for each in found["held_spans"]} == {"send", "job", "invoice.run", "SELECT invoices"}
     text = worked.ok("show", wanted["execution_id"], "--jaeger-url", "http://127.0.0.1:16686", COLUMNS="100")
     assert f"http://127.0.0.1:16686/trace/{wanted['trace_id']}" in text
+    worker = wanted["attempts"][0]["worker"]
+    assert worker["service_name"] == "billing"
+    assert f"{worker['pid']} on {worker['host']}, service billing\n" in text
     assert "block 1 (1 of 2)" in text
     assert "█" in text
     assert "delivered" not in text

@@ -74,7 +74,7 @@ def test_the_json_has_every_promised_name_and_json_columns_as_values() -> None:
     [only] = found["attempts"]
     assert only.keys() >= PINNED_OF_ATTEMPT
     assert (only["progress"], only["output"], only["observed"]) == ({"message": "block 3", "done": 3}, [1], None)
-    assert only["worker"] == {"host": "vm", "pid": 7}
+    assert only["worker"] == {"host": "vm", "pid": 7, "service_name": None}
     assert json.loads(json.dumps(found)) == found
 
 
