@@ -136,7 +136,10 @@ class SqliteFile:
             f"{self.path.as_uri()}?mode=rw", uri=True, timeout=timeout_seconds, isolation_level=None, check_same_thread=False
         )
         try:
-            if connection.execute("PRAGMA user_version").fetchone()[0] != schema.SCHEMA_VERSION:
+            version = connection.execute("PRAGMA user_version").fetchone()[0]
+            if version and not self._is_ours(connection):  # many programs count their versions there
+                raise self._not_ours()
+            if version != schema.SCHEMA_VERSION:
                 self._migrate(connection, timeout_seconds)
             connection.execute("SELECT 1 FROM execution LIMIT 1").fetchone()
         except BaseException:
@@ -149,8 +152,9 @@ class SqliteFile:
         if found == 0 and not self._create:
             raise StoreNotFound(f"{self.path} is no store yet. Run an execution first, or set OTELEXEC_STORE to where it is.")
         if found == 0:
+            # Our tables: another process may have made the schema since the version was read.
             if connection.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchone() is not None and not self._is_ours(connection):
-                raise StoreUnavailable(f"{self.path} is another program's SQLite file. Set OTELEXEC_STORE to a file of its own.")
+                raise self._not_ours()
             self._use_wal(connection, timeout_seconds)
         connection.execute("BEGIN IMMEDIATE")
         try:
@@ -184,9 +188,13 @@ class SqliteFile:
                 return
             time.sleep(_BUSY_PAUSE_SECONDS)
 
-    def _is_ours(self, connection: sqlite3.Connection) -> bool:
-        # Another process may have made the schema since the version was read.
-        return bool(connection.execute("PRAGMA user_version").fetchone()[0])
+    @staticmethod
+    def _is_ours(connection: sqlite3.Connection) -> bool:
+        tables = connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall()
+        return {("execution",), ("attempt",)} <= set(tables)
+
+    def _not_ours(self) -> StoreUnavailable:
+        return StoreUnavailable(f"{self.path} is another program's SQLite file. Set OTELEXEC_STORE to a file of its own.")
 
     def set_aside(self, error: sqlite3.Error) -> None:
         """

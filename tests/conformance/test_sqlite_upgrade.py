@@ -109,6 +109,9 @@ def test_an_upgraded_store_has_what_a_new_one_has(tmp_path: Path) -> None:
 
 
 def test_a_newer_store_is_left_alone(tmp_path: Path) -> None:
+    store = SqliteStore(tmp_path / "new.db")
+    beat(store)
+    store.close()
     with closing(sqlite3.connect(tmp_path / "new.db")) as connection:
         connection.execute(f"PRAGMA user_version = {schema.SCHEMA_VERSION + 1}")
     with pytest.raises(StoreVersionError, match="Upgrade this one"):

@@ -256,9 +256,13 @@ def test_corrupted_while_running(work: Work, path: Path) -> None:
         assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
 
 
-def test_another_programs_file_is_left_alone_and_said_clearly(work: Work, path: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("version", [0, *range(1, schema.SCHEMA_VERSION + 2), -5])
+def test_another_programs_file_is_left_alone_and_said_clearly(
+    work: Work, path: Path, version: int, caplog: pytest.LogCaptureFixture
+) -> None:
     with closing(sqlite3.connect(path)) as connection:
         connection.execute("CREATE TABLE customer (name TEXT)")
+        connection.execute(f"PRAGMA user_version = {version}")
         before = path.read_bytes()
     run_in_trouble(work)
     assert "is another program's SQLite file. Set OTELEXEC_STORE to a file of its own." in caplog.text
