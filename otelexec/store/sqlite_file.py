@@ -171,7 +171,8 @@ class SqliteFile:
                 connection.execute(f"PRAGMA user_version = {schema.SCHEMA_VERSION}")
             connection.execute("COMMIT")
         except BaseException:
-            connection.execute("ROLLBACK")
+            if connection.in_transaction:  # SQLite has ended it by itself when the disk is full
+                connection.execute("ROLLBACK")
             raise
 
     @staticmethod

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import resource
 import sqlite3
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 
-from otelexec.errors import StoreVersionError
+from otelexec.errors import StoreUnavailable, StoreVersionError
 from otelexec.store import schema
 from otelexec.store.sqlite import SqliteStore
 from otelexec.store.writes import AddSpans
@@ -106,6 +107,25 @@ def test_an_upgraded_store_has_what_a_new_one_has(tmp_path: Path) -> None:
             indexes = sorted(row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE type = 'index' AND sql NOT NULL"))
             described.append((columns, indexes))
     assert described[0] == described[1]
+
+
+def test_an_upgrade_that_the_disk_refuses_says_so_and_leaves_the_old_version(tmp_path: Path) -> None:
+    path = tmp_path / "old.db"
+    make_v1(path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with closing(sqlite3.connect(path)) as other:
+        other.execute("SELECT * FROM execution").fetchall()  # the -shm is there, so that the -wal is what can't grow
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+        try:
+            with pytest.raises(StoreUnavailable, match=r"disk I/O error|disk is full"):
+                opened(SqliteStore(path), opening("another", "another"))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert other.execute("PRAGMA user_version").fetchone() == (1,)
+        assert other.execute("SELECT COUNT(*) FROM sqlite_master WHERE name = 'written'").fetchone() == (0,)
+    store = SqliteStore(path)
+    assert closed(store, closing_of(opening())).won
+    store.close()
 
 
 def test_a_newer_store_is_left_alone(tmp_path: Path) -> None:
