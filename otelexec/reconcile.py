@@ -193,7 +193,8 @@ class Reconciler:
             dead = list(self._dead(self._store.processes(), self._store.now_unix_ns(), deaths))
             found = frozenset(process.process_id for process, _, _ in dead)
             if found <= known:
-                return ingested, dead
+                left = self._spool.left
+                return ingested, [each for each in dead if each[0].process_id not in left and _place(each[0]) not in left.values()]
             known = found
 
     def _dead(
@@ -265,6 +266,10 @@ class Reconciler:
 
     def _commit(self, writes: Sequence[Write]) -> list[object]:
         return _committed(self._store, writes)
+
+
+def _place(process: ProcessRow) -> tuple[int, int]:
+    return process.pid, process.pid_start
 
 
 def _committed(store: Store, writes: Sequence[Write], timeout_seconds: float = 5.0) -> list[object]:

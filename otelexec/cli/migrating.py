@@ -59,7 +59,10 @@ def _move(source: str, target: Store) -> None:
 
     old = SqliteStore(Path(settings.store.removeprefix("sqlite:///")), create=False)
     try:
-        take_in(old, options.spool_of(settings, old))
+        spool = options.spool_of(settings, old)
+        take_in(old, spool)
+        if spool.left:
+            raise options.Failure(f"{spool.folder} holds records that only a newer otelexec can read; nothing was moved")
         with Advance("Moving", "rows") as advance:
             moved = move(old, cast("PostgresStore", target), advanced=advance.add)
     finally:

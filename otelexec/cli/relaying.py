@@ -140,7 +140,9 @@ class _Relaying:
         except (StoreError, OSError) as error:
             self._reason = f"the spool can't be taken in: {error}"
             return False
-        return True
+        if self._opened.spool.left:
+            self._reason = "the spool holds records that only a newer otelexec can read"
+        return not self._opened.spool.left
 
     def _left(self) -> str:
         try:

@@ -5,6 +5,9 @@ Each process appends to segments of its own, one JSON line a write, under the se
 holds the folder's lock, and the lock of the one that it reads: a process that finds its segment locked starts another
 one, so that no execution waits for an ingestion. How far a segment was taken in is committed in the same transaction,
 so that one that is read twice is written once. A closed execution is fsynced here; all else survives the process.
+
+During a deployment processes of two versions may share a spool. What only a newer one can read stays for it, with all
+that follows it in the segment.
 """
 
 from __future__ import annotations
@@ -53,6 +56,7 @@ _ROWS = {
         writes.OpenAttempt,
         writes.Outcome,
         writes.ProcessRow,
+        writes.ReadContributions,  # a question, which earlier versions kept as well
         writes.RecordObserved,
         writes.RecordProgress,
         writes.RecordQueued,
@@ -91,7 +95,7 @@ def decode(line: str) -> Write:
     Give back a write from its line.
 
     Raises:
-        ValueError: The line is damaged.
+        ValueError: It is no write that this version knows.
     """
     try:
         write: Write = _row(json.loads(line))
@@ -118,6 +122,10 @@ class Spool:
     Args:
         folder: The folder; made when first needed, for its owner only.
         process: Gives the row of this process, which goes first in every segment.
+
+    Attributes:
+        left: Who wrote the segments that the last ingestion left, since only a newer otelexec can read them: process ids, each with
+            pid and start time of its parent, which may have opened what is closed there.
     """
 
     def __init__(self, folder: Path, process: Callable[[], ProcessRow]) -> None:
@@ -125,6 +133,8 @@ class Spool:
         self._process = process
         self._lock = threading.RLock()
         self._own: list[Path] = []
+        self._said: set[Path] = set()
+        self.left: dict[str, tuple[int, int]] = {}
 
     def append(self, write: Write, *, durable: bool) -> None:
         """
@@ -136,7 +146,10 @@ class Spool:
 
         Raises:
             OSError: It could not be kept here either.
+            TypeError: Nobody could read it back, and all behind it would wait for a newer version.
         """
+        if type(write).__name__ not in _ROWS:
+            raise TypeError(f"the spool holds no {type(write).__name__}")
         line = _frame(encode(write))
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         # Reentrant: the garbage collector or a signal handler may append in the middle of another append of this
@@ -208,7 +221,7 @@ class Spool:
         self, commit: Callable[[Sequence[Write]], object], ingested: Callable[[str], int], segments: Sequence[Path] | None = None
     ) -> int:
         """
-        Commit what waits here and delete what is in.
+        Commit what waits here and delete what is in; see `left`.
 
         Args:
             commit: Commits writes in one durable transaction; what it raises ends the ingestion.
@@ -224,9 +237,14 @@ class Spool:
         if not self.folder.is_dir():
             return 0
         with self.locked():
-            return sum(self._take_in(path, commit, ingested) for path in (self.segments() if segments is None else segments))
+            left: dict[str, tuple[int, int]] = {}
+            count = sum(self._take_in(path, commit, ingested, left) for path in (self.segments() if segments is None else segments))
+            self.left = left
+            return count
 
-    def _take_in(self, path: Path, commit: Callable[[Sequence[Write]], object], ingested: Callable[[str], int]) -> int:
+    def _take_in(
+        self, path: Path, commit: Callable[[Sequence[Write]], object], ingested: Callable[[str], int], left: dict[str, tuple[int, int]]
+    ) -> int:
         try:
             descriptor = os.open(path, os.O_RDWR)
         except FileNotFoundError:
@@ -234,26 +252,40 @@ class Spool:
         try:
             _lock_soon(descriptor)  # its process is in the middle of a line at most
             data = path.read_bytes()
+            if left and _writer_of(data)[0] in left:  # what it wrote before waits, so this does
+                return 0
             done = ingested(path.name)
-            count = self._commit(path, data, done, commit)
-            path.unlink()
+            count, whole = self._commit(path, data, done, commit)
+            if whole:
+                path.unlink()
+            else:
+                writer, parent = _writer_of(data)
+                left[writer] = parent
         finally:
             _let_go(descriptor)
         return count
 
-    def _commit(self, path: Path, data: bytes, done: int, commit: Callable[[Sequence[Write]], object]) -> int:
+    def _commit(self, path: Path, data: bytes, done: int, commit: Callable[[Sequence[Write]], object]) -> tuple[int, bool]:
+        """Commit what is not in yet; gives how many writes that were, and whether there is nothing behind them."""
         found: list[tuple[int, Write]] = []
         damaged: list[bytes] = []
-        offset = 0
+        offset, whole = 0, True
         for line in data.splitlines(keepends=True):
             offset += len(line)
             try:
-                write = _unframe(line)
+                text = _unframe(line)
             except ValueError:
                 damaged.append(line)
-            else:
-                if offset > done:
-                    found.append((offset, write))
+                continue
+            if offset <= done:
+                continue
+            try:
+                found.append((offset, decode(text)))
+            except ValueError as error:
+                # Its checksum is right. What follows may build on it, so the order stays.
+                self._say_left(path, error)
+                whole = False
+                break
         if damaged:
             # The last line of a killed process may be torn: nobody was told that it was kept. Keep it for people.
             # All of them anew, and before anything is committed: this ingestion may be killed and repeated.
@@ -266,7 +298,13 @@ class Spool:
         for start in range(0, len(found), _GROUP):
             group = found[start : start + _GROUP]
             commit([*(write for _, write in group), Ingested(path.name, group[-1][0])])
-        return len(found)
+        return len(found), whole
+
+    def _say_left(self, path: Path, error: ValueError) -> None:
+        if path not in self._said:
+            self._said.add(path)
+            text = "otelexec.spool.newer: %s was written by a newer otelexec (%s) and stays until that takes it in, or this one is upgraded"
+            logger.error(text, path, error)
 
 
 def _lock_now(descriptor: int) -> bool:
@@ -306,11 +344,20 @@ def _frame(line: str) -> bytes:
     return b"%08x %s\n" % (zlib.crc32(data), data)
 
 
-def _unframe(line: bytes) -> Write:
+def _unframe(line: bytes) -> str:
     checksum, _, data = line.rstrip(b"\n").partition(b" ")
     if not line.endswith(b"\n") or checksum != b"%08x" % zlib.crc32(data):
         raise ValueError("torn")
-    return decode(data.decode("utf-8"))
+    return data.decode("utf-8")
+
+
+def _writer_of(data: bytes) -> tuple[str, tuple[int, int]]:
+    """Give the process id of who wrote a segment, and its parent, whatever else its first line says; empty where that can't be told."""
+    try:
+        process = json.loads(_unframe(data.splitlines(keepends=True)[0]))["process"]
+        return str(process["process_id"]), (process.get("parent_pid", 0), process.get("parent_start", 0))
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return "", (0, 0)
 
 
 def _write_all(descriptor: int, data: bytes) -> None:
