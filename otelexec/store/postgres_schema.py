@@ -237,18 +237,21 @@ def ensure(session: Session, url: str, *, create: bool) -> None:
         raise StoreNotFound(f"No store in {url}. Run an execution first, or `otelexec migrate`, or set OTELEXEC_STORE to where it is.")
     if version == schema.SCHEMA_VERSION:
         return
+    old = StoreVersionError(
+        f"{url} has schema {version}, this otelexec needs {schema.SCHEMA_VERSION}: run `otelexec migrate` as the role that owns it."
+    )
     if version < schema.SCHEMA_VERSION and not create:
-        raise StoreVersionError(
-            f"{url} has schema {version}, this otelexec needs {schema.SCHEMA_VERSION}: run `otelexec migrate` as the role that owns it."
-        )
+        raise old
     session.execute("BEGIN")
     try:
         session.execute("SELECT pg_advisory_xact_lock($1)", (_MIGRATION_LOCK,))
         _upgrade(session, version_of(session), url)
         session.execute("COMMIT")
-    except BaseException:
+    except BaseException as error:
         if session.pgconn.transaction_status != psycopg.pq.TransactionStatus.IDLE and not session.closed:
             session.execute("ROLLBACK")
+        if version and isinstance(error, psycopg.errors.InsufficientPrivilege):
+            raise old from error
         raise
 
 

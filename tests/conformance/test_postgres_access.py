@@ -244,6 +244,29 @@ def test_a_newer_schema_is_left_alone_and_said_clearly(
     check_all_in(url, work.names, {"waits no more 7"})
 
 
+def test_a_role_that_may_not_upgrade_an_older_schema_is_told_who_may(
+    postgres: Server, url: str, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stores.make(url)
+    login(postgres, "worker")
+    older = ("DROP TABLE run, run_key, run_batch, run_lane, run_packet", "UPDATE schema_version SET version = 2")
+    with postgres.administrator(database_of(url)) as administrator:
+        for statement in ("SET search_path TO otelexec", *older, *rights("worker")):
+            administrator.execute(statement.encode())
+    theirs = at(url, port=postgres.port, user="worker")
+    work = configured(theirs, reachable=False)
+    run_in_trouble(work)
+    needs = f"has schema 2, this otelexec needs {schema.SCHEMA_VERSION}: run `otelexec migrate` as the role that owns it"
+    assert needs in caplog.text
+    assert needs in said(capsys, theirs, "migrate")[1]
+    assert said(capsys, url, "migrate")[0] == 0
+    with postgres.administrator(database_of(url)) as administrator:
+        for statement in rights("worker"):
+            administrator.execute(statement.encode())
+    home()
+    check_all_in(url, work.names, {"waits no more 7"})
+
+
 def test_a_dropped_schema_is_made_again(work: Work, url: str, postgres: Server, caplog: pytest.LogCaptureFixture) -> None:
     work.run("lost with its schema")
     with otelexec.execution("across"):
