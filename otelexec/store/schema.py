@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 
 # {key}, {serial}, {name}, {blob} and {bigint} are the store's own types; a {name} sorts by its bytes, and a {serial} key
 # is never given twice, since a relay may settle a row that is gone. `claim` and `parked` are tables of their own so that
@@ -90,8 +90,9 @@ UPGRADES: Mapping[int, Sequence[str]] = {
         "CREATE TABLE written (nonce {name} PRIMARY KEY)",
     ),
     2: _RUNS,
+    3: (),  # PostgreSQL's functions alone had changed
 }
-"""What makes a store of one version one of the next."""
+"""What makes a store of one version one of the next; PostgreSQL's functions are made anew by each."""
 
 
 def upgrade_from(version: int) -> list[str]:
