@@ -17,7 +17,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from otelexec.effects import Block, Commit, Effect, Sleep
-from otelexec.errors import StoreError, StoreRejected
+from otelexec.errors import StoreError, StoreRejected, StoreVersionError
 from otelexec.freeze import end_span, freeze, minimal, observed
 from otelexec.store.writes import CANCELLED, LOST, CloseAttempt, Closed, CloseOuter, OpenAttempt, Write
 
@@ -56,7 +56,7 @@ def persist(journal: Journal, write: Write, *, durable: bool, patience_seconds: 
         journal: The journal of this process.
         write: What to write.
         durable: Whether it must survive power loss.
-        patience_seconds: How long to try the store.
+        patience_seconds: How long to try the store; one of another version is tried once.
 
     Returns:
         The store's result; StoreRejected when the store refused this write; Kept when it is in the spool; StoreUnavailable
@@ -72,9 +72,10 @@ def persist(journal: Journal, write: Write, *, durable: bool, patience_seconds: 
         if not isinstance(answer, StoreError) or isinstance(answer, StoreRejected):
             return answer
         left = deadline - time.monotonic()
-        if left <= 0 and exclusive:
+        given_up = left <= 0 or isinstance(answer, StoreVersionError)
+        if given_up and exclusive:
             return answer
-        if left <= 0:
+        if given_up:
             journal.store_failed(answer)
             break
         if isinstance(write, OpenAttempt):

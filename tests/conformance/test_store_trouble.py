@@ -28,6 +28,7 @@ from otelexec.store.spool import Spool
 from otelexec.store.sqlite import SqliteStore
 from otelexec.store.writes import AddSpans, CloseAttempt, Write
 from otelexec.testing.rows import process
+from tests import stores
 from tests.records import Records, until
 from tests.trouble import (
     FINALIZE,
@@ -282,6 +283,19 @@ def test_a_newer_schema_is_left_alone_and_said_clearly(work: Work, path: Path, c
     with closing(sqlite3.connect(path)) as connection:
         connection.execute(f"PRAGMA user_version = {schema.SCHEMA_VERSION}")
     check_all_in(path, work.names, {"waits no more 7"})
+
+
+def test_a_newer_schema_is_not_waited_for(tmp_path: Path, isolated: None) -> None:
+    """A forked child of an old worker finds it anew: each job would wait."""
+    path = tmp_path / "store.db"
+    stores.make(f"sqlite:///{path}")
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute(f"PRAGMA user_version = {schema.SCHEMA_VERSION + 1}")
+    otelexec.configure(store=f"sqlite:///{path}", open_timeout_seconds=60, finalize_timeout_seconds=60)
+    work = Work()
+    work.run("at once")
+    assert work.seconds[-1] < 30
+    assert spooled(runtime.get().journal.spool.folder)
 
 
 @contextmanager
