@@ -264,7 +264,9 @@ def _upgrade(session: Session, version: int, url: str) -> None:
         return
     steps: list[str] = []
     if version == 0:
-        session.execute(f"CREATE SCHEMA IF NOT EXISTS {SCHEMA}")
+        # Where it is there already, the right to make schemas in the database may be missing, which IF NOT EXISTS asks for all the same.
+        if not session.execute("SELECT 1 FROM pg_namespace WHERE nspname = $1", (SCHEMA,)).fetchall():
+            session.execute(f"CREATE SCHEMA {SCHEMA}")
         steps += ["CREATE TABLE schema_version (version INTEGER NOT NULL)", "INSERT INTO schema_version VALUES (0)", *schema.SCHEMA, *_OWN]
     else:
         steps += schema.upgrade_from(version)

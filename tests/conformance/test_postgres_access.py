@@ -267,6 +267,14 @@ def test_a_role_that_may_not_upgrade_an_older_schema_is_told_who_may(
     check_all_in(url, work.names, {"waits no more 7"})
 
 
+def test_a_role_that_was_given_the_schema_makes_the_store_in_it(postgres: Server, url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    login(postgres, "worker")
+    with postgres.administrator(database_of(url)) as administrator:
+        administrator.execute("CREATE SCHEMA otelexec AUTHORIZATION worker")
+    code, text = said(capsys, at(url, port=postgres.port, user="worker"), "migrate")
+    assert (code, f"has schema {schema.SCHEMA_VERSION}" in text) == (0, True), text
+
+
 def test_a_dropped_schema_is_made_again(work: Work, url: str, postgres: Server, caplog: pytest.LogCaptureFixture) -> None:
     work.run("lost with its schema")
     with otelexec.execution("across"):
