@@ -126,7 +126,7 @@ class Journal:
             self.spooling = True
             logger.error(
                 "otelexec.store.unavailable: %s. Records go to the spool until it is back; the work goes on.",
-                error,
+                str(error).rstrip("."),
                 extra={"otelexec_error": str(error)},
             )
         self._runtime.heartbeat.nudge()

@@ -279,7 +279,7 @@ def test_a_newer_schema_is_left_alone_and_said_clearly(work: Work, path: Path, c
         connection.execute(f"PRAGMA user_version = {schema.SCHEMA_VERSION + 1}")
     run_in_trouble(work)
     assert f"has schema {schema.SCHEMA_VERSION + 1}, this otelexec knows {schema.SCHEMA_VERSION}" in caplog.text
-    assert "pip install -U otelexec" in caplog.text
+    assert "pip install -U otelexec`. Records go to the spool" in caplog.text
     with closing(sqlite3.connect(path)) as connection:
         connection.execute(f"PRAGMA user_version = {schema.SCHEMA_VERSION}")
     check_all_in(path, work.names, {"waits no more 7"})
