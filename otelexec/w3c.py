@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 from functools import lru_cache
 from typing import TYPE_CHECKING, Final
-from urllib.parse import quote, unquote
+from urllib.parse import quote, unquote, unquote_plus
 
 from opentelemetry.trace import SpanContext, TraceFlags, TraceState
 
@@ -136,19 +136,23 @@ def decode_baggage(header: str) -> tuple[dict[str, str], dict[str, Member]]:
     ours: dict[str, str] = {}
     others: dict[str, Member] = {}
     for part in header.split(","):
-        name, equals, value = part.partition("=")
+        written, equals, value = part.partition("=")
+        name = written
         if not plain:
-            name = name.strip(" \t")
             value = value.partition(";")[0].strip(" \t")
             if "%" in name:
-                # Stripped again, as the Python SDK does: a space must not hide one of our names from the check below.
-                name = unquote(name).strip()
+                name = unquote(name)
             if "%" in value:
                 value = unquote(value)
+        # Of blanks of any kind, as the Python SDK does, which takes a plus for one as well: neither must hide one of our names
+        # from the checks below, or a reader further on would find it.
+        name = name.strip()
         if not name or not equals:
             continue
         if name.startswith(semconv.PREFIX):
             ours[name] = value
+        elif "+" in written and (read := unquote_plus(written).strip()).startswith(semconv.PREFIX):
+            ours[read] = value
         else:
             member = others[name] = Member(value)
             member.name = name

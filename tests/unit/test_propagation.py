@@ -429,6 +429,14 @@ class TestTrust:
             assert scope.correlation.execution_id != execution_id
             assert scope.correlation.request_id != request_id
 
+    @pytest.mark.parametrize("blank", ["\xa0", "\x85", "+"])
+    def test_nor_does_one_that_comes_out_at_the_next_reader(self, blank: str) -> None:
+        """Servers give header bytes as Latin-1, which has blanks beyond ASCII; what passes an edge is trusted behind it."""
+        with extract_headers({"baggage": f"{blank}otelexec.execution_id=victim,tenant=a"}, trusted=False):
+            passed_on = sent()
+        assert "victim" not in passed_on["baggage"]
+        assert members(passed_on)["tenant"] == "a"
+
     def test_a_signed_header_is_believed_and_a_changed_one_is_not(self, keys: Any, caplog: pytest.LogCaptureFixture) -> None:
         """With a key set; one warning says why."""
         keys("secret")

@@ -101,7 +101,12 @@ class TestCodec:
         assert w3c.decode_baggage("k=1,otelexec.x=1,k=2,otelexec.x=2") == ({"otelexec.x": "2"}, {"k": "2"})
 
     @pytest.mark.parametrize(
-        "name", ["otelexec%2Eexecution_id", "%6ftelexec.execution_id", "%20otelexec.execution_id", "otelexec.execution_id%09"]
+        "name",
+        [
+            *("otelexec%2Eexecution_id", "%6ftelexec.execution_id", "%20otelexec.execution_id", "otelexec.execution_id%09"),
+            *("\xa0otelexec.execution_id", "\x85otelexec.execution_id", "\x1fotelexec.execution_id\u2003", "\xa0%6ftelexec.execution_id"),
+            *("+otelexec.execution_id", "+%20+otelexec%2Eexecution_id+", "otelexec.execution_id\xa0"),
+        ],
     )
     def test_no_spelling_hides_a_member_of_ours(self, name: str) -> None:
         """Else a stranger's id would pass an edge as foreign and become ours behind the next Python SDK."""
