@@ -68,7 +68,7 @@ def describe(exception: BaseException, max_chars: int) -> tuple[str, str]:
         max_chars: Longest text in characters.
     """
     try:
-        text = str(exception)
+        text = str.__str__(str(exception))  # of str itself: a subclass may have methods that raise
     except BaseException as error:  # the user's __str__ may raise anything
         if raised_by_signal_handler(error):
             raise
@@ -81,7 +81,7 @@ def describe(exception: BaseException, max_chars: int) -> tuple[str, str]:
 def _name(exception: BaseException) -> str:
     # Past the class's own metaclass, which may raise anything, too.
     module, name = (type.__dict__[attribute].__get__(type(exception)) for attribute in ("__module__", "__qualname__"))
-    return str(name) if module == "builtins" else f"{module}.{name}"
+    return str(name) if type(module) is not str or module == "builtins" else f"{module}.{name}"
 
 
 _MARK = "__otelexec_finalized__"

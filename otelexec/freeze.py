@@ -78,7 +78,9 @@ def _exception_attributes(execution: RunningExecution, exception: BaseException)
     error_type, message = describe(exception, execution.runtime.settings.max_error_chars)
     try:
         stacktrace = "".join(traceback.format_exception(exception))
-    except Exception as error:  # the exception's own attributes may raise anything
+    except BaseException as error:  # the exception's own attributes may raise anything
+        if raised_by_signal_handler(error):
+            raise
         stacktrace = f"<the traceback could not be made: {type(error).__name__}>"
     if len(stacktrace) > MAX_STACKTRACE_CHARS:
         half = MAX_STACKTRACE_CHARS // 2

@@ -319,6 +319,36 @@ class OfNoName(Exception, metaclass=Nameless):
     pass
 
 
+class Text(str):
+    __slots__ = ()
+
+    def __len__(self) -> int:
+        raise RuntimeError("no length")
+
+
+class OfOwnText(Exception):
+    def __str__(self) -> str:
+        return Text("own")
+
+
+class Nowhere:
+    def __eq__(self, other: object) -> bool:
+        raise RuntimeError("no comparison")
+
+    __hash__ = object.__hash__
+
+
+class OfNoModule(Exception):
+    __module__: Any = Nowhere()
+
+
+class Exits(Exception):
+    def __getattribute__(self, name: str) -> Any:
+        if name == "__notes__":
+            raise SystemExit
+        return super().__getattribute__(name)
+
+
 @pytest.mark.parametrize(
     ("error", "message"),
     [
@@ -328,12 +358,18 @@ class OfNoName(Exception, metaclass=Nameless):
         (Frozen(3), "3"),
         (HidesItself("x"), "x"),
         (OfNoName("x"), "x"),
+        (OfOwnText(), "own"),
+        (OfNoModule("x"), "x"),
+        (Exits("x"), "x"),
         (ValueError("lone \ud800"), "lone \\ud800"),
         (ValueError("nul \x00"), "nul \x00"),
         (ValueError(), ""),
         (ExceptionGroup("many", [ValueError("a"), ExceptionGroup("more", [KeyError("b")])]), "many (2 sub-exceptions)"),
     ],
-    ids=["str", "setattr", "slots", "frozen", "getattribute", "metaclass", "surrogate", "nul", "empty", "group"],
+    ids=[
+        *("str", "setattr", "slots", "frozen", "getattribute", "metaclass", "own text", "module", "exits"),
+        *("surrogate", "nul", "empty", "group"),
+    ],
 )
 def test_an_awkward_exception_is_recorded_and_comes_out_as_it_is(records: Records, error: Exception, message: str) -> None:
     """Behaviour 19."""
