@@ -20,6 +20,7 @@ import fcntl
 import json
 import logging
 import os
+import stat
 import threading
 import time
 import uuid
@@ -90,17 +91,24 @@ def _plain(value: Any) -> Any:
     return value
 
 
+class UnknownWrite(ValueError):
+    """A line holds a write that only a newer version knows."""
+
+
 def decode(line: str) -> Write:
     """
     Give back a write from its line.
 
     Raises:
-        ValueError: It is no write that this version knows.
+        UnknownWrite: It is one of a newer version.
+        ValueError: It is none.
     """
     try:
         write: Write = _row(json.loads(line))
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"not a write: {error}") from error
+    if not isinstance(write, Write):
+        raise ValueError(f"not a write: {type(write).__name__}")  # noqa: TRY004 (it is the line's fault, not the caller's)
     return write
 
 
@@ -112,7 +120,13 @@ def _row(value: Any) -> Any:
     name = value.pop("_")
     if name == "b":
         return base64.b64decode(value["v"])
-    return _ROWS[name](**{key: _row(item) for key, item in value.items()})
+    if name not in _ROWS:
+        raise UnknownWrite(name)
+    fields = {key: _row(item) for key, item in value.items()}
+    try:
+        return _ROWS[name](**fields)
+    except TypeError as error:  # it has a field more
+        raise UnknownWrite(str(error)) from error
 
 
 class Spool:
@@ -196,11 +210,17 @@ class Spool:
         return any(path.exists() for path in self._own)
 
     def segments(self) -> list[Path]:
-        """Give the segments in the folder, of every process."""
+        """Give the segments in the folder, of every process. What is no file (a link, a pipe) is none: nobody here made it."""
+        found: list[tuple[int, str, Path]] = []
         try:
-            return sorted(self.folder.glob(f"*{SUFFIX}"), key=lambda path: (path.stat().st_mtime_ns, path.name))
+            for path in self.folder.glob(f"*{SUFFIX}"):
+                with contextlib.suppress(FileNotFoundError):  # taken in just now
+                    status = path.lstat()
+                    if stat.S_ISREG(status.st_mode):
+                        found.append((status.st_mtime_ns, path.name, path))
         except OSError:
             return []
+        return [path for _, _, path in sorted(found)]
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -210,7 +230,7 @@ class Spool:
         Raises:
             OSError: The folder can't be used, or somebody else holds the lock for longer than `PATIENCE_SECONDS`.
         """
-        descriptor = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
+        descriptor = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
         try:
             _lock_soon(descriptor)
             yield
@@ -238,20 +258,30 @@ class Spool:
             return 0
         with self.locked():
             left: dict[str, tuple[int, int]] = {}
-            count = sum(self._take_in(path, commit, ingested, left) for path in (self.segments() if segments is None else segments))
+            count, refused = 0, None
+            for path in self.segments() if segments is None else segments:
+                try:
+                    count += self._take_in(path, commit, ingested, left)
+                except PermissionError as error:  # another user's: what stands behind it is not to wait for it
+                    text = "otelexec.spool.unreadable: %s is another user's; dead workers' attempts stay open until it is taken in"
+                    self._say_once(path, logging.WARNING, text)
+                    refused = error
             self.left = left
+            if refused is not None:
+                raise refused
             return count
 
     def _take_in(
         self, path: Path, commit: Callable[[Sequence[Write]], object], ingested: Callable[[str], int], left: dict[str, tuple[int, int]]
     ) -> int:
         try:
-            descriptor = os.open(path, os.O_RDWR)
+            descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)  # neither where a link leads, nor waiting at a pipe
         except FileNotFoundError:
             return 0
         try:
             _lock_soon(descriptor)  # its process is in the middle of a line at most
-            data = path.read_bytes()
+            with open(descriptor, "rb", closefd=False) as segment:
+                data = segment.read()
             if left and _writer_of(data)[0] in left:  # what it wrote before waits, so this does
                 return 0
             done = ingested(path.name)
@@ -273,23 +303,24 @@ class Spool:
         for line in data.splitlines(keepends=True):
             offset += len(line)
             try:
-                text = _unframe(line)
+                write = decode(_unframe(line))
+            except UnknownWrite as error:
+                if offset > done:
+                    text = "%s was written by a newer otelexec (%s) and stays until that takes it in, or this one is upgraded"
+                    self._say_once(path, logging.ERROR, f"otelexec.spool.newer: {text}", error)
+                    whole = False
+                    break  # what follows may build on it, so the order stays
             except ValueError:
                 damaged.append(line)
-                continue
-            if offset <= done:
-                continue
-            try:
-                found.append((offset, decode(text)))
-            except ValueError as error:
-                # Its checksum is right. What follows may build on it, so the order stays.
-                self._say_left(path, error)
-                whole = False
-                break
+            else:
+                if offset > done:
+                    found.append((offset, write))
         if damaged:
             # The last line of a killed process may be torn: nobody was told that it was kept. Keep it for people.
             # All of them anew, and before anything is committed: this ingestion may be killed and repeated.
-            descriptor = os.open(path.with_suffix(".damaged"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+            aside = path.with_suffix(".damaged")
+            aside.unlink(missing_ok=True)  # not written over: it may be a link that somebody put there
+            descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
             try:
                 _write_all(descriptor, b"".join(damaged))
             finally:
@@ -300,11 +331,10 @@ class Spool:
             commit([*(write for _, write in group), Ingested(path.name, group[-1][0])])
         return len(found), whole
 
-    def _say_left(self, path: Path, error: ValueError) -> None:
+    def _say_once(self, path: Path, level: int, text: str, *arguments: object) -> None:
         if path not in self._said:
             self._said.add(path)
-            text = "otelexec.spool.newer: %s was written by a newer otelexec (%s) and stays until that takes it in, or this one is upgraded"
-            logger.error(text, path, error)
+            logger.log(level, text, path, *arguments)
 
 
 def _lock_now(descriptor: int) -> bool:

@@ -124,7 +124,7 @@ class SqliteFile:
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
         """Hold the lock under which processes make the file or set it aside."""
-        descriptor = os.open(f"{self.path}.lock", os.O_RDWR | os.O_CREAT, 0o600)
+        descriptor = os.open(f"{self.path}.lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             yield

@@ -1,4 +1,4 @@
-"""The spool while somebody else has its locks, and between two versions."""
+"""The spool while somebody else has its locks, or has put there what is none of ours, and between two versions."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import fcntl
 import os
 import sqlite3
 import threading
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from otelexec.reconcile import Reconciler
 from otelexec.store import spool
 from otelexec.store.spool import Spool
 from otelexec.store.sqlite import SqliteStore
-from otelexec.store.writes import AddSpans, ForgetNonces, Heartbeat, NameMessage, ReadContributions
+from otelexec.store.writes import AddSpans, ForgetNonces, Heartbeat, NameMessage, ReadContributions, Write
 from otelexec.testing import rows
 from tests.records import Records, until
 
@@ -108,3 +109,73 @@ def _locked(descriptor: int) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+def _deep(path: Path) -> None:
+    path.write_bytes(spool._frame("[" * 100_000))
+
+
+def _number(path: Path) -> None:
+    path.write_bytes(spool._frame("5"))
+
+
+@pytest.mark.parametrize(
+    "put",
+    [_deep, _number, Path.mkdir, os.mkfifo, lambda path: path.symlink_to("/nowhere"), lambda path: path.symlink_to(__file__)],
+    ids=["too deep", "no write", "folder", "pipe", "dangling link", "link"],
+)
+def test_what_somebody_else_put_there_is_neither_taken_in_nor_in_the_way(tmp_path: Path, put: Callable[[Path], None]) -> None:
+    """A process of its own would wait at the pipe for ever."""
+    own = spool.Spool(tmp_path, lambda: runtime.get().process)
+    put(tmp_path / "0.jsonl")
+    own.append(AddSpans(execution_id="mine"), durable=False)
+    committed: list[Write] = []
+    ingesting = threading.Thread(target=own.ingest, args=(committed.extend, lambda _: 0), daemon=True)
+    ingesting.start()
+    ingesting.join(20)
+    assert not ingesting.is_alive()
+    assert [write.execution_id for write in committed if isinstance(write, AddSpans)] == ["mine"]
+    assert not own.filled
+
+
+def test_damaged_lines_are_not_written_through_a_link(tmp_path: Path) -> None:
+    """Else whoever may write in the folder could write anywhere as this user."""
+    precious, folder = tmp_path / "precious", tmp_path / "spool"
+    precious.write_text("precious", encoding="utf-8")
+    folder.mkdir()
+    (folder / "0.jsonl").write_bytes(b"somebody's line\n")
+    (folder / "0.damaged").symlink_to(precious)
+    (folder / ".lock").symlink_to(tmp_path / "made")
+    own = spool.Spool(folder, lambda: runtime.get().process)
+    with pytest.raises(OSError, match="symbolic links"):
+        own.ingest(lambda _: None, lambda _: 0)
+    assert not (tmp_path / "made").exists()
+    (folder / ".lock").unlink()
+    own.ingest(lambda _: None, lambda _: 0)
+    assert precious.read_text(encoding="utf-8") == "precious"
+    assert (folder / "0.damaged").read_bytes() == b"somebody's line\n"
+
+
+def test_what_another_user_left_keeps_nothing_behind_it_from_being_taken_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    theirs = tmp_path / "0.jsonl"
+    theirs.touch()
+    os.utime(theirs, (0, 0))
+    open_ = os.open
+
+    def refusing(path: str | Path, *arguments: int) -> int:
+        if path == theirs:  # by hand: root, which tests may run as, can read everything
+            raise PermissionError(13, "Permission denied", str(path))
+        return open_(path, *arguments)
+
+    monkeypatch.setattr(os, "open", refusing)
+    own = spool.Spool(tmp_path, lambda: runtime.get().process)
+    own.append(AddSpans(execution_id="mine"), durable=False)
+    committed: list[Write] = []
+    for _ in range(2):
+        with pytest.raises(PermissionError):
+            own.ingest(committed.extend, lambda _: 0)
+    assert [write.execution_id for write in committed if isinstance(write, AddSpans)] == ["mine"]
+    assert not own.filled
+    assert caplog.text.count("otelexec.spool.unreadable") == 1
