@@ -147,10 +147,10 @@ def traces(record: ExecutionRecord) -> list[str]:
 
 
 def _parsed(text: str | None) -> Any:
-    """Parse a JSON column; text that is none, as no version of ours writes it, is given as it is."""
+    """Parse a JSON column; what is none, or is nested deeper than can be read from here, is given as its text."""
     if text is None:
         return None
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sqlite3
+from contextlib import closing
 from typing import Any
 
 import pytest
@@ -23,6 +25,18 @@ def test_a_record_is_found_while_it_runs_and_when_it_has_ended(records: Records)
     assert (during["state"], after["state"]) == ("running", "succeeded")
     assert (after["name"], after["correlation"], after["attempts"][0]["output"]) == ("job", {"webhook_id": "w"}, [7])
     assert otelexec.find_execution("nobody") is None
+
+
+def test_an_output_that_is_nested_too_deeply_to_be_read_is_given_as_its_text(records: Records) -> None:
+    """A Python that can nest deeper, or a task that stood higher on its stack, may have written it."""
+    text = "[" * 20_000 + "]" * 20_000
+    with otelexec.execution("job") as run:
+        run.set_output([7])
+    with closing(sqlite3.connect(records.path, isolation_level=None)) as other:
+        other.execute("UPDATE attempt SET output = ?", (text,))
+    found = otelexec.find_execution(run.id)
+    assert found is not None
+    assert found["attempts"][0]["output"] == text
 
 
 def test_an_id_that_is_none_is_refused(records: Records) -> None:
