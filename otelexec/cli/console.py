@@ -94,8 +94,8 @@ def _console(*, stderr: bool) -> Console:
 
 
 def say(text: str, *, style: str = "") -> None:
-    """Print one line of results."""
-    out().print(Text(text, style=style), soft_wrap=True)
+    """Print one line of results, whatever the text holds."""
+    out().print(Text(clean(text), style=style), soft_wrap=True)
 
 
 def complain(text: str, *, kind: str = "error") -> None:

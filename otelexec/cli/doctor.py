@@ -94,9 +94,9 @@ def _print(checks: Iterable[Check], note: str) -> None:
     table.add_column(overflow="fold")
     for check in checks:
         mark = Text("WRONG", style="bold red") if check.problem else Text("ok", style="green")
-        table.add_row(mark, Text(check.name.replace("_", " "), style="bold"), Text(check.finding))
+        table.add_row(mark, Text(check.name.replace("_", " "), style="bold"), Text(console.clean(check.finding)))
         if check.problem:
-            table.add_row("", "", Text(check.problem, style="yellow"))
+            table.add_row("", "", Text(console.clean(check.problem), style="yellow"))
     out.print(table)
     if note:
         out.print(Text(note, style="dim"))

@@ -709,6 +709,18 @@ def test_doctor_reports_a_store_that_is_locked_or_damaged(worked: Cli, receiver:
     assert "no database" not in worked.fails(1, "list")
 
 
+def test_doctor_names_files_without_their_escape_sequences(worked: Cli) -> None:
+    """In a folder that is shared, others name files, too."""
+    spool = worked.path.with_name(f"{worked.path.name}.spool")
+    spool.mkdir()
+    (spool / "x\x1b]0;theirs\x07.damaged").touch()
+    worked.path.with_name(f"{worked.path.name}.corrupt-\x1b[2J").touch()
+    text = worked("doctor").stdout
+    assert "]0;theirs .damaged" in text
+    assert ".corrupt- [2J" in text
+    assert "\x1b" not in text
+
+
 def test_prune_deletes_what_is_old_and_delivered_only(worked: Cli, receiver: OtlpReceiver) -> None:
     assert worked.ok("prune", "--older-than", "0s").startswith("Deleted 0 executions")
     worked.ok("relay", "--drain", "--otlp-endpoint", receiver.endpoint)
