@@ -34,7 +34,7 @@ from otelexec.carrier import read_headers
 from otelexec.context import SCOPE_KEY, current_execution
 from otelexec.correlation import Correlation, Scope, with_ambient
 from otelexec.drivers import call_async, call_sync
-from otelexec.endings import Ending, raised_by_signal_handler
+from otelexec.endings import Ending, describe, raised_by_signal_handler
 from otelexec.envelope import receive
 from otelexec.errors import ExecutionBusy, ExecutionCancelled, OtelexecError, SettingsError, StoreError
 from otelexec.lifecycle import Steps, lifecycle
@@ -54,6 +54,7 @@ DUPLICATE: Final = "duplicate"
 
 _RETRY_AFTER: Final = {"retry-after": "5"}
 _PATIENCE_SECONDS: Final = 5.0
+_MAX_TOLD_CHARS: Final = 4_096
 _HELD_SECONDS: Final = 86_400.0
 """How long a proof is held after it is valid no more: the clocks that it is verified by differ."""
 
@@ -328,7 +329,7 @@ class Receiver:
             return _told(200, "cancelled")
         logger.warning("otelexec.trigger.raised: %s", self._name, exc_info=error)
         if isinstance(error, PermanentFailure):
-            return _told(422, str(error))
+            return _told(422, describe(error, _MAX_TOLD_CHARS)[1])
         return _told(500, "the executor failed")
 
     def _not_begun(self, error: BaseException) -> Reply:

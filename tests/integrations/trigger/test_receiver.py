@@ -130,6 +130,16 @@ def test_a_permanent_failure_is_not_to_come_again(path: Path, hook: Hook) -> Non
     assert record.state == "failed"
 
 
+def test_a_permanent_failure_without_a_text_is_answered_as_well(path: Path, hook: Hook) -> None:
+    class OfNoText(PermanentFailure):
+        def __str__(self) -> str:
+            raise RuntimeError("no text")
+
+    hook.raises = OfNoText()
+    reply = receiver(hook).deliver(standard(BODY), BODY)
+    assert (reply.status, json.loads(reply.body)) == (422, {"error": "<its text could not be made: RuntimeError>"})
+
+
 def test_one_that_comes_while_the_first_runs_is_to_come_again(path: Path) -> None:
     entered, leave = threading.Event(), threading.Event()
     calls: list[Any] = []
