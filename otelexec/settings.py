@@ -17,7 +17,8 @@ from otelexec.errors import SettingsError
 
 logger = logging.getLogger("otelexec")
 
-Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+# Thirty years: several are added to one another, and no thread can wait for more than 292 (threading.TIMEOUT_MAX).
+Seconds = Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)]
 
 STORE_SCHEMES = ("sqlite", "postgresql", "postgres")
 

@@ -116,6 +116,15 @@ def test_a_link_to_a_file_that_is_to_be_made_is_a_store(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.spool/*.jsonl"))
 
 
+def test_a_time_that_no_thread_can_wait_for_is_refused() -> None:
+    """Else it ends the thread that is to wait for it, or the exit."""
+    with pytest.raises(SettingsError, match=r"^exit_timeout_seconds: .*less than or equal to 1000000000"):
+        otelexec.configure(exit_timeout_seconds=1e10)
+    otelexec.configure(exit_timeout_seconds=1e9, relay_interval_seconds=1e9)
+    otelexec.execution("x")(lambda: None)()
+    otelexec.shutdown()
+
+
 @pytest.mark.parametrize(
     ("name", "said"), [("lease_secnds", "; did you mean lease_seconds[?]"), ("Store", "; did you mean store[?]"), ("port", "$")]
 )
