@@ -65,6 +65,7 @@ class Settings(BaseSettings):
     service_name: str | None = Field(default=None, description="`service.name` of the resource. Default: OTEL_SERVICE_NAME.")
     otlp_endpoint: str | None = Field(
         default=None,
+        repr=False,  # likewise
         description="Where the relay sends spans. Default: OTEL_EXPORTER_OTLP_(TRACES_)ENDPOINT, "
         "else localhost:4318, over gRPC localhost:4317.",
     )

@@ -116,6 +116,16 @@ def test_a_link_to_a_file_that_is_to_be_made_is_a_store(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.spool/*.jsonl"))
 
 
+def test_no_secret_stands_in_the_representation() -> None:
+    given: dict[str, Any] = {
+        "store": "postgresql://me:hunter@host/x",
+        "otlp_endpoint": "https://me:hunter@host",
+        "signing_key": "hunter",
+    }
+    loaded = settings.load(**given)
+    assert "hunter" not in f"{loaded!r} {loaded}"
+
+
 def test_a_time_that_no_thread_can_wait_for_is_refused() -> None:
     """Else it ends the thread that is to wait for it, or the exit."""
     with pytest.raises(SettingsError, match=r"^exit_timeout_seconds: .*less than or equal to 1000000000"):
