@@ -85,6 +85,7 @@ def wrap_init(original: Callable[..., None]) -> Callable[..., None]:
         original(self, *args, **kwargs)
         if CHOICES.active:
             self._request_dict[carrier.DELIVERY] = f"{random_word():016x}{random_word():016x}"
+            self._request_dict.pop(carrier.LIMITS, None)  # this process's to say, and no message's
             hard, soft = MAIN.limits
             if hard or soft:  # of the command line, which stand in no child's settings
                 self._request_dict[carrier.LIMITS] = (self.task.time_limit or hard, self.task.soft_time_limit or soft)

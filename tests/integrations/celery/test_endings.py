@@ -318,6 +318,16 @@ def test_a_child_that_fails_before_the_task_and_lives_has_failed(common: Stage, 
     common.ended(result.id, "failed")
 
 
+def test_what_the_main_process_tells_its_children_is_not_taken_from_a_message(common: Stage) -> None:
+    """Else a header could have a task run without a record."""
+    task_id = "00000000-0000-4000-8000-00000000002b"
+    with common.app.connection_for_write() as connection, connection.Producer() as producer:
+        headers = {"task": "add", "id": task_id, "lang": "py", "otelexec-limits": 5, "otelexec-delivery": "theirs"}
+        producer.publish([[20, 22], {}, {}], routing_key="common", headers=headers, serializer="json", correlation_id=task_id)
+    assert common.app.AsyncResult(task_id).get(timeout=RESULT_SECONDS) == 42
+    assert [attempt.state for attempt in common.ended(task_id).record.attempts] == ["succeeded"]
+
+
 def test_a_message_from_before_the_upgrade_runs_under_its_own_id(common: Stage) -> None:
     task_id = "00000000-0000-4000-8000-00000000002a"
     with common.app.connection_for_write() as connection, connection.Producer() as producer:
