@@ -6,6 +6,7 @@ import errno
 import functools
 import logging
 import os
+import stat
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, TypedDict
@@ -19,6 +20,9 @@ logger = logging.getLogger("otelexec")
 
 # Thirty years: several are added to one another, and no thread can wait for more than 292 (threading.TIMEOUT_MAX).
 Seconds = Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)]
+
+_SHARED = stat.S_ISVTX | stat.S_IWOTH
+"""The mode of folders like /tmp."""
 
 STORE_SCHEMES = ("sqlite", "postgresql", "postgres")
 
@@ -238,8 +242,12 @@ def _absolute_sqlite(url: str) -> str:
         msg = "needs three slashes before the path, as in sqlite:///relative.db, and four before an absolute one, sqlite:////var/lib/app.db"
         raise ValueError(msg)
     try:
+        given = _expanded(Path(path[1:])).absolute()
+        if any(map(_is_planted, (given, *given.parents))):
+            msg = "its path leads over another user's link in a folder that everybody may write in"
+            raise ValueError(msg)
         # Two names of one file share one spool, and a link may name a file that is to be made.
-        resolved = _expanded(Path(path[1:])).resolve()
+        resolved = given.resolve()
     except (OSError, RuntimeError) as error:  # links in a circle
         msg = f"its path can't be used: {error}"
         raise ValueError(msg) from error
@@ -247,6 +255,14 @@ def _absolute_sqlite(url: str) -> str:
         msg = f"its path can't be used: {os.strerror(errno.ELOOP)}"
         raise ValueError(msg)
     return f"sqlite:///{resolved}"
+
+
+def _is_planted(path: Path) -> bool:
+    """Tell whether a path is a link that the kernel would not follow (`fs.protected_symlinks`), whose rule resolving it here evades."""
+    if not path.is_symlink():
+        return False
+    folder = path.parent.stat()
+    return folder.st_mode & _SHARED == _SHARED and path.lstat().st_uid not in (os.geteuid(), folder.st_uid)
 
 
 def _expanded(path: Path) -> Path:

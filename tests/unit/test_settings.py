@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import otelexec
 from otelexec import settings
 from otelexec.errors import SettingsError
 from otelexec.settings import MoreSettings, Settings
+from tests.servers import missing
 
 
 @pytest.mark.parametrize("endpoint", ["gopher://collector", "collector", "http://", "https:///", "://x"])
@@ -106,6 +108,24 @@ def test_links_in_a_circle_are_refused(tmp_path: Path) -> None:
     (tmp_path / "b.db").symlink_to(tmp_path / "a.db")
     with pytest.raises(SettingsError, match=r"^store: its path can't be used"):
         settings.load(store=f"sqlite:///{tmp_path / 'a.db'}")
+
+
+@pytest.mark.parametrize("name", ["link", "link/store.db"])
+def test_another_users_link_in_a_shared_folder_is_not_followed(tmp_path: Path, name: str) -> None:
+    """What it leads to would be set aside as damaged, and written anew."""
+    if os.geteuid():
+        missing("only root can make another user's link")
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    shared.chmod(0o1777)
+    (tmp_path / "precious").write_text("precious", encoding="utf-8")
+    (shared / "link").symlink_to(tmp_path / "precious")
+    assert settings.load(store=f"sqlite:///{shared / name}").store == f"sqlite:///{tmp_path / 'precious'}{name[4:]}"
+    os.lchown(shared / "link", 65_534, 65_534)
+    with pytest.raises(SettingsError, match=r"^store: its path leads over another user's link"):
+        settings.load(store=f"sqlite:///{shared / name}")
+    shared.chmod(0o755)
+    settings.load(store=f"sqlite:///{shared / name}")
 
 
 def test_a_link_to_a_file_that_is_to_be_made_is_a_store(tmp_path: Path) -> None:
