@@ -18,8 +18,10 @@ from otelexec.errors import SettingsError
 
 logger = logging.getLogger("otelexec")
 
-# Thirty years: several are added to one another, and no thread can wait for more than 292 (threading.TIMEOUT_MAX).
-Seconds = Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)]
+MAX_SECONDS = 1e9
+"""Thirty years: several are added to one another, and no thread can wait for more than 292 (threading.TIMEOUT_MAX)."""
+
+Seconds = Annotated[float, Field(gt=0, le=MAX_SECONDS, allow_inf_nan=False)]
 
 _SHARED = stat.S_ISVTX | stat.S_IWOTH
 """The mode of folders like /tmp."""

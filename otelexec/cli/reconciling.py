@@ -12,6 +12,7 @@ from otelexec.cli import console, options
 from otelexec.cli.progress import Advance
 from otelexec.errors import StoreError
 from otelexec.reconcile import Reconciler
+from otelexec.settings import MAX_SECONDS
 
 if TYPE_CHECKING:
     from otelexec.reconcile import Reconciled
@@ -25,6 +26,7 @@ def reconcile(
         typer.Option(
             metavar="SECONDS",
             min=0.05,
+            max=MAX_SECONDS,
             help="Between two rounds. Default: OTELEXEC_RECONCILE_INTERVAL_SECONDS, else 15.",
             show_default=False,
         ),

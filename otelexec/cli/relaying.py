@@ -15,6 +15,7 @@ from otelexec.cli.progress import Advance
 from otelexec.errors import StoreError
 from otelexec.reconcile import dead_relays, take_in
 from otelexec.relay import Relay
+from otelexec.settings import MAX_SECONDS
 from otelexec.store.writes import Heartbeat, RetryParked
 
 if TYPE_CHECKING:
@@ -40,7 +41,11 @@ def relay(
     timeout: Annotated[
         float | None,
         typer.Option(
-            metavar="SECONDS", min=0, help=f"With --drain: exit with 1 if it takes longer. Default: {DRAIN_SECONDS:g}.", show_default=False
+            metavar="SECONDS",
+            min=0,
+            max=MAX_SECONDS,
+            help=f"With --drain: exit with 1 if it takes longer. Default: {DRAIN_SECONDS:g}.",
+            show_default=False,
         ),
     ] = None,
     retry_parked: Annotated[
