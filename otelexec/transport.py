@@ -325,7 +325,9 @@ def _seconds(retry_after: str | None) -> float | None:
 
 
 def _shortened(status: str, message: str) -> str:
-    text = " ".join(message.split())[:_REASON_CHARS]
+    # It goes into log lines as it is: no escape sequence of the endpoint's may reach a terminal.
+    printable = "".join(character if character.isprintable() else " " for character in message[:_ANSWER_BYTES])
+    text = " ".join(printable.split())[:_REASON_CHARS]
     return f"{status}: {text}" if status and text else status or text
 
 

@@ -221,6 +221,7 @@ def test_a_page_is_no_delivery(content_type: str, body: bytes) -> None:
     [
         (b'{"partialSuccess": {"rejectedSpans": "2", "errorMessage": "too old"}}', 2, "too old"),
         (b'{"partialSuccess": {}}', 0, ""),
+        (b'{"partialSuccess": {"errorMessage": "\\u001b]0;\\u0007too\\r\\nold\\u202e"}}', 0, "]0; too old"),
         (b"{}", 0, ""),
         (b"[1]", 0, ""),
         (b"no json", 0, ""),
