@@ -7,12 +7,14 @@ the store is back, closes the attempts of dead workers, and starts the relay.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import queue
 import threading
 import time
 from typing import TYPE_CHECKING
 
+from otelexec.endings import describe
 from otelexec.errors import OtelexecError, StoreError
 from otelexec.importing import importing
 from otelexec.store.writes import Heartbeat as HeartbeatWrite
@@ -32,6 +34,9 @@ RELAY_DELAY_SECONDS = 0.2
 """A process that ends sooner, such as a forked worker of one job, leaves its spans to the relays of others."""
 
 LEAST_TICK_SECONDS = 0.02
+
+REST_SECONDS = 1.0
+"""How long the thread rests after a round that failed for a reason that nobody expected."""
 
 
 class Heartbeat:
@@ -53,6 +58,7 @@ class Heartbeat:
         self._next_loose = 0.0
         self._next_reconcile = 0.0
         self._relay_from = 0.0
+        self._said = ""
         # Kept from round to round: it remembers when the store was away.
         self._reconciler: Reconciler | None = None
 
@@ -101,8 +107,24 @@ class Heartbeat:
                 self._round()
             except OtelexecError as error:
                 logger.debug("otelexec.heartbeat.failed: %s", error)
-            except Exception:  # the thread must outlive every surprise
-                logger.exception("otelexec.heartbeat.failed")
+            except Exception as error:  # the thread must outlive every surprise
+                self._say(error)
+                self._rest()
+            else:
+                self._said = ""
+
+    def _say(self, error: Exception) -> None:
+        """Log a surprise, once until there is another one: what fails in a round fails again in the next."""
+        text = ": ".join(describe(error, 500))
+        logger.log(logging.DEBUG if text == self._said else logging.ERROR, "otelexec.heartbeat.failed", exc_info=error)
+        self._said = text
+
+    def _rest(self) -> None:
+        """Wait, whoever asks for a round meanwhile: one that failed left undone what the next one would be due for at once."""
+        over = time.monotonic() + REST_SECONDS
+        while not self._stopping and (left := over - time.monotonic()) > 0:
+            with contextlib.suppress(queue.Empty):
+                self._nudges.get(timeout=left)
 
     def _wait(self) -> None:
         runtime, now = self._runtime, time.monotonic()
