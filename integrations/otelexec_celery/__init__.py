@@ -120,6 +120,7 @@ def _patch_worker(patches: Patches) -> None:
     patches.replace(request, "terminate", worker.before(worker.on_terminate))
     patches.replace(request, "cancel", worker.before(worker.on_cancel))
     patches.replace(request, "_announce_revoked", worker.before(worker.on_revoked))
+    patches.replace(request, "reject", worker.before(worker.on_reject))
     patches.replace(celery_strategy, "create_request_cls", worker.wrap_create_request_cls)
     for name in ("on_unknown_message", "on_unknown_task", "on_invalid_task", "on_decode_error"):
         patches.replace(consumer, name, worker.before(getattr(worker, name)))

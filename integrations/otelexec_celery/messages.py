@@ -124,7 +124,7 @@ def queue_latency(found: Mapping[str, Any], request: Mapping[str, Any]) -> float
         try:
             due: Any = maybe_iso8601(eta)
             since = max(since, (due if due.tzinfo is not None else due.replace(tzinfo=UTC)).timestamp())
-        except (TypeError, ValueError, AttributeError):
+        except (TypeError, ValueError, AttributeError, OverflowError):
             pass
     return max(0.0, time.time() - since)
 

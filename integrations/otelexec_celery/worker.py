@@ -244,6 +244,14 @@ def on_revoked(request: Any, _: str, terminated: bool, __: object, expired: bool
         delivery_of(request).close(Ending(CANCELLED), asked=True)
 
 
+def on_reject(request: Any, requeue: bool = False, **_: Any) -> None:  # noqa: FBT001, FBT002 # Celery's own
+    """Close what Celery turns away before anybody has begun it: its ETA is no time that this worker's clock can say."""
+    begun = request.time_start is not None or request.worker_pid is not None or _DELIVERY in vars(request)
+    if not (begun or requeue or request.acknowledged):
+        text = f"its ETA can't be a time of this worker: {request.eta}"
+        delivery_of(request).close(Ending(REJECTED, endings.MALFORMED, endings.MALFORMED, text))
+
+
 def wrap_create_request_cls(original: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap `create_request_cls`, whose class has an `on_success` of its own, and knows what the pool is to call."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from datetime import datetime, timedelta, timezone
 from typing import Any
 
 import celery
@@ -265,6 +266,14 @@ def test_an_unknown_task(common: Stage) -> None:
     seen = common.ended(result.id, "rejected")
     assert (seen.record.name, seen.record.state) == ("nobody.knows.me", "rejected")
     assert seen.consumer().attributes[semconv.MESSAGING_MESSAGE_ID] == result.id
+
+
+def test_an_eta_that_is_no_time(common: Stage) -> None:
+    """Such as the last day there is, on a worker to the east of the sender."""
+    result = common.app.send_task("add", (1, 2), eta=datetime.min.replace(tzinfo=timezone(timedelta(hours=14))))
+    seen = common.ended(result.id, "rejected")
+    assert (seen.record.state, seen.attempt.classification) == ("rejected", "malformed")
+    assert "ETA" in (seen.attempt.error_message or "")
 
 
 def appeared(stage: Stage, before: set[str]) -> ExecutionRecord | None:
