@@ -119,6 +119,12 @@ def raised_by_signal_handler(exception: BaseException) -> bool:
     return False
 
 
+def is_interrupted(exception: BaseException) -> bool:
+    """Tell whether a signal ended the code: one that somebody handles, or a Ctrl-C where nobody does."""
+    is_ctrl_c = isinstance(exception, KeyboardInterrupt) and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    return is_ctrl_c or raised_by_signal_handler(exception)
+
+
 def _is_called_with(frame: FrameType, caller: FrameType | None) -> bool:
     """Tell whether a function got its own caller's frame: nothing but a signal handler does, also one that has uninstalled itself."""
     code = frame.f_code

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 import time
 from dataclasses import replace
@@ -14,7 +13,7 @@ from celery.utils.serialization import UnpickleableExceptionWrapper
 from kombu.utils.encoding import safe_repr
 
 from otelexec.classification import INTERRUPTIONS
-from otelexec.endings import Classifier, Ending, describe, raised_by_signal_handler
+from otelexec.endings import Classifier, Ending, describe, is_interrupted, raised_by_signal_handler
 from otelexec.errors import ExecutionCancelled
 from otelexec.store.writes import CANCELLED, FAILED, REJECTED, SUCCEEDED, TIMED_OUT
 
@@ -101,14 +100,8 @@ def classify(error: BaseException) -> Ending | None:
         # `revoke(terminate=True, signal="SIGUSR1")` raises it as well, whatever the limit is.
         return Ending(TIMED_OUT, SOFT_LIMIT, error_type, message, error, depends_on_cancellation=True)
     if isinstance(error, INTERRUPTIONS):
-        return None if _is_interrupted(error) else _unasked(error)
+        return None if is_interrupted(error) else _unasked(error)
     return None if isinstance(error, Exception) else _of_greenlets(error)
-
-
-def _is_interrupted(error: BaseException) -> bool:
-    """Tell whether a signal ended the task: one that Celery or the task handles, or a Ctrl-C where nobody does, as in an eager run."""
-    is_ctrl_c = isinstance(error, KeyboardInterrupt) and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    return is_ctrl_c or raised_by_signal_handler(error)
 
 
 def _unasked(error: BaseException) -> Ending:

@@ -9,7 +9,8 @@ from rq.job import Retry
 from rq.timeouts import BaseTimeoutException, JobTimeoutException
 
 from otelexec.classification import INTERRUPTED, INTERRUPTIONS
-from otelexec.endings import Classifier, Ending, describe, raised_by_signal_handler
+from otelexec.endings import Classifier, Ending, describe, is_interrupted, raised_by_signal_handler
+from otelexec.errors import ExecutionCancelled
 from otelexec.store.writes import CANCELLED, FAILED, TIMED_OUT
 
 RETRY: Final = "retry"
@@ -40,14 +41,20 @@ def classifier(job: Any, is_stopped: Callable[[], bool], *, may_retry: bool = Tr
         if isinstance(error, JobTimeoutException):
             error_type, message = describe(error, _MAX_CHARS)
             return Ending(TIMED_OUT, earned.classification or TIMEOUT, error_type, message, error, retrying=earned.retrying)
-        interrupted = isinstance(error, INTERRUPTIONS) or (isinstance(error, SystemExit) and not _is_exit(error))
+        unasked = isinstance(error, INTERRUPTIONS)
+        interrupted = (unasked or isinstance(error, SystemExit)) and is_interrupted(error)
         if _is_shutdown(error) or (interrupted and earned.retrying):
             error_type, message = describe(error, _MAX_CHARS)
             return Ending(CANCELLED, INTERRUPTED, error_type, message, error, retrying=earned.retrying, depends_on_cancellation=True)
-        if interrupted or not (earned.retrying or _is_exit(error)):
+        # RQ takes an exit for a failure, with code 0 as well, and whatever else the job raises of its own.
+        if interrupted or not (earned.retrying or unasked or isinstance(error, SystemExit)):
             return None
         error_type, message = describe(error, _MAX_CHARS)
-        return Ending(FAILED, earned.classification, error_type, message, error, retrying=earned.retrying)
+        # An execution that was cancelled before it started has no event: nothing was raised in it.
+        exception = None if isinstance(error, ExecutionCancelled) else error
+        return Ending(
+            FAILED, earned.classification, error_type, message, exception, retrying=earned.retrying, depends_on_cancellation=unasked
+        )
 
     return classify
 
@@ -98,11 +105,6 @@ def abandoned() -> tuple[str, str, str]:
 def passes(error: BaseException) -> bool:
     """Tell what must get out of our code: what a signal handler raised, and a timeout, which `TimerDeathPenalty` raises without one."""
     return isinstance(error, BaseTimeoutException) or raised_by_signal_handler(error)
-
-
-def _is_exit(error: BaseException) -> bool:
-    """Tell whether the job itself wanted to exit, which RQ takes for a failure, with code 0 as well."""
-    return isinstance(error, SystemExit) and not raised_by_signal_handler(error)
 
 
 def _is_shutdown(error: BaseException) -> bool:

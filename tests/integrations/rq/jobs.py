@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import sys
@@ -120,6 +121,17 @@ def fail_at_first(mark: str, times: int = 1) -> str:
     """Fail in the first so many runs."""
     if count(mark) < times:
         raise ConnectionError("hung up")
+    return "done"
+
+
+INTERRUPTIONS = {each.__name__: each for each in (asyncio.CancelledError, KeyboardInterrupt, otelexec.ExecutionCancelled)}
+"""What speaks of a cancellation, by name."""
+
+
+def interrupt(kind: str, mark: str) -> str:
+    """Raise one of them, the first time."""
+    if not count(mark):
+        raise INTERRUPTIONS[kind]("own")
     return "done"
 
 

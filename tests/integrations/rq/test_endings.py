@@ -58,6 +58,18 @@ def test_so_is_one_with_code_0_which_rq_fails_and_runs_again(common: Stage) -> N
     assert seen.record.state == "failed"
 
 
+@pytest.mark.parametrize("kind", jobs.INTERRUPTIONS)
+@pytest.mark.parametrize("retry", [None, Retry(max=1)])
+def test_an_interruption_of_its_own_that_nobody_asked_for_is_a_failed_attempt(common: Stage, kind: str, retry: Retry | None) -> None:
+    """RQ knows no cancellation by exception: the job has failed, and is run again if it has a retry left."""
+    job = common.queue.enqueue(jobs.interrupt, kind, common.mark(), retry=retry)
+    until(lambda: job.get_status() == ("finished" if retry else "failed"), 25)
+    seen = common.ended(job.id, *(("failed", "succeeded") if retry else ("failed",)))
+    first = seen.attempts[0]
+    assert (first.classification, first.error_message) == ("retry" if retry else None, "own")
+    assert seen.record.state == ("succeeded" if retry else "failed")
+
+
 @pytest.mark.parametrize(
     ("kind", "function", "state", "status"), [("Lenient", jobs.fail, "succeeded", "finished"), ("Strict", jobs.give, "failed", "failed")]
 )
