@@ -40,6 +40,9 @@ _NAMELESS: Final = "_otelexec_nameless"
 _REPEATED: Final = "_otelexec_repeated"
 """Attribute of a job whose next run was stamped: how many were left then."""
 
+_ENDED: Final = ("finished", "failed", "stopped", "canceled")
+"""States of a job that has ended. RQ's own retries and requeues, which are attempts at the same execution, do not come here with them."""
+
 # redis-py says so where no connection was made: then the server has nothing.
 _NOT_CONNECTED: Final = " connecting to "
 
@@ -118,7 +121,8 @@ def wrap_enqueue_job(original: Callable[..., Any]) -> Callable[..., Any]:
         reserved = vars(job).pop(_RESERVED, None) if CHOICES.active else None
         if reserved is None:
             _forget_id(job, kwargs)
-            return original(self, job, *args, **kwargs)
+            call = functools.partial(original, self, job, *args, **kwargs)
+            return _run_again(job, call) if CHOICES.active and SENDING.get() is None and _has_ended(job) else call()
         token = otel_context.attach(reserved)
         try:
             with _sending() as sending:
@@ -213,21 +217,31 @@ def wrap_repeat(original: Any) -> Any:
         if not CHOICES.active or vars(job).get(_REPEATED) == job.repeats_left:
             return original.__func__(cls, job, *args, **kwargs)
         setattr(job, _REPEATED, job.repeats_left)
-        next_run = _guarded(_next_run, job)
-        if next_run is None:
-            return original.__func__(cls, job, *args, **kwargs)
-        context, first = next_run
-        token = otel_context.attach(context)
-        try:
-            with _sending() as sending:
-                remote = decode_trace(first or "", None)
-                links = () if remote is None else (trace.Link(remote),)
-                _guarded(sending.add, job, links=links, more={carrier.FIRST: first} if first else {})
-                return original.__func__(cls, job, *args, **kwargs)
-        finally:
-            otel_context.detach(token)
+        return _run_again(job, functools.partial(original.__func__, cls, job, *args, **kwargs))
 
     return classmethod(schedule)
+
+
+def _has_ended(job: Any) -> bool:
+    """Tell whether a job has been run to an end: what enqueues it anew, as rq-scheduler does, asks for a further run of it."""
+    return job.get_status(refresh=False) in _ENDED
+
+
+def _run_again(job: Any, call: Callable[[], Any]) -> Any:
+    """Have a job enqueued for a further run, which is an execution of its own."""
+    next_run = _guarded(_next_run, job) if carrier.takes_stamp(job) else None
+    if next_run is None:
+        return call()
+    context, first = next_run
+    token = otel_context.attach(context)
+    try:
+        with _sending() as sending:
+            remote = decode_trace(first or "", None)
+            links = () if remote is None else (trace.Link(remote),)
+            _guarded(sending.add, job, links=links, more={carrier.FIRST: first} if first else {})
+            return call()
+    finally:
+        otel_context.detach(token)
 
 
 def _next_run(job: Any) -> tuple[Context, str | None]:

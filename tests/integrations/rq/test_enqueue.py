@@ -176,6 +176,25 @@ def three_runs(stage: Stage, job_id: str) -> list[DecodedSpan]:
     return found if len(found) == 3 else []
 
 
+@pytest.mark.parametrize("function", [jobs.give, jobs.fail])
+def test_so_is_a_job_that_has_ended_and_is_enqueued_anew(common: Stage, function: Callable[..., Any]) -> None:
+    """As rq-scheduler does with one that is periodic: how a run ended is not hidden by the runs before and after it."""
+    state, status = ("succeeded", "finished") if function is jobs.give else ("failed", "failed")
+    with otelexec.correlate(source="test") as correlation:
+        sent = common.queue.enqueue(function)
+    for enqueue in (common.queue.enqueue_job, lambda job: common.queue.schedule_job(job, datetime.now(UTC))):
+        until(lambda: sent.get_status() == status, 25)
+        enqueue(Job.fetch(sent.id, connection=common.connection))
+    runs = until(lambda: three_runs(common, sent.id), 30)
+    records = [common.record(str(span.attributes[semconv.EXECUTION_ID])) for span in runs]
+    assert [record.state for record in records if record is not None] == [state] * 3
+    assert len({record.execution_id for record in records if record is not None}) == len({span.trace_id for span in runs}) == 3
+    assert {record.request_id for record in records if record is not None} == {correlation.request_id}
+    first, *others = sorted(runs, key=lambda span: span.start_unix_ns)
+    assert {link.trace_id for span in others for link in span.links} == {first.trace_id}
+    until(lambda: sent.get_status() == status, 25)
+
+
 def test_a_cron_entry_is_asked_for_by_its_schedule_in_a_clean_context(common: Stage) -> None:
     cron = pytest.importorskip("rq.cron")
     entry = cron.CronJob(common.name, func=jobs.look, interval=60)
@@ -279,6 +298,13 @@ def test_meta_that_is_no_dict_stays_as_it_is(common: Stage) -> None:
     seen = common.ended(job.id, "succeeded")
     assert seen.record.execution_id == job.id
     assert Job.fetch(job.id, connection=common.connection).meta == meta
+
+
+def test_a_repeat_that_cannot_be_stamped_leaves_no_record_of_a_run_that_never_comes(common: Stage) -> None:
+    meta: Any = ["of", "the", "user"]
+    job = common.queue.enqueue(jobs.give, 1, meta=meta, repeat=Repeat(times=1))
+    assert common.ended(job.id, "succeeded", "succeeded").record.execution_id == job.id
+    assert len([span for span in common.spans() if span.attributes.get(semconv.MESSAGING_MESSAGE_ID) == job.id]) == 2
 
 
 def test_what_a_callback_of_a_synchronous_queue_enqueues_is_the_jobs(fresh: Fresh) -> None:
