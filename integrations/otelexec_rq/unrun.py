@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable
 from typing import Any, Final
 
+from redis.exceptions import RedisError
+from rq.exceptions import NoSuchJobError
 from rq.job import JobStatus
 
 from otelexec import runtime as _runtime
@@ -82,7 +84,10 @@ class _Executed:
 
 def _stored(job: Any) -> Any:
     """Give a job as the server has it: since somebody got hold of it, a repeat may have been stamped for its next run."""
-    return type(job).fetch(job.id, connection=job.connection, serializer=job.serializer)
+    try:
+        return type(job).fetch(job.id, connection=job.connection, serializer=job.serializer)
+    except (NoSuchJobError, RedisError):  # RQ's own cancellation says so next
+        return None
 
 
 def _status_of(job: Any) -> str | None:

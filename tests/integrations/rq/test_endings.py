@@ -12,6 +12,7 @@ from otelexec_rq.settings import CHOICES
 from redis import WatchError
 from rq import Callback, Queue, Repeat, Retry
 from rq.command import send_stop_job_command
+from rq.exceptions import InvalidJobOperation
 from rq.job import Job, JobStatus
 from rq.timeouts import JobTimeoutException
 
@@ -289,6 +290,12 @@ def test_a_job_cancelled_before_it_started_is_closed_at_once(common: Stage) -> N
     seen = common.ended(job.id, "cancelled")
     assert seen.record.state == "cancelled"
     assert seen.consumer().attributes[semconv.MESSAGING_MESSAGE_ID] == job.id
+
+
+def test_a_job_that_is_not_there_is_cancelled_as_without_us(common: Stage, caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(InvalidJobOperation):
+        Job.create(jobs.give, connection=common.connection, origin=common.name).cancel()
+    assert not [record for record in caplog.records if record.name.startswith("otelexec")]
 
 
 def test_a_cancellation_in_a_pipeline_of_the_callers_counts_when_that_is_executed(fresh: Fresh) -> None:
