@@ -113,6 +113,7 @@ def _patch_sending(patches: Patches) -> None:
 
 def _patch_running(patches: Patches) -> None:
     patches.replace(Job, "perform", consume.wrap_perform)
+    patches.replace(Queue, "run_job", consume.wrap_run_job)
     patches.replace(Job, "save_meta", consume.wrap_save_meta)
     patches.replace(Job, "cancel", unrun.wrap_cancel)
     _patch_workers(patches, "perform_job", consume.wrap_perform_job)

@@ -289,6 +289,23 @@ def wrap_perform(original: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return perform
 
 
+def wrap_run_job(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `Queue.run_job` of a synchronous queue: where a class of jobs has a `perform` of its own, that is the run."""
+
+    @functools.wraps(original)
+    def run_job(self: Any, job: Any, *args: Any, **kwargs: Any) -> Any:
+        overridden = type(job).perform
+        if not CHOICES.active or overridden is Job.perform:
+            return original(self, job, *args, **kwargs)
+        job.perform = functools.partial(_perform_alone, overridden, job)
+        try:
+            return original(self, job, *args, **kwargs)
+        finally:
+            vars(job).pop("perform", None)
+
+    return run_job
+
+
 def _perform_alone(original: Callable[[Any], Any], job: Any) -> Any:
     """Run a job that no worker runs: that of a synchronous queue."""
     around = otel_context.get_current()
@@ -302,7 +319,7 @@ def _perform_alone(original: Callable[[Any], Any], job: Any) -> Any:
         logger.exception("otelexec.rq.open: job %s runs without a record", job.id)
         return original(job)
     # What it enqueues is its own, not a part of the call that runs it.
-    sending, token = SENDING.set(None), _run.set(None)
+    sending, token = SENDING.set(None), _run.set(run)
     otel_context.attach(run.context)
     try:
         return run.perform(original)

@@ -71,9 +71,12 @@ def test_an_interruption_of_its_own_that_nobody_asked_for_is_a_failed_attempt(co
     assert seen.record.state == ("succeeded" if retry else "failed")
 
 
-@pytest.mark.parametrize(
+DECIDED = pytest.mark.parametrize(
     ("kind", "function", "state", "status"), [("Lenient", jobs.fail, "succeeded", "finished"), ("Strict", jobs.give, "failed", "failed")]
 )
+
+
+@DECIDED
 def test_where_a_class_of_jobs_decides_how_they_end_its_word_counts(
     fresh: Fresh, kind: str, function: Callable[..., Any], state: str, status: str
 ) -> None:
@@ -85,6 +88,15 @@ def test_where_a_class_of_jobs_decides_how_they_end_its_word_counts(
     assert [attempt.state for attempt in seen.attempts] == [state]
     assert seen.attempt.error_message == ("teardown" if state == "failed" else None)
     stage.check_agreement()
+
+
+@DECIDED
+def test_so_it_does_in_a_synchronous_queue(fresh: Fresh, kind: str, function: Callable[..., Any], state: str, status: str) -> None:
+    stage = fresh()
+    job = Queue(stage.name, connection=stage.connection, job_class=getattr(jobs, kind), is_async=False).enqueue(function)
+    assert job.get_status() == status
+    assert [attempt.state for attempt in stage.ended(job.id, state).attempts] == [state]
+    assert "perform" not in vars(job)
 
 
 def test_a_timeout_that_no_signal_raised_gets_out_of_our_code() -> None:
