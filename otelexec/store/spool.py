@@ -188,9 +188,11 @@ class Spool:
             new = fresh or not self._own or not self._own[-1].exists()
             if new:
                 # A name that was never used: how far a segment was taken in is remembered by name.
-                self._own = [path for path in self._own if path.exists()]
-                self._own.append(self.folder / f"{uuid.uuid4().hex}{SUFFIX}")
-            path, fresh = self._own[-1], True
+                path = self.folder / f"{uuid.uuid4().hex}{SUFFIX}"
+                self._own = [*(known for known in self._own if known.exists()), path]
+            else:
+                path = self._own[-1]
+            fresh = True
             try:
                 descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | (os.O_CREAT | os.O_EXCL if new else 0), 0o600)
             except FileNotFoundError:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import fcntl
 import os
 import sqlite3
+import sys
 import threading
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import pytest
 
@@ -19,7 +22,7 @@ from otelexec.reconcile import Reconciler
 from otelexec.store import spool
 from otelexec.store.spool import Spool
 from otelexec.store.sqlite import SqliteStore
-from otelexec.store.writes import AddSpans, ForgetNonces, Heartbeat, NameMessage, ReadContributions, Write
+from otelexec.store.writes import AddSpans, ForgetNonces, Heartbeat, NameMessage, ProcessRow, ReadContributions, Write
 from otelexec.testing import rows
 from tests.records import Records, until
 
@@ -101,6 +104,44 @@ def test_a_question_that_earlier_versions_kept_stands_in_nobody_s_way(tmp_path: 
     assert list(earlier.folder.iterdir()) == [earlier.folder / ".lock"]
     assert rows.record(store).state == "succeeded"
     store.close()
+
+
+def test_an_append_may_be_interrupted_by_another_one_at_every_line(tmp_path: Path) -> None:
+    """As a signal handler's does that runs an execution while the store is away."""
+    process = ProcessRow("p", "host", "", "", 1, 0, 30.0, b"", b"")
+    codes = {Spool.append.__code__, Spool._segment.__wrapped__.__code__}  # type: ignore[attr-defined]
+    lines = 0
+
+    def append(own: Spool, at: int) -> None:
+        """Append, and once more at a certain line of that."""
+        nonlocal lines
+        lines = 0
+
+        def trace(frame: FrameType, event: str, _: object) -> Any:
+            nonlocal lines
+            if frame.f_code in codes and event == "line":
+                lines += 1
+                if lines == at:
+                    own.append(Heartbeat(process), durable=False)
+            return trace
+
+        sys.settrace(trace)
+        try:
+            own.append(Heartbeat(process), durable=False)
+        finally:
+            sys.settrace(None)
+
+    at = 1
+    while at == 1 or at <= lines + 1:
+        own = Spool(tmp_path / str(at), lambda: process)
+        own.append(Heartbeat(process), durable=False)
+        own.segments()[0].unlink()  # taken in meanwhile: the next append makes a new one
+        append(own, at)
+        segments = own.segments()
+        written = sum(segment.read_bytes().count(b"\n") - 1 for segment in segments)  # but for the process, which goes first
+        assert written == 1 + (at <= lines), f"interrupted at line {at}"
+        at += 1
+    assert at > 10
 
 
 def _locked(descriptor: int) -> bool:
