@@ -10,6 +10,7 @@ Every error that otelexec raises, in one tree.
     |   |-- StoreNotFound                    a reading command found no store; nothing was created
     |   |-- StoreUnavailable                 read-only, full, unreachable: worth another try
     |   |   `-- StoreBusy                    another process or thread is writing
+    |   |       `-- StoreReentered           this very thread is, and what it does now has interrupted it
     |   |-- StoreRejected                    the store took the transaction but not this write
     |   `-- StoreVersionError                the schema is newer than this library
     |-- ExecutionCancelled                   somebody cancelled the execution before it started; or the function heeds a wish
@@ -58,6 +59,10 @@ class StoreUnavailable(StoreError):
 
 class StoreBusy(StoreUnavailable):
     """Another process or thread is writing to the store, and took longer than this one may wait."""
+
+
+class StoreReentered(StoreBusy):
+    """A signal handler or a finalizer has interrupted a commit of its own thread, which goes on only after it."""
 
 
 class StoreRejected(StoreError):

@@ -17,7 +17,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from otelexec.effects import Block, Commit, Effect, Sleep
-from otelexec.errors import StoreError, StoreRejected, StoreVersionError
+from otelexec.errors import StoreError, StoreReentered, StoreRejected, StoreVersionError
 from otelexec.freeze import end_span, freeze, minimal, observed
 from otelexec.store.writes import CANCELLED, LOST, CloseAttempt, Closed, CloseOuter, OpenAttempt, Write
 
@@ -72,7 +72,7 @@ def persist(journal: Journal, write: Write, *, durable: bool, patience_seconds: 
         if not isinstance(answer, StoreError) or isinstance(answer, StoreRejected):
             return answer
         left = deadline - time.monotonic()
-        given_up = left <= 0 or isinstance(answer, StoreVersionError)
+        given_up = left <= 0 or isinstance(answer, StoreReentered | StoreVersionError)
         if given_up and exclusive:
             return answer
         if given_up:

@@ -65,17 +65,15 @@ class Heartbeat:
     def nudge(self) -> None:
         """Ask for a round soon; never blocks."""
         self._nudges.put(None)
-        if self._thread is None and not self._stopping and self._lock.acquire(blocking=False):
+        self.ensure()
+
+    def ensure(self) -> None:
+        """Start the thread unless it runs; never blocks, since a signal handler may ask in the middle of the start."""
+        if self._thread is None and self._lock.acquire(blocking=False):
             try:
                 self._start()
             finally:
                 self._lock.release()
-
-    def ensure(self) -> None:
-        """Start the thread unless it runs."""
-        if self._thread is None:
-            with self._lock:
-                self._start()
 
     def _start(self) -> None:
         if self._thread is not None or self._stopping or not self._runtime.records:

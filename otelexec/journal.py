@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from otelexec.effects import run
-from otelexec.errors import StoreError, StoreRejected
+from otelexec.errors import StoreError, StoreReentered, StoreRejected
 from otelexec.finalize import Kept, persist
 from otelexec.freeze import for_spool
 from otelexec.store import spool as _spool
@@ -75,6 +75,7 @@ class Journal:
         self.group = GroupCommit(store)
         self.spool = Spool(spool_folder(runtime.settings, store), lambda: runtime.process)
         self.spooling = False
+        self._away = False
         self._backlog: deque[Write] = deque()
         self._backlog_lock = threading.Lock()
         self._recovery_lock = threading.Lock()
@@ -122,14 +123,19 @@ class Journal:
 
     def store_failed(self, error: StoreError) -> None:
         """Go over to the spool until the store is back."""
-        if not self.spooling:
-            self.spooling = True
+        self.spooling = True
+        if not isinstance(error, StoreReentered):  # the store is well
+            self._say_away(error)
+        self._runtime.heartbeat.nudge()
+
+    def _say_away(self, error: StoreError) -> None:
+        if not self._away:
+            self._away = True
             logger.error(
                 "otelexec.store.unavailable: %s. Records go to the spool until it is back; the work goes on.",
                 str(error).rstrip("."),
                 extra={"otelexec_error": str(error)},
             )
-        self._runtime.heartbeat.nudge()
 
     def in_thread(self, loop: asyncio.AbstractEventLoop, function: Callable[[], Any]) -> asyncio.Future[Any]:
         """Call a function that may block on a thread of our own: the loop's pool may be full of the user's work."""
@@ -192,9 +198,12 @@ class Journal:
                     self._backlog.popleft()
             except (StoreError, OSError) as error:
                 logger.debug("otelexec.store.unavailable: %s", error)
+                if isinstance(error, StoreError):
+                    self._say_away(error)
                 return False
-            if self.spooling:
-                self.spooling = False
+            self.spooling = False
+            if self._away:
+                self._away = False
                 logger.warning("otelexec.store.recovered: %s is back and has what it could not take before", self._store.url)
         return True
 

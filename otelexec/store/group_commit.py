@@ -23,7 +23,7 @@ from collections.abc import Callable, Sequence
 from itertools import repeat
 from queue import Empty, SimpleQueue
 
-from otelexec.errors import StoreBusy, StoreError, StoreUnavailable
+from otelexec.errors import StoreBusy, StoreError, StoreReentered, StoreUnavailable
 from otelexec.store.base import Receipt, Store
 from otelexec.store.writes import Write
 
@@ -132,7 +132,10 @@ class _Call:
     meanwhile (https://github.com/python/cpython/issues/99110).
     """
 
-    __slots__ = ("__weakref__",)
+    __slots__ = ("__weakref__", "thread")
+
+    def __init__(self) -> None:
+        self.thread = threading.get_ident()
 
 
 class _Group:
@@ -193,6 +196,7 @@ class GroupCommit:
             The write's result.
 
         Raises:
+            StoreReentered: This thread is in the middle of a commit already, which waits for what it does now.
             StoreError: It was not written.
         """
         entry = Entry(write, durable=durable, timeout_seconds=timeout_seconds)
@@ -227,6 +231,8 @@ class GroupCommit:
                     self._commit_group()
             finally:
                 self._let_go(leader)
+        elif self._is_interrupted_here() and self._withdraw(entry):
+            entry.settle(None, StoreReentered())
         elif not entry.prepared:
             # Then one more try for the lead: it may have been let go before anybody could wake this entry.
             entry.prepare()
@@ -416,6 +422,12 @@ class GroupCommit:
                 del self._lead[_LEAD]
         finally:
             self._rescue_lock.release()
+
+    def _is_interrupted_here(self) -> bool:
+        """Tell whether the lead is with a call of this very thread, which a signal handler or a finalizer has interrupted."""
+        holder = self._lead.get(_LEAD)
+        call = holder() if isinstance(holder, weakref.ref) else None
+        return call is not None and call.thread == threading.get_ident()
 
     def _hand_on(self) -> None:
         if self._committer is not None:

@@ -13,6 +13,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 import typing
@@ -28,6 +29,7 @@ from otelexec import runtime
 from otelexec.endings import describe
 from otelexec.errors import ExecutionError, SettingsError
 from otelexec.execution import NoExecution
+from otelexec.store.sqlite import SqliteStore
 from tests.records import Records
 from tests.servers import ROOT
 
@@ -556,6 +558,37 @@ def test_a_signal_s_handler_during_the_body_may_run_an_execution_of_its_own(reco
     finally:
         signal.signal(signal.SIGUSR1, before)
     assert records.named("inner").parent_execution_id == records.named("outer").execution_id
+
+
+@pytest.mark.parametrize("moment", ["open", "close"])
+def test_a_signal_s_handler_during_a_commit_may_run_an_execution_of_its_own(
+    records: Records, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, moment: str
+) -> None:
+    inner = otelexec.execution("inner")(lambda: None)
+    otelexec.execution("first")(lambda: None)()
+    transact = SqliteStore._transact
+
+    def interrupted(self: SqliteStore, *args: Any, **kwargs: Any) -> None:
+        if threading.current_thread() is threading.main_thread():
+            monkeypatch.setattr(SqliteStore, "_transact", transact)
+            signal.raise_signal(signal.SIGUSR1)
+        transact(self, *args, **kwargs)
+
+    @otelexec.execution("outer")
+    def run() -> None:
+        if moment == "close":
+            monkeypatch.setattr(SqliteStore, "_transact", interrupted)
+
+    before = signal.signal(signal.SIGUSR1, lambda *_: inner())
+    try:
+        if moment == "open":
+            monkeypatch.setattr(SqliteStore, "_transact", interrupted)
+        run()
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert {record.name: record.state for record in records.all()} == dict.fromkeys(("first", "outer", "inner"), "succeeded")
+    # Neither did it wait in vain for the commit that it had interrupted, nor is the store said to be away.
+    assert not caplog.records
 
 
 def test_recursion_to_the_limit_is_recorded_as_what_it_is(records: Records) -> None:
