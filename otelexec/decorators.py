@@ -30,10 +30,24 @@ logger = logging.getLogger("otelexec")
 
 P = ParamSpec("P")
 R = TypeVar("R")
+M = TypeVar("M", bound="classmethod[Any, ..., Any] | functools.partialmethod[Any] | functools.singledispatchmethod[Any]")
 
 
 class _BoundExecutor(wrapt.BoundFunctionWrapper):  # type: ignore[type-arg] # which is none while it runs
-    """A decorated executor that was got from an object or a class. It is copied and pickled as a method is."""
+    """A decorated executor that was got from an object or a class. It is copied, pickled and taken apart as a method is."""
+
+    def __init__(self, wrapped: Any, instance: Any, *binding: Any) -> None:
+        if not binding:  # as a method's class is called, by `weakref.WeakMethod` with what stood in `__func__`
+            bound = wrapped.__get__(instance, type(instance))
+            wrapped = bound.__wrapped__
+            binding = (bound._self_wrapper, bound._self_enabled, bound._self_binding, bound._self_parent)  # noqa: SLF001 (one of ours)
+        super().__init__(wrapped, instance, *binding)  # type: ignore[call-arg] # pyright: ignore[reportCallIssue] # wrapt shows its base's
+
+    @property
+    def __func__(self) -> Any:
+        method: Any = self.__wrapped__
+        function, executor = method.__func__, self._self_parent
+        return executor if executor.__wrapped__ is function else function
 
     def __copy__(self) -> Any:
         return self
@@ -87,7 +101,13 @@ class ExecutionDecorator(Block[Execution]):
         super().__init__()
         self._options = options
 
-    def __call__(self, function: Callable[P, R]) -> Callable[P, R]:
+    @overload
+    def __call__(self, function: Callable[P, R]) -> Callable[P, R]: ...
+
+    @overload
+    def __call__(self, function: M) -> M: ...
+
+    def __call__(self, function: Any) -> Any:
         """Wrap a function, coroutine function, generator function, method or classmethod; its signature stays."""
         return _decorated(function, self._options)
 
@@ -100,11 +120,13 @@ class ExecutionDecorator(Block[Execution]):
         return self._options.timeout
 
 
-def _decorated(function: Any, options: Options, enabled: Callable[[], bool] | None = None) -> _Executor:
+def _decorated(function: Any, options: Options, enabled: Callable[[], bool] | None = None) -> Any:
     if isinstance(function, property | functools.cached_property):
         raise SettingsError("A property is read, not called: write @property above @otelexec.execution(...), not below it.")
+    if issubclass(type(function), classmethod | staticmethod):  # itself, and no wrapper around one
+        return type(function)(_decorated(function.__func__, options, enabled))
     target: Any = getattr(function, "__func__", function)
-    while isinstance(target, functools.partial):
+    while isinstance(target, functools.partial | functools.partialmethod | functools.singledispatchmethod):
         target = target.func
     if not options.name:
         named = inspect.unwrap(target)
@@ -148,7 +170,7 @@ def execution(name: Callable[P, R], /) -> Callable[P, R]: ...
 
 
 @overload
-def execution(name: classmethod[Any, P, R], /) -> classmethod[Any, P, R]: ...
+def execution(name: M, /) -> M: ...
 
 
 @overload
@@ -202,7 +224,7 @@ def execution(
     Raises:
         SettingsError: An option can't be used.
     """
-    if callable(name) or isinstance(name, classmethod):
+    if callable(name) or hasattr(type(name), "__get__"):  # a method that is none before it is got from its class
         decorate: Any = ExecutionDecorator(Options(""))
         return decorate(name)
     options = _options(

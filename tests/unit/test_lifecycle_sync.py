@@ -282,6 +282,41 @@ def test_a_decorated_function_is_copied_as_a_function_is(records: Records) -> No
     assert sorted(record.name for record in records.all()) == ["press.count", "press.run", "press.run"]
 
 
+def test_a_decorated_method_is_taken_apart_and_put_together_as_a_method_is(records: Records) -> None:
+    """As signals do it (Django's, blinker's) that hold their receivers weakly."""
+    press = Press(5)
+    assert weakref.WeakMethod(press.run)()() == 5  # type: ignore[misc]
+    assert press.run.__func__(Press(6)) == 6  # type: ignore[attr-defined]
+    assert weakref.WeakMethod(Press.make)()() is Press  # type: ignore[misc]
+    assert Press.make.__func__(Press) is Press  # type: ignore[attr-defined]
+    assert weakref.WeakMethod(Engine.inside)()() == "Engine"  # type: ignore[misc]
+    assert Press.count is Press.count
+    with pytest.raises(AttributeError):
+        _ = Press.run.__func__  # type: ignore[attr-defined]
+    names = ["press.run", "press.run", "press.make", "press.make", "engine.class.inside"]
+    assert [record.name for record in records.all()] == names
+
+
+def test_methods_that_are_chosen_or_filled_in_when_they_are_got_can_be_executors(records: Records) -> None:
+    class Mill:
+        @otelexec.execution
+        @functools.singledispatchmethod
+        def grind(self, what: object) -> str:
+            return "anything"
+
+        @grind.register
+        def _(self, what: int) -> str:
+            return "a number"
+
+        def add(self, a: int, b: int) -> int:
+            return a + b
+
+        more = otelexec.execution(functools.partialmethod(add, 1))
+
+    assert (Mill().grind("x"), Mill().grind(1), Mill().more(2)) == ("anything", "a number", 3)
+    assert [record.name.rpartition(".")[2] for record in records.all()] == ["grind", "grind", "add"]
+
+
 def test_two_calls_without_a_scope_are_two_executions(records: Records) -> None:
     run = otelexec.execution("x")(lambda: None)
     run()
