@@ -12,7 +12,7 @@ import logging
 import math
 import os
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 from weakref import ref
 
 from otelexec import context
@@ -32,7 +32,7 @@ class Execution:
     def __init__(self, execution: RunningExecution) -> None:
         self._execution = execution
 
-    def __bool__(self) -> bool:
+    def __bool__(self) -> Literal[True]:
         """Give True: this is an execution."""
         return True
 
@@ -156,7 +156,7 @@ class NoExecution:
     snapshot: None = None
     cancel_requested: bool = False
 
-    def __bool__(self) -> bool:
+    def __bool__(self) -> Literal[False]:
         """Give False: there is no execution."""
         return False
 

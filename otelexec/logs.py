@@ -19,8 +19,8 @@ def fields() -> dict[str, str]:
         return dict.fromkeys(_NAMES, "")
     span = trace.get_current_span().get_span_context()
     return {
-        semconv.LOG_EXECUTION_ID: execution.id or "",
-        semconv.LOG_REQUEST_ID: execution.correlation.request_id if execution.correlation is not None else "",
+        semconv.LOG_EXECUTION_ID: execution.id,
+        semconv.LOG_REQUEST_ID: execution.correlation.request_id,
         semconv.LOG_ATTEMPT: str(execution.attempt),
         semconv.LOG_TRACE_ID: f"{span.trace_id:032x}" if span.is_valid else "",
         semconv.LOG_SPAN_ID: f"{span.span_id:016x}" if span.is_valid else "",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator
-from typing import assert_type
+from typing import Self, assert_type
 
 import otelexec
 
@@ -58,6 +59,21 @@ class Engine:
     def of(cls, invoice_id: int) -> Engine:
         return cls()
 
+    @otelexec.execution("over a classmethod")
+    @classmethod
+    def over(cls) -> Self:
+        return cls()
+
+    @otelexec.execution
+    @functools.singledispatchmethod
+    def chosen(self, value: object) -> str:
+        return str(value)
+
+    @otelexec.execution("chosen by name")
+    @functools.singledispatchmethod
+    def named_choice(self, value: object) -> str:
+        return str(value)
+
     @staticmethod
     @otelexec.execution
     def static(invoice_id: int) -> int:
@@ -75,6 +91,9 @@ async def checks() -> None:
     assert_type(Engine().bare(7), str)
     assert_type(await Engine().named(7), str)
     assert_type(Engine.of(7), Engine)
+    assert_type(Engine.over(), Engine)
+    assert_type(Engine().chosen(7), str)
+    assert_type(Engine().named_choice(7), str)
     assert_type(Engine.static(7), int)
 
     bare("7")  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
@@ -104,5 +123,9 @@ async def checks() -> None:
     current = otelexec.current_execution()
     assert_type(current.id, str | None)
     if current:
+        assert_type(current, otelexec.Execution)
+        assert_type(current.id, str)
         current.progress("block 3", done=3, total=9)
+    else:
+        assert_type(current, otelexec.NoExecution)
     otelexec.wrap_executor("engine.core:Engine.run", name="invoice.run", core=True).unwrap()
