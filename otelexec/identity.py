@@ -17,6 +17,10 @@ _MAX_BYTES = 4096
 """More than any of the one-line files of /proc that are read here."""
 
 
+_described: set[str] = set()
+"""Process ids of this process, one for each time that it was configured; an `os.execv` forgets them."""
+
+
 @cache  # only what was read: a process without a descriptor left asks again
 def _read_boot_id() -> str:
     return _read("/proc/sys/kernel/random/boot_id").strip()
@@ -86,6 +90,7 @@ def this_process(process_id: str, *, lease_seconds: float, resource: bytes, scop
     """
     pid = os.getpid()
     found = _look(pid)
+    _described.add(process_id)
     return ProcessRow(
         process_id=process_id,
         host=socket.gethostname(),
@@ -119,7 +124,9 @@ def liveness(process: ProcessRow, now_unix_ns: int) -> Literal["alive", "dead", 
     """
     found = _look(process.pid) if is_here(process) else None
     if found is not None:
-        return "alive" if _is_same(found, process.pid_start) else "dead"
+        # A program that is replaced by another one (`os.execv`, as some reloaders do) keeps pid and start time.
+        is_replaced = process.pid == os.getpid() and process.process_id not in _described
+        return "alive" if _is_same(found, process.pid_start) and not is_replaced else "dead"
     # Also after a reboot: another machine may carry the same name, so a boot that differs proves nothing.
     lease_ns = int(process.lease_seconds * 1e9)
     return "alive" if now_unix_ns - process.heartbeat_unix_ns <= lease_ns else "lapsed"

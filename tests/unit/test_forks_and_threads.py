@@ -24,7 +24,7 @@ from opentelemetry import trace
 import otelexec
 from otelexec import runtime
 from otelexec.store.sqlite import SqliteStore
-from tests.records import Records
+from tests.records import Records, until
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 
@@ -374,6 +374,40 @@ async def test_a_thousand_tasks_leak_no_context_into_the_next_job(records: Recor
     assert all(record.request_id == "r" + record.execution_id[1:] for record in found.values())
     assert sum(record.state == "failed" for record in found.values()) == 100
     assert runtime.get().executions == {}
+
+
+def test_what_a_program_left_open_that_is_replaced_by_another_one_is_lost(records: Records, tmp_path: Path) -> None:
+    """Pid and start time stay over an exec, which some reloaders do."""
+    code = """
+import os
+import sys
+import threading
+import time
+import otelexec
+
+otelexec.configure(reconcile=True)
+if sys.argv[1:] == ["again"]:
+    with otelexec.execution("after"):
+        sys.stdin.read()
+else:
+    inside = threading.Event()
+
+    @otelexec.execution("before")
+    def work():
+        inside.set()
+        time.sleep(60)
+
+    threading.Thread(target=work, daemon=True).start()
+    inside.wait()
+    otelexec.configure(reconcile=True, service_name="again")
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:], "again"])
+"""
+    environ = os.environ | {"PYTHONPATH": str(Path(otelexec.__file__).parent.parent)}
+    with subprocess.Popen([sys.executable, "-c", code], env=environ, cwd=tmp_path, stdin=subprocess.PIPE) as program:
+        until(lambda: [record for record in records.all() if (record.name, record.state) == ("before", "lost")], 30)
+        assert records.named("after").state == "running"
+        program.communicate()
+    assert records.named("after").state == "succeeded"
 
 
 def test_a_thread_that_outlives_the_main_thread_may_run_the_first_execution(records: Records, tmp_path: Path) -> None:
