@@ -172,7 +172,9 @@ class Journal:
                 line = _spool.encode(write)
             except (TypeError, ValueError) as broken:
                 line = f'{{"unencodable": "{type(broken).__name__}"}}'
-            logger.critical('{"otelexec.record.homeless": %s, "record": %s}', json.dumps(str(error)), line)
+            # `logging.config` disables the loggers that are there already, unless it is told not to.
+            last = logging.getLogger() if logger.disabled else logger
+            last.critical('{"otelexec.record.homeless": %s, "record": %s}', json.dumps(str(error)), line)
 
     # Back into the store
 

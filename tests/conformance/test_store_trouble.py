@@ -336,6 +336,23 @@ def test_neither_store_nor_spool_leaves_one_critical_line_with_everything(
     check_all_in(folder / "store.db", ["fails", "works"], {"fails"})
 
 
+def test_the_critical_line_comes_although_the_logging_configuration_has_disabled_the_logger(
+    tmp_path: Path, isolated: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """`dictConfig` and `fileConfig` disable the loggers that were made before them, which is their default."""
+    logger = logging.getLogger("otelexec")
+    with no_place(tmp_path) as folder:
+        otelexec.configure(store=f"sqlite:///{folder / 'store.db'}", open_timeout_seconds=OPEN, finalize_timeout_seconds=FINALIZE)
+        logger.disabled = True
+        try:
+            Work().run("works")
+        finally:
+            logger.disabled = False
+        (line,) = [record.getMessage() for record in caplog.records]
+        assert json.loads(line)["record"]["attempt"]["execution"]["name"] == "works"
+        otelexec.shutdown()
+
+
 def test_a_store_that_is_back_is_used_although_the_spool_is_not(
     tmp_path: Path, isolated: None, path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
