@@ -11,8 +11,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import inspect
+import sys
 import weakref
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from opentelemetry import context as otel_context
@@ -327,6 +329,16 @@ def stoppable(execution: RunningExecution) -> Generator[None]:
         execution.stop = None
 
 
+def _begin(body: AsyncGenerator[Any, Any]) -> Awaitable[Any]:
+    """Ask a body for its first item unknown to its loop, which at its end would close it beside the generator that closes it."""
+    hooks = sys.get_asyncgen_hooks()
+    sys.set_asyncgen_hooks(None, None)
+    try:
+        return body.__anext__()
+    finally:
+        sys.set_asyncgen_hooks(*hooks)
+
+
 async def iterate_async(
     runtime: Runtime,
     steps: Steps,
@@ -352,7 +364,7 @@ async def iterate_async(
     closing = False
     try:
         body = function()
-        resume: Callable[[], Awaitable[Any]] = body.__anext__
+        resume: Callable[[], Awaitable[Any]] = partial(_begin, body)
         while True:
             token = otel_context.attach(context)
             try:

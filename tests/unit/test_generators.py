@@ -458,6 +458,31 @@ def test_an_async_generator_whose_loop_is_gone_is_closed_when_it_is_dropped(reco
     assert (records.attempt().state, records.attempt().classification) == ("cancelled", "interrupted")
 
 
+@pytest.mark.parametrize("pauses", [0, 1, 3])
+def test_an_async_generator_that_its_loop_closes_at_its_end_ends_as_without_us(
+    records: Records, caplog: pytest.LogCaptureFixture, pauses: int
+) -> None:
+    cleaned = []
+
+    @otelexec.execution("stream")
+    async def stream() -> AsyncIterator[int]:
+        try:
+            yield 1
+        finally:
+            for _ in range(pauses):
+                await asyncio.sleep(0)
+            cleaned.append(otelexec.current_execution().name)
+
+    async def first(items: AsyncIterator[int]) -> int:
+        return await anext(items)
+
+    left = stream()
+    assert asyncio.run(first(left)) == 1
+    assert cleaned == ["stream"]
+    assert not caplog.records
+    assert (records.attempt().state, records.attempt().classification) == ("cancelled", "interrupted")
+
+
 def test_a_coroutine_that_is_closed_is_an_interruption(records: Records) -> None:
     """`.close()` in the middle of its body: an `await` there would be a RuntimeError, so the commit is made in place."""
     waiting = asyncio.Event()
