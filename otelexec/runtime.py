@@ -12,6 +12,7 @@ import contextlib
 import functools
 import logging
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -313,6 +314,8 @@ def _make(settings: Settings | None, provider: TracerProvider | None) -> Runtime
             before.shutdown()
         runtime = Runtime(settings, provider, parent=_inherited[-1] if _inherited else None)
         _current, _template = runtime, (settings, provider)
+        if "multiprocessing.process" in sys.modules:
+            _end_with_multiprocessing(os.getpid())
         spans.offer_as_global(runtime.provider)
         logs.install()
         logger.info("otelexec.configured: store %s", "none" if runtime.store is None else runtime.store.url)
@@ -403,6 +406,21 @@ def _after_fork() -> None:
     if _current is not None:
         _inherited.append(_current)
         _current = None
+
+
+@functools.cache
+def _end_with_multiprocessing(_pid: int) -> None:
+    """See to it that a child of `multiprocessing` writes what it has: a forked one leaves without exit handlers, but calls finalizers."""
+    from multiprocessing import process, util
+
+    if process.parent_process() is not None:
+        # After its own. What is to be sent is left to the relays of others: nobody waits at its end for an endpoint that doesn't answer.
+        util.Finalize(None, _flush, exitpriority=-100)
+
+
+def _flush() -> None:
+    if _current is not None:
+        _current.flush()
 
 
 def _at_exit() -> None:

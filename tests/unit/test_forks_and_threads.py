@@ -347,6 +347,30 @@ def test_multiprocessing_workers_record_for_themselves(records: Records, method:
     assert {record.state for record in squares} == {"succeeded"}
 
 
+def send(number: int) -> int:
+    with otelexec.publish("sent", destination="queue"):
+        pass
+    with trace.get_tracer("mine").start_as_current_span("mine"):
+        return number
+
+
+@pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
+def test_what_a_multiprocessing_worker_has_in_memory_is_written_when_it_ends(records: Records, method: str) -> None:
+    """A forked one leaves without exit handlers."""
+    otelexec.execution("parent")(lambda: None)()
+    context: Any = multiprocessing.get_context(method)
+    single = context.Process(target=send, args=(0,))
+    single.start()
+    single.join()
+    with context.Pool(1) as pool:
+        assert pool.map(send, range(2)) == [0, 1]
+        pool.close()
+        pool.join()
+    assert sorted((span.name, span.status) for span in records.spans()) == sorted(
+        [("parent", "unset"), *3 * [("send queue", "unset"), ("mine", "unset")]]
+    )
+
+
 async def test_a_thousand_tasks_leak_no_context_into_the_next_job(records: Records) -> None:
     """Must-hold row 7."""
 
