@@ -43,8 +43,9 @@ def detach(token: Token[Context]) -> None:
     """
     Put back the context that was current before, as far as that can be done.
 
-    A coroutine or generator that is dropped ends in another context than the one that it ran in. OpenTelemetry logs
-    that as an error; here it is the normal case, and there is nothing to put back.
+    A coroutine or generator that is dropped ends in another context than the one that it ran in, and so does one that a
+    framework enters and leaves in different threads or tasks (FastAPI's dependencies, asynchronous fixtures).
+    OpenTelemetry logs that as an error; here it is the normal case, and there is nothing to put back.
 
     Args:
         token: What `attach` gave.

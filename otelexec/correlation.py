@@ -19,7 +19,7 @@ from opentelemetry.context.context import Context
 from pydantic import ValidationError
 
 from otelexec import runtime, semconv
-from otelexec.context import SCOPE_KEY, current_execution, current_scope
+from otelexec.context import SCOPE_KEY, current_execution, current_scope, detach
 from otelexec.errors import CorrelationError
 from otelexec.ids import as_text, mint_id, normalize_id
 from otelexec.sources import (
@@ -237,7 +237,7 @@ def correlate(
     try:
         yield correlation
     finally:
-        otel_context.detach(token)
+        detach(token)
 
 
 def _validated(source: object, known: dict[str, Any], fields: Mapping[str, Any], attributes: Mapping[str, Any]) -> Correlation:

@@ -21,7 +21,7 @@ from opentelemetry.context.context import Context
 
 from otelexec import runtime, semconv
 from otelexec.carrier import ENVIRONMENT, HEADERS, NOTHING, Carrier, read_env, read_headers, strip
-from otelexec.context import SCOPE_KEY, current_scope
+from otelexec.context import SCOPE_KEY, current_scope, detach
 from otelexec.correlation import Correlation, Scope, ambient, as_text, enclosing, foreign, running
 from otelexec.endings import raised_by_signal_handler
 from otelexec.ids import MAX_ORIGINAL_CHARS
@@ -338,7 +338,7 @@ class Opening(Generic[Found]):
         return found
 
     def __exit__(self, *_: object) -> None:
-        otel_context.detach(self._token)
+        detach(self._token)
 
 
 def extract_headers(headers: object, *, trusted: bool = True, message_id: str | None = None) -> Opening[Scope]:

@@ -4,8 +4,11 @@
 
 from __future__ import annotations
 
+import contextvars
 import json
 import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import pytest
 from opentelemetry import trace
@@ -32,6 +35,20 @@ def test_the_first_execution_takes_the_scope_s_id_and_further_ones_mint(records:
     fields = {"webhook_id": "wh_1", "path": "/p", "provider": "stripe"}
     assert json.loads(one.correlation) == json.loads(two.correlation) == fields
     assert (one.source, one.parent_execution_id, two.parent_execution_id) == ("webhook", None, None)
+
+
+@pytest.mark.parametrize(
+    "scope",
+    [lambda: otelexec.correlate(source="webhook", webhook_id="w"), lambda: otelexec.extract({}), lambda: otelexec.extract_headers({})],
+)
+def test_a_scope_may_be_left_in_another_context_than_it_was_entered_in(
+    records: Records, caplog: pytest.LogCaptureFixture, scope: Callable[[], AbstractContextManager[object]]
+) -> None:
+    """As a dependency of FastAPI's is, which is entered in one thread and left in another."""
+    opened = scope()
+    contextvars.copy_context().run(opened.__enter__)
+    contextvars.copy_context().run(opened.__exit__, None, None, None)
+    assert not caplog.records
 
 
 def test_inject_uses_the_scope_s_id_up(records: Records) -> None:
