@@ -56,7 +56,7 @@ def persist(journal: Journal, write: Write, *, durable: bool, patience_seconds: 
         journal: The journal of this process.
         write: What to write.
         durable: Whether it must survive power loss.
-        patience_seconds: How long to try the store; one of another version is tried once.
+        patience_seconds: How long to try the store; one of another version is tried once, and so is one whose commit this interrupts.
 
     Returns:
         The store's result; StoreRejected when the store refused this write; Kept when it is in the spool; StoreUnavailable
