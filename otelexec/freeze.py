@@ -55,7 +55,8 @@ def end_span(execution: RunningExecution, ending: Ending, ended_ns: int) -> None
         return
     try:
         if ending.exception is not None:
-            span.add_event(semconv.EXCEPTION_EVENT, _exception_attributes(execution, ending.exception))
+            # By the clock that the end is by: the SDK's own would put it after the end, outside the span.
+            span.add_event(semconv.EXCEPTION_EVENT, _exception_attributes(execution, ending.exception), ended_ns)
         if not execution.runtime.records:
             attributes = outcome_attributes(ending.state, ending.classification, ending.error_type)
             if execution.cores.begun:

@@ -386,6 +386,7 @@ def test_an_awkward_exception_is_recorded_and_comes_out_as_it_is(records: Record
     (event,) = records.span(attempt.span_id).events
     assert event.attributes["exception.message"] == message
     assert event.attributes["exception.type"] == attempt.error_type
+    assert event.unix_ns == attempt.ended_unix_ns
 
 
 def test_a_message_of_a_megabyte_is_cut_in_the_record_and_bounded_in_the_span(records: Records) -> None:
