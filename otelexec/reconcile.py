@@ -236,12 +236,14 @@ class Reconciler:
         totals: dict[str, int],
         advanced: Callable[[int], None],
     ) -> None:
+        seen = 0
         # Outer executors show up once their core is closed, so: until there is nothing more.
         while work := self._store.open_work([process.process_id], limit=BATCH):
+            seen = max(seen, _seen_unix_ns(process, work, death))
             # In one order, so that two reconcilers never wait for each other crosswise.
             work.sort(key=lambda item: (item.execution_id, item.token))
             now = self._store.now_unix_ns()
-            writes = [_write(item, process, classification, death, now) for item in work]
+            writes = [_write(item, process, classification, death, seen=seen, now=now) for item in work]
             done = refused = lost = 0
             for item, result in zip(work, self._commit(writes), strict=True):
                 if isinstance(result, StoreError):
@@ -299,8 +301,8 @@ def take_in(store: Store, spool: Spool, *, timeout_seconds: float = 5.0) -> int:
     return spool.ingest(commit, store.ingested)
 
 
-def _write(item: OpenWork, process: ProcessRow, classification: str, death: Death | None, now: int) -> Write:
-    outcome = _outcome(item, process, classification, death, now)
+def _write(item: OpenWork, process: ProcessRow, classification: str, death: Death | None, *, seen: int, now: int) -> Write:
+    outcome = _outcome(item, process, classification, death, seen=seen, now=now)
     frozen = Frozen(outcome, _synthesize(item, process, outcome))
     if item.kind == "attempt":
         return CloseLost(item.execution_id, item.token, frozen)
@@ -311,9 +313,9 @@ def _write(item: OpenWork, process: ProcessRow, classification: str, death: Deat
     return AddSpans(recorded=((item.span, frozen.request),), execution_id=item.execution_id or None)
 
 
-def _outcome(item: OpenWork, process: ProcessRow, classification: str, death: Death | None, now: int) -> Outcome:
+def _outcome(item: OpenWork, process: ProcessRow, classification: str, death: Death | None, *, seen: int, now: int) -> Outcome:
     """Give how something ended that a dead process left: as its parent says, or lost."""
-    ended = _ended_unix_ns(item, process, death)
+    ended = _ended_unix_ns(item, seen)
     if classification != OOM and item.deadline_unix_ns is not None and ended >= item.deadline_unix_ns:
         classification = DEADLINE_EXCEEDED
     ending = _ending_of(item, death) or Ending(LOST, classification, classification)
@@ -331,16 +333,24 @@ def _outcome(item: OpenWork, process: ProcessRow, classification: str, death: De
     )
 
 
-def _ended_unix_ns(item: OpenWork, process: ProcessRow, death: Death | None) -> int:
-    """Give when it ended: at its death as its parent saw that, or at the last sign of life."""
-    started = item.started_unix_ns
-    if item.kind == "span" and item.span is not None:
-        started = SpanMessage.FromString(item.span.start).start_time_unix_nano
+def _seen_unix_ns(process: ProcessRow, work: Sequence[OpenWork], death: Death | None) -> int:
+    """Give when a process died as its parent saw it, or its last sign of life: whichever of its work that was about, all was open then."""
+    if death is not None:
+        return death.seen_unix_ns
     # All on the clock of the process, as its start is; a row of an older version has the store's only.
-    seen = max(process.clock_unix_ns or process.heartbeat_unix_ns, item.last_seen_unix_ns) if death is None else death.seen_unix_ns
-    if item.kind == "outer":
-        seen = max(seen, item.last_seen_unix_ns)
-    return max(seen, started)
+    known = process.clock_unix_ns or process.heartbeat_unix_ns
+    return max(known, *(max(item.last_seen_unix_ns, _started_unix_ns(item)) for item in work))
+
+
+def _ended_unix_ns(item: OpenWork, seen: int) -> int:
+    """Give when it ended, never before what it was around."""
+    return max(seen, _started_unix_ns(item), item.last_seen_unix_ns if item.kind == "outer" else 0)
+
+
+def _started_unix_ns(item: OpenWork) -> int:
+    if item.kind == "span" and item.span is not None:
+        return int(SpanMessage.FromString(item.span.start).start_time_unix_nano)
+    return item.started_unix_ns
 
 
 def _ending_of(item: OpenWork, death: Death | None) -> Ending | None:
