@@ -34,8 +34,9 @@ from otelexec.lifecycle import lifecycle
 from otelexec.options import Options
 from otelexec.propagation import incoming
 from otelexec.running import RunningExecution
+from otelexec.store.run_queries import retry_wait_ns
 from otelexec.store.runs import DueRun, RunRecord, SetRunOutput
-from otelexec.store.writes import CANCELLED, FAILED, SUCCEEDED, TIMED_OUT
+from otelexec.store.writes import CANCELLED, FAILED, LOST, PAUSED, SUCCEEDED, TIMED_OUT
 from otelexec_trigger import engine, wire
 from otelexec_trigger.executors import awaited, is_coroutine_function, run_to_end
 from otelexec_trigger.settings import LEFTOVER_SECONDS, MAX_OUTPUT_BYTES, SYSTEM
@@ -217,8 +218,17 @@ def _attributes(run: RunRecord) -> dict[str, Any]:
         semconv.MESSAGING_OPERATION_TYPE: "process",
         semconv.MESSAGING_DESTINATION_NAME: run.task,
         semconv.MESSAGING_MESSAGE_ID: run.run_id,
-        semconv.QUEUE_LATENCY: max(0.0, (run.read_unix_ns - max(run.created_unix_ns, run.due_unix_ns)) / 1e9),
+        semconv.QUEUE_LATENCY: max(0.0, (run.read_unix_ns - _due_unix_ns(run)) / 1e9),
     }
+
+
+def _due_unix_ns(run: RunRecord) -> int:
+    """Give since when a run could have been attempted: one that has been attempted already, since its wait after that was over."""
+    due = max(run.created_unix_ns, run.due_unix_ns)
+    if run.attempt_ended_unix_ns is None:
+        return due
+    at_once = run.attempt_state == PAUSED or (run.attempt_state == LOST and run.attempts == 1)
+    return max(due, run.attempt_ended_unix_ns + (0 if at_once else retry_wait_ns(run.attempts)))
 
 
 def _payload(run: RunRecord) -> Any:

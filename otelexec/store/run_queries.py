@@ -28,8 +28,8 @@ _LAST = f"""a.attempt = CASE WHEN e.state = '{SUCCEEDED}' THEN
 def _columns(payload: str, output: str, attempt_output: str) -> str:
     return f"""r.seq, r.run_id, r.execution_id, r.task, {payload}, r.payload_type, r.carrier, r.options, r.tags, r.metadata, r.lane,
     r.max_attempts, r.max_seconds, r.created_unix_ns, r.updated_unix_ns, r.due_unix_ns, r.expires_unix_ns, r.batch_id, r.batch_index,
-    {output}, e.state, e.attempts, e.started_unix_ns, e.ended_unix_ns, {attempt_output}, a.ended_unix_ns, a.classification, a.error_type,
-    a.error_message, a.outer_token IS NOT NULL AND a.outer_outcome IS NULL"""
+    {output}, e.state, e.attempts, e.started_unix_ns, e.ended_unix_ns, {attempt_output}, a.ended_unix_ns, a.state, a.classification,
+    a.error_type, a.error_message, a.outer_token IS NOT NULL AND a.outer_outcome IS NULL"""
 
 
 _WHOLE = _columns("r.payload", "r.output", "a.output")
@@ -46,6 +46,12 @@ _RETRIED = f"""(a.ended_unix_ns IS NULL OR (a.state = '{LOST}' AND e.attempts = 
     OR a.ended_unix_ns + COALESCE(p.heartbeat_unix_ns - p.clock_unix_ns, 0)
         + CASE WHEN e.attempts > 6 THEN CAST({LAST_RETRY_SECONDS * _NANOSECONDS} AS BIGINT)
           ELSE CAST({FIRST_RETRY_SECONDS * _NANOSECONDS} AS BIGINT) << (e.attempts - 1) END <= ?)"""
+
+
+def retry_wait_ns(attempts: int) -> int:
+    """Give how long after the end of the last of so many attempts the next one may begin: what `_RETRIED` says in SQL."""
+    return min(FIRST_RETRY_SECONDS << (attempts - 1), LAST_RETRY_SECONDS) * _NANOSECONDS
+
 
 _ROOM = "r.lane_limit - (SELECT COUNT(*) FROM at_work w WHERE w.lane = r.lane AND w.execution_id <> r.execution_id)"
 

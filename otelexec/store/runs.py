@@ -219,6 +219,7 @@ class RunRecord:
     A run with what its execution's record says of it.
 
     Attributes:
+        attempt_state: State of the attempt that is told of it; None before the first.
         goes_on: Whether code around a core still runs, which had taken the attempt over and has ended.
         read_unix_ns: When it was read.
     """
@@ -249,6 +250,7 @@ class RunRecord:
     ended_unix_ns: int | None
     attempt_output: str | None
     attempt_ended_unix_ns: int | None
+    attempt_state: str | None
     classification: str | None
     error_type: str | None
     error_message: str | None
