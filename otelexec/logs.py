@@ -13,27 +13,16 @@ from otelexec.execution import current_execution
 
 
 def fields() -> dict[str, str]:
-    """Give the fields of the current execution: all empty strings outside any."""
+    """Give the ids of the current execution and of the current span: empty strings where there is none."""
     execution = current_execution()
-    if not execution:
-        return dict.fromkeys(_NAMES, "")
     span = trace.get_current_span().get_span_context()
     return {
-        semconv.LOG_EXECUTION_ID: execution.id,
-        semconv.LOG_REQUEST_ID: execution.correlation.request_id,
-        semconv.LOG_ATTEMPT: str(execution.attempt),
+        semconv.LOG_EXECUTION_ID: execution.id or "",
+        semconv.LOG_REQUEST_ID: execution.correlation.request_id if execution.correlation is not None else "",
+        semconv.LOG_ATTEMPT: str(execution.attempt) if execution else "",
         semconv.LOG_TRACE_ID: f"{span.trace_id:032x}" if span.is_valid else "",
         semconv.LOG_SPAN_ID: f"{span.span_id:016x}" if span.is_valid else "",
     }
-
-
-_NAMES = (
-    semconv.LOG_EXECUTION_ID,
-    semconv.LOG_REQUEST_ID,
-    semconv.LOG_ATTEMPT,
-    semconv.LOG_TRACE_ID,
-    semconv.LOG_SPAN_ID,
-)
 
 
 def install() -> None:

@@ -60,6 +60,15 @@ def test_the_attempt_s_number_and_the_innermost_span_are_shown(records: Records,
     assert lines.getvalue().splitlines()[1].split("|")[4] == f"{span.get_span_context().span_id:016x}"
 
 
+def test_outside_an_execution_the_current_span_is_shown(records: Records, log: logging.Logger, lines: io.StringIO) -> None:
+    """As opentelemetry-instrumentation-logging does under these names: a request that only sends is found by its trace, too."""
+    otelexec.configure()
+    with trace.get_tracer("app").start_as_current_span("POST /hooks") as span:
+        log.info("x")
+    context = span.get_span_context()
+    assert lines.getvalue() == f"|||{context.trace_id:032x}|{context.span_id:016x}|x\n"
+
+
 def test_fields_that_somebody_else_has_set_stay(records: Records) -> None:
     before = logging.getLogRecordFactory()
 
