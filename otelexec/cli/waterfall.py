@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
+from rich.cells import cell_len
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -135,8 +136,10 @@ def draw(roots: Sequence[Bar], *, width: int, now_unix_ns: int | None = None) ->
         return table
     start = min(bar.started_unix_ns for _, bar in every)
     end = max(max(bar.ended_unix_ns or now, bar.started_unix_ns) for _, bar in every)
-    labels = [f"{'  ' * min(depth, 12)}{bar.label}" for depth, bar in shown]
-    label_width = min(max(map(len, labels)), max(16, width * 2 // 5))
+    widest = max(16, width * 2 // 5)
+    # Of a deep span's label the indentation leaves half the column, so that its name can be read.
+    labels = [" " * min(2 * min(depth, 12), widest // 2) + bar.label for depth, bar in shown]
+    label_width = min(max(map(cell_len, labels)), widest)
     notes = max(len(bar.note) for _, bar in shown)
     line = max(_LEAST_LINE, width - label_width - 2 - 2 - 8 - (notes + 2 if notes else 0))
     table.add_column(no_wrap=True, overflow="ellipsis", max_width=label_width)

@@ -135,6 +135,19 @@ def test_another_duration_is_one_line_and_exit_2(text: str) -> None:
     assert raised.value.code == 2
 
 
+@pytest.mark.parametrize("width", [60, 80, 160])
+def test_the_name_of_a_deep_span_can_be_read(width: int) -> None:
+    found = [span(f"{n:016x}", f"{n - 1:016x}", 0, SECOND, name=f"deep {n}") for n in range(2, 30)]
+    lines = drawn(waterfall.bars(execution(attempt()), found), width)
+    assert lines[-1].lstrip().startswith("deep 29 ")
+
+
+def test_a_wide_name_has_the_room_that_there_is() -> None:
+    name = "\u6bb5\u968e" * 10  # twenty characters, forty columns
+    lines = drawn(waterfall.bars(execution(attempt()), [span("c" * 16, "1".zfill(16), 0, SECOND, name=name)]), 120)
+    assert lines[-1].lstrip().startswith(f"{name} ")
+
+
 @pytest.mark.parametrize("width", [80, 100, 129, 130, 160, 250])
 def test_the_table_fits_the_terminal_and_keeps_states_times_and_what_tells_ids_apart(width: int) -> None:
     """Name and error give way, however long they are."""
