@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final
+
+from opentelemetry.sdk.resources import SERVICE_NAME
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
 _FIXED_SIZES: Final = {1: 8, 5: 4}  # bytes of a field's value by wire type
+_SERVICE_NAME: Final = SERVICE_NAME.encode()
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,19 +112,24 @@ def decode(request: bytes) -> list[DecodedSpan]:
     ]
 
 
-def decode_resource(resource: bytes) -> dict[str, Any]:
+@lru_cache(maxsize=1024)
+def service_name(resource: bytes) -> str | None:
     """
-    Read the attributes of a resource as the record of a process has it: the field of a ResourceSpans message.
+    Give the `service.name` of a resource as the record of a process has it, without the protobuf that `list` would import for it.
 
-    Raises:
-        ValueError: The bytes are no such field.
+    Args:
+        resource: What `otlp.encode_resource` gave; anything else has no name.
     """
-    from opentelemetry.proto.trace.v1.trace_pb2 import ResourceSpans
-
     try:
-        return _values(ResourceSpans.FromString(resource).resource.attributes)
-    except Exception as error:
-        raise ValueError(f"not an OTLP resource: {error}") from None
+        for body in _fields(resource, 0x0A):  # resource (1)
+            for pair in _fields(body, 0x0A):  # attributes (1)
+                if _SERVICE_NAME in _fields(pair, 0x0A):  # key (1)
+                    return next(
+                        text.decode("utf-8") for value in _fields(pair, 0x12) for text in _fields(value, 0x0A)
+                    )  # value (2), string (1)
+    except (IndexError, StopIteration, ValueError):
+        pass
+    return None
 
 
 def _decoded(span: Any, resource: dict[str, Any], scope: str, encoded: bytes) -> DecodedSpan:

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from typing import TYPE_CHECKING, Any
 
-from opentelemetry.sdk.resources import SERVICE_NAME
-
 from otelexec import semconv
-from otelexec.decoded import decode_resource
 from otelexec.store.writes import ENDED_STATES
 
 if TYPE_CHECKING:
@@ -75,22 +71,8 @@ def attempt_json(attempt: AttemptRecord) -> dict[str, Any]:
         "outer_ended_unix_ns": attempt.outer_ended_unix_ns,
         "outer_error_type": attempt.outer_error_type,
         "outer_error_message": attempt.outer_error_message,
-        "worker": {"host": attempt.host, "pid": attempt.pid, "service_name": service_name(attempt)},
+        "worker": {"host": attempt.host, "pid": attempt.pid, "service_name": attempt.service_name},
     }
-
-
-def service_name(attempt: AttemptRecord) -> str | None:
-    """Give the `service.name` of the process that ran an attempt; None where nothing is known of it."""
-    return None if attempt.resource is None else _service_name(attempt.resource)
-
-
-@functools.lru_cache(maxsize=1024)
-def _service_name(resource: bytes) -> str | None:
-    try:
-        name = decode_resource(resource).get(SERVICE_NAME)
-    except ValueError:  # as no version of ours writes it
-        return None
-    return None if name is None else str(name)
 
 
 def span_json(span: DecodedSpan) -> dict[str, Any]:

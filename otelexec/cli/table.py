@@ -105,8 +105,8 @@ def worker(attempt: AttemptRecord) -> str:
     """Give who ran an attempt: `4711 on host, service billing`."""
     if attempt.pid is None:
         return "unknown"
-    service = records.service_name(attempt)
-    return f"{attempt.pid} on {console.clean(attempt.host or 'unknown')}{'' if service is None else ', service ' + console.clean(service)}"
+    service = "" if attempt.service_name is None else f", service {console.clean(attempt.service_name)}"
+    return f"{attempt.pid} on {console.clean(attempt.host or 'unknown')}{service}"
 
 
 def _error(record: ExecutionRecord) -> str:

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager
 from typing import Any, TypeVar, Unpack
 
 from otelexec import semconv
+from otelexec.decoded import service_name
 from otelexec.store.records import AttemptRecord, ExecutionRecord, OpenWork, ParkedRow, Statistics, Wanted
 from otelexec.store.schema import Transaction
 from otelexec.store.writes import Cancellation, ProcessRow, SpanRow
@@ -247,8 +248,9 @@ def _complete(tx: Transaction, rows: Sequence[Any]) -> list[ExecutionRecord]:
     ids = [row[1] for row in rows]
     among, parameters = tx.among(ids)
     attempts: dict[str, list[AttemptRecord]] = {}
-    for execution_id, number, state, duplicate, *rest in tx.execute(_ATTEMPTS.format(among=among), parameters).fetchall():
-        attempts.setdefault(execution_id, []).append(AttemptRecord(number, state, bool(duplicate), *rest))
+    for execution_id, number, state, duplicate, *rest, resource in tx.execute(_ATTEMPTS.format(among=among), parameters).fetchall():
+        service = None if resource is None else service_name(resource)
+        attempts.setdefault(execution_id, []).append(AttemptRecord(number, state, bool(duplicate), *rest, service))
     wishes = _cancellations(tx, ids)
     complete: list[Any] = [(*row, wishes.get(row[1]), tuple(attempts.get(row[1], ()))) for row in rows]
     return [ExecutionRecord(*values) for values in complete]

@@ -30,7 +30,7 @@ class Wanted(TypedDict, total=False):
 
 @dataclass(frozen=True, slots=True)
 class AttemptRecord:
-    """One attempt; the names are those that `list --json` has, and `resource` is the encoded OTLP resource of its process."""
+    """One attempt as `list` and `show` give it; the names are those of the JSON."""
 
     attempt: int
     state: str
@@ -56,7 +56,7 @@ class AttemptRecord:
     outer_error_message: str | None
     host: str | None
     pid: int | None
-    resource: bytes | None
+    service_name: str | None
 
 
 @dataclass(frozen=True, slots=True)

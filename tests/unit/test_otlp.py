@@ -18,6 +18,7 @@ from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 from opentelemetry.trace import Link, SpanContext, SpanKind, Status, StatusCode, TraceState
 
 from otelexec import otlp
+from otelexec.decoded import service_name
 
 CONTEXT = SpanContext(0x0AF7651916CD43DD8448EB211C80319C, 0x00F067AA0BA902B7, is_remote=False)
 RESOURCE = Resource({"service.name": "billing"}, "https://opentelemetry.io/schemas/1.44.0")
@@ -256,6 +257,20 @@ def test_bytes_that_are_no_request_are_a_value_error(junk: bytes) -> None:
     """Whoever reads a request from outside has one error to catch."""
     with pytest.raises(ValueError, match="not an OTLP trace request"):
         otlp.decode(junk)
+
+
+@given(name=st.text(), others=st.dictionaries(st.text(), st.text() | st.integers(0, 2**40)))
+def test_the_service_is_found_in_an_encoded_resource(name: str, others: dict[str, Any]) -> None:
+    others.pop("service.name", None)
+    encoded = otlp.encode_resource(Resource({**others, "service.name": name, "service.version": "1"}, schema_url="https://x"))
+    assert service_name(encoded) == name
+    assert service_name(otlp.encode_resource(Resource(others))) is None
+
+
+@given(st.binary())
+def test_what_is_no_resource_names_no_service(damaged: bytes) -> None:
+    assert service_name(damaged) is None
+    assert service_name(b"\x0a\x7f" + damaged) is None
 
 
 def test_resource_and_scope_are_encoded_once_per_object() -> None:
