@@ -70,7 +70,7 @@ class Scope:
 
     Attributes:
         correlation: The scope's own.
-        links: Span contexts that the execution span should be linked to, such as an untrusted caller's.
+        links: What the spans of executions and messages should be linked to, such as an untrusted caller.
         trusted: Whether the carrier was believed; True for `correlate()`.
         message_id: The message's own id, as the backend knows it; None when there is none.
         enqueued_unix_ns: When the message was made, in nanoseconds since 1970; None when it doesn't say.
@@ -122,10 +122,21 @@ def enclosing(context: Context | None = None) -> Correlation | None:
     Returns:
         None outside any scope and execution.
     """
+    scope, execution = near_scope(context), running(context)
+    if scope is not None:
+        return scope.correlation
+    return None if execution is None else execution.correlation
+
+
+def near_scope(context: Context | None = None) -> Scope | None:
+    """
+    Give the innermost scope, as long as no execution has begun in it.
+
+    Args:
+        context: Where to look; None means the current context.
+    """
     scope, execution = current_scope(context), running(context)
-    if execution is None or (scope is not None and scope.execution is execution):
-        return None if scope is None else scope.correlation
-    return execution.correlation
+    return scope if scope is not None and (execution is None or scope.execution is execution) else None
 
 
 def running(context: Context | None = None) -> CurrentExecution | None:
@@ -219,6 +230,7 @@ def correlate(
         CorrelationError: A field is not one of the source's, a name is reserved, or a value is no text.
     """
     outer = enclosing()
+    scope = near_scope()
     execution = running()
     parent = execution.id if execution is not None else outer.parent_execution_id if outer is not None else None
     correlation = _validated(
@@ -233,7 +245,8 @@ def correlate(
         {} if attributes is None else attributes,
     )
     context = with_ambient(otel_context.get_current(), correlation, parent)
-    token = otel_context.attach(otel_context.set_value(SCOPE_KEY, Scope(correlation, execution=execution), context))
+    inner = Scope(correlation, links=() if scope is None else scope.links, execution=execution)
+    token = otel_context.attach(otel_context.set_value(SCOPE_KEY, inner, context))
     try:
         yield correlation
     finally:

@@ -16,7 +16,7 @@ from otelexec import semconv
 from otelexec.blocks import Block
 from otelexec.classification import classify
 from otelexec.context import EXECUTION_KEY, SCOPE_KEY, current_execution
-from otelexec.correlation import Correlation, Scope, running, with_ambient
+from otelexec.correlation import Correlation, Scope, near_scope, running, with_ambient
 from otelexec.effects import run
 from otelexec.endings import describe
 from otelexec.errors import CorrelationError
@@ -129,7 +129,9 @@ class publish(Block[Message]):  # noqa: N801 (read as a verb: `with publish(...)
         started = time.time_ns()
         clock = time.perf_counter_ns()
         attributes = {**correlation.members(), **self._attributes}
-        span = runtime.start_span(self._span_name, base, SpanKind.PRODUCER, attributes, self._links, started)
+        scope = near_scope(base)
+        links = self._links if scope is None else (*self._links, *scope.links)
+        span = runtime.start_span(self._span_name, base, SpanKind.PRODUCER, attributes, links, started)
         patience = runtime.settings.open_timeout_seconds
         row = row_of(span, correlation.members()) if runtime.records else None
         if runtime.records:

@@ -44,6 +44,25 @@ def test_a_message_is_recorded_as_queued_before_it_leaves(records: Records) -> N
     assert records.span(record.attempts[0].span_id).parent_span_id == span.span_id
 
 
+def test_what_an_untrusted_caller_has_sent_or_run_is_linked_to_its_trace(records: Records) -> None:
+    """As a public endpoint does, which says beside that where the request came in."""
+    caller = {"traceparent": f"00-{'a' * 32}-{'b' * 16}-01"}
+    with otelexec.extract_headers(caller, trusted=False):
+        with otelexec.publish("invoice.run", destination="bare"):
+            pass
+        with otelexec.correlate(source="webhook", webhook_id="w"):
+            with otelexec.publish("invoice.run", destination="correlated"):
+                pass
+            with otelexec.execution("job"):
+                with otelexec.publish("invoice.run", destination="of the job"):
+                    pass
+    linked = {
+        name: [link.span_id for link in records.span_named(name).links]
+        for name in ("send bare", "send correlated", "job", "send of the job")
+    }
+    assert linked == {"send bare": ["b" * 16], "send correlated": ["b" * 16], "job": ["b" * 16], "send of the job": []}
+
+
 def test_the_id_of_a_message_is_on_the_record_of_its_own_execution_alone(records: Records) -> None:
     with otelexec.extract_headers({}, message_id="m1"):
         with otelexec.execution("first"), otelexec.execution("child"):
