@@ -18,6 +18,8 @@ from opentelemetry import context as otel_context
 from opentelemetry import trace
 from opentelemetry.baggage import _BAGGAGE_KEY  # private: see correlation.with_ambient
 from opentelemetry.context.context import Context
+from opentelemetry.sdk.trace import ReadableSpan
+from opentelemetry.trace import SpanContext
 
 from otelexec import runtime, semconv
 from otelexec.carrier import ENVIRONMENT, HEADERS, NOTHING, Carrier, read_env, read_headers, strip
@@ -283,14 +285,30 @@ def _correlation_around(base: Context) -> Correlation:
 
 
 def _follow(carrier: Carrier, base: Context, *, trusted: bool, inside: bool) -> tuple[Context, tuple[trace.Link, ...]]:
-    """Go on with the trace of a message, or give the link to it where the message isn't believed or is read inside an execution."""
+    """
+    Go on with the trace of a message, or give the link to it where the message isn't believed or is read inside an execution.
+
+    A span of this process stays the parent where it was begun with the same carrier, or where the carrier isn't believed.
+    """
     remote = decode_trace(carrier.traceparent, carrier.tracestate) if carrier.traceparent else None
     if remote is None:
         return base, ()
-    links = () if trusted and not inside else (trace.Link(remote),)
     if inside:
-        return base, links
-    return trace.set_span_in_context(trace.NonRecordingSpan(remote) if trusted else trace.INVALID_SPAN, base), links
+        return base, (trace.Link(remote),)
+    current = trace.get_current_span(base)
+    if isinstance(current, ReadableSpan) and _has_come_by(current, remote):
+        return base, ()
+    if trusted:
+        return trace.set_span_in_context(trace.NonRecordingSpan(remote), base), ()
+    here = current.get_span_context()
+    is_own = here.is_valid and not here.is_remote
+    return base if is_own else trace.set_span_in_context(trace.INVALID_SPAN, base), (trace.Link(remote),)
+
+
+def _has_come_by(span: ReadableSpan, remote: SpanContext) -> bool:
+    """Tell whether a span was begun with this very carrier, as a web framework's instrumentation does before any code here runs."""
+    parent = span.parent
+    return parent is not None and parent.is_remote and (parent.trace_id, parent.span_id) == (remote.trace_id, remote.span_id)
 
 
 def _members(ours: dict[str, str], legacy: Mapping[str, str], message_id: str | None) -> dict[str, str]:

@@ -249,8 +249,8 @@ def _complete(tx: Transaction, rows: Sequence[Any]) -> list[ExecutionRecord]:
     among, parameters = tx.among(ids)
     attempts: dict[str, list[AttemptRecord]] = {}
     for execution_id, number, state, duplicate, *rest, resource in tx.execute(_ATTEMPTS.format(among=among), parameters).fetchall():
-        service = None if resource is None else service_name(resource)
-        attempts.setdefault(execution_id, []).append(AttemptRecord(number, state, bool(duplicate), *rest, service))
+        values: Any = (number, state, bool(duplicate), *rest, None if resource is None else service_name(resource))
+        attempts.setdefault(execution_id, []).append(AttemptRecord(*values))
     wishes = _cancellations(tx, ids)
     complete: list[Any] = [(*row, wishes.get(row[1]), tuple(attempts.get(row[1], ()))) for row in rows]
     return [ExecutionRecord(*values) for values in complete]

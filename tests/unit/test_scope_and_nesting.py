@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager
 
 import pytest
 from opentelemetry import trace
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 import otelexec
 from otelexec.store.records import ExecutionRecord
@@ -229,6 +230,33 @@ def test_an_untrusted_carrier_s_trace_is_linked_and_its_ids_are_new(records: Rec
     assert records.named("job").parent_execution_id is None
     assert span.parent_span_id is None
     assert [link.trace_id for link in span.links] == [records.span_named("caller").trace_id]
+
+
+@pytest.mark.parametrize("trusted", [True, False])
+def test_a_server_s_own_span_of_the_same_headers_stays_the_parent(records: Records, *, trusted: bool) -> None:
+    """As the instrumentation of a web framework makes one before any code of the application runs."""
+    headers = {"traceparent": f"00-{'a' * 32}-{'b' * 16}-01"}
+    otelexec.configure()
+    came = TraceContextTextMapPropagator().extract(headers)
+    serving = trace.get_tracer("web").start_as_current_span("GET /", context=came, kind=trace.SpanKind.SERVER)
+    with serving as server, otelexec.extract_headers(headers, trusted=trusted):
+        job()
+    span = records.span_named("job")
+    assert (span.trace_id, span.parent_span_id) == ("a" * 32, f"{server.get_span_context().span_id:016x}")
+    assert span.links == ()
+
+
+def test_a_span_of_this_process_stays_the_parent_of_what_an_untrusted_caller_asks_for(records: Records) -> None:
+    headers = {"traceparent": f"00-{'a' * 32}-{'b' * 16}-01"}
+    otelexec.configure()
+    with trace.get_tracer("web").start_as_current_span("handle") as handle:
+        with otelexec.extract_headers(headers, trusted=False):
+            job()
+        with otelexec.extract_headers(headers), otelexec.execution("trusted"):
+            pass
+    span, trusted = records.span_named("job"), records.span_named("trusted")
+    assert (span.parent_span_id, [link.span_id for link in span.links]) == (f"{handle.get_span_context().span_id:016x}", ["b" * 16])
+    assert (trusted.parent_span_id, trusted.links) == ("b" * 16, ())
 
 
 def test_successive_jobs_share_nothing(records: Records) -> None:
