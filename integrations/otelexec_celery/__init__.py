@@ -120,7 +120,8 @@ def _patch_worker(patches: Patches) -> None:
     patches.replace(request, "terminate", worker.before(worker.on_terminate))
     patches.replace(request, "cancel", worker.before(worker.on_cancel))
     patches.replace(request, "_announce_revoked", worker.before(worker.on_revoked))
-    patches.replace(request, "reject", worker.before(worker.on_reject))
+    if hasattr(request, "_eta_timer_entry"):  # since 5.7; before that, Celery runs all the same what it turns away here
+        patches.replace(request, "reject", worker.before(worker.on_reject))
     patches.replace(celery_strategy, "create_request_cls", worker.wrap_create_request_cls)
     for name in ("on_unknown_message", "on_unknown_task", "on_invalid_task", "on_decode_error"):
         patches.replace(consumer, name, worker.before(getattr(worker, name)))
