@@ -213,11 +213,15 @@ def wrap_repeat(original: Any) -> Any:
 
     @functools.wraps(original.__func__)
     def schedule(cls: Any, job: Any, *args: Any, **kwargs: Any) -> Any:
+        call = functools.partial(original.__func__, cls, job, *args, **kwargs)
+        if not CHOICES.active:
+            return call()
         # A transaction that found its keys changed is begun anew: what was stamped for it then is still right.
-        if not CHOICES.active or vars(job).get(_REPEATED) == job.repeats_left:
-            return original.__func__(cls, job, *args, **kwargs)
+        if vars(job).get(_REPEATED) == job.repeats_left:
+            with _sending():  # nothing more: else `schedule_job` would take it for a job that is enqueued anew
+                return call()
         setattr(job, _REPEATED, job.repeats_left)
-        return _run_again(job, functools.partial(original.__func__, cls, job, *args, **kwargs))
+        return _run_again(job, call)
 
     return classmethod(schedule)
 

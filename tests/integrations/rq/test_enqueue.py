@@ -14,7 +14,7 @@ from redis import Redis
 from redis import exceptions as redis_errors
 from rq import Callback, Queue, Repeat, Retry
 from rq.group import Group
-from rq.job import Job
+from rq.job import Job, JobStatus
 
 import otelexec
 from otelexec import semconv
@@ -169,6 +169,17 @@ def test_each_further_run_of_a_repeat_is_an_execution_with_a_trace_of_its_own(co
         assert record is not None
         assert (record.state, record.request_id, record.source) == ("succeeded", correlation.request_id, "test")
         assert {link.trace_id for link in span.links} == {first.trace_id}
+
+
+def test_a_repeat_whose_transaction_is_begun_anew_has_one_record_more(fresh: Fresh) -> None:
+    """RQ begins it anew where another job came to depend on this one meanwhile."""
+    stage = fresh()
+    job = stage.queue.enqueue(jobs.give, repeat=Repeat(times=1, interval=3600))
+    for _ in range(2):
+        job.repeats_left = 1
+        job.set_status(JobStatus.FINISHED)
+        Repeat.schedule(job, stage.queue)
+    assert [record.state for record in stage.records()] == ["queued", "queued"]
 
 
 def three_runs(stage: Stage, job_id: str) -> list[DecodedSpan]:
