@@ -424,8 +424,10 @@ class GroupCommit:
             self._rescue_lock.release()
 
     def _is_interrupted_here(self) -> bool:
-        """Tell whether the lead is with a call of this very thread, which a signal handler or a finalizer has interrupted."""
+        """Tell whether this very thread has the lead, in a call that a signal handler or a finalizer has interrupted."""
         holder = self._lead.get(_LEAD)
+        if holder is self:
+            return threading.current_thread() is self._committer
         call = holder() if isinstance(holder, weakref.ref) else None
         return call is not None and call.thread == threading.get_ident()
 

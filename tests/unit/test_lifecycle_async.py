@@ -16,6 +16,7 @@ from opentelemetry import trace
 
 import otelexec
 from otelexec import runtime
+from otelexec.store.sqlite import SqliteStore
 from otelexec.store.writes import CloseAttempt
 from tests.records import Records
 
@@ -305,3 +306,24 @@ async def test_the_close_is_written_on_the_loop_s_behalf_once(records: Records, 
     async with otelexec.execution("x"):
         pass
     assert closes == 1
+
+
+async def test_a_finalizer_during_a_commit_may_run_an_execution_of_its_own(
+    records: Records, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The garbage collector runs it in whatever thread it is: here in the one that commits for coroutines."""
+    inner, outer = (otelexec.execution(name)(function) for name, function in (("inner", lambda: None), ("outer", asyncio.sleep)))
+    await outer(0)
+    transact = SqliteStore._transact
+
+    def interrupted(self: SqliteStore, *args: Any, **kwargs: Any) -> None:
+        if threading.current_thread().name == "otelexec-committer":
+            monkeypatch.setattr(SqliteStore, "_transact", transact)
+            inner()
+        transact(self, *args, **kwargs)
+
+    monkeypatch.setattr(SqliteStore, "_transact", interrupted)
+    await outer(0)
+    runtime.get().flush()
+    assert sorted((record.name, record.state) for record in records.all()) == [("inner", "succeeded"), *2 * [("outer", "succeeded")]]
+    assert not caplog.records
