@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import json
 import logging
 import threading
 from collections import deque
@@ -172,9 +171,7 @@ class Journal:
                 line = _spool.encode(write)
             except (TypeError, ValueError) as broken:
                 line = f'{{"unencodable": "{type(broken).__name__}"}}'
-            # `logging.config` disables the loggers that are there already, unless it is told not to.
-            last = logging.getLogger() if logger.disabled else logger
-            last.critical('{"otelexec.record.homeless": %s, "record": %s}', json.dumps(str(error)), line)
+            _spool.log_homeless(logger, line, error)
 
     # Back into the store
 

@@ -8,7 +8,6 @@ that the trace is whole; nothing is decoded for that, and nothing can be closed 
 
 from __future__ import annotations
 
-import json
 import logging
 import signal
 import time
@@ -26,7 +25,7 @@ from otelexec.freeze import status_of
 from otelexec.ids import nonce_at
 from otelexec.store.base import Store
 from otelexec.store.records import OpenWork
-from otelexec.store.spool import Spool, encode
+from otelexec.store.spool import Spool, encode, log_homeless
 from otelexec.store.writes import (
     CANCELLED,
     LOST,
@@ -296,7 +295,7 @@ def take_in(store: Store, spool: Spool, *, timeout_seconds: float = 5.0) -> int:
         for write, result in zip(writes, _committed(store, writes, timeout_seconds), strict=True):
             if isinstance(result, StoreError):
                 # The segment is deleted after this, so the line is the last place left.
-                logger.critical('{"otelexec.record.homeless": %s, "record": %s}', json.dumps(str(result)), encode(write))
+                log_homeless(logger, encode(write), result)
 
     return spool.ingest(commit, store.ingested)
 

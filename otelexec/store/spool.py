@@ -78,6 +78,13 @@ def encode(write: Write) -> str:
     return json.dumps(_plain(write), separators=(",", ":"))
 
 
+def log_homeless(own: logging.Logger, line: str, error: Exception) -> None:
+    """Put a write that has no other place left into one CRITICAL log line."""
+    # `logging.config` disables the loggers that are there already, unless it is told not to.
+    last = logging.getLogger() if own.disabled else own
+    last.critical('{"otelexec.record.homeless": %s, "record": %s}', json.dumps(str(error)), line)
+
+
 def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {

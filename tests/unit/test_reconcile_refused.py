@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import sqlite3
 import subprocess
 import sys
@@ -13,6 +15,7 @@ import pytest
 from otelexec.reconcile import Reconciler
 from otelexec.store.spool import Spool
 from otelexec.store.sqlite import SqliteStore
+from otelexec.testing import rows
 from tests.servers import ROOT
 
 DIES = """
@@ -42,4 +45,19 @@ def test_an_attempt_that_the_store_refuses_to_close_does_not_keep_the_reconciler
     assert reconciled.attempts == 1
     assert {record.name: record.state for record in store.executions()} == {"dies": "running", "child": "lost"}
     assert "not this one" in caplog.text
+    store.close()
+
+
+def test_a_spooled_record_that_the_store_refuses_is_a_line_of_the_log_although_that_has_disabled_the_logger(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its segment is deleted, so the line is the last place left."""
+    store = SqliteStore(tmp_path / "store.db")
+    spool = Spool(store.spool_folder, rows.process)
+    spool.append(rows.closing(rows.opening("t", "\ud800")), durable=True)
+    monkeypatch.setattr(logging.getLogger("otelexec.reconcile"), "disabled", True)
+    assert Reconciler(store, spool).run_once().ingested == 2
+    assert not spool.filled
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert json.loads(line)["record"]["attempt"]["execution"]["execution_id"] == "\ud800"
     store.close()
