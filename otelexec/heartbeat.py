@@ -152,11 +152,11 @@ class Heartbeat:
             if loose:
                 journal.write(loose)
         beat = now >= self._next_beat
-        self._look_after_executions(now, all_children=beat)
-        if beat:
+        if beat:  # at once: a store that can't be read must not be asked without a pause
             self._next_beat = now + runtime.settings.heartbeat
-            if not journal.spooling:
-                journal.commit(HeartbeatWrite(runtime.process), durable=False, timeout_seconds=1.0)
+        self._look_after_executions(now, all_children=beat)
+        if beat and not journal.spooling:
+            journal.commit(HeartbeatWrite(runtime.process), durable=False, timeout_seconds=1.0)
         if runtime.relay is None and runtime.settings.relay and now >= self._relay_from:
             relay = self.make_relay()
             if relay is not None:

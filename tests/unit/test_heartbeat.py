@@ -9,7 +9,9 @@ import pytest
 
 import otelexec
 from otelexec import runtime
+from otelexec.errors import StoreUnavailable
 from otelexec.heartbeat import REST_SECONDS, Heartbeat
+from otelexec.store.sqlite import SqliteStore
 from tests.records import Records, until
 
 
@@ -36,6 +38,20 @@ def test_a_defect_in_every_round_is_said_once_and_does_not_keep_a_core_busy(
     failing = True
     until(lambda: _errors(caplog) == 2, 30)
     heartbeat.stop(30)
+
+
+def test_a_store_that_can_t_be_read_is_asked_no_more_often_than_else(records: Records, monkeypatch: pytest.MonkeyPatch) -> None:
+    rounds: list[float] = []
+
+    def unreadable(*_: object) -> None:
+        rounds.append(time.monotonic())
+        raise StoreUnavailable("down")
+
+    monkeypatch.setattr(SqliteStore, "cancellations", unreadable)
+    otelexec.configure(heartbeat_seconds=1, cancel_poll_seconds=60, relay=False, reconcile=False)
+    with otelexec.execution("job"):
+        until(lambda: len(rounds) >= 3, 30)
+    assert rounds[2] - rounds[1] > 0.9
 
 
 def _errors(caplog: pytest.LogCaptureFixture) -> int:
