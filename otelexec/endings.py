@@ -70,7 +70,7 @@ def describe(exception: BaseException, max_chars: int) -> tuple[str, str]:
     try:
         text = str.__str__(str(exception))  # of str itself: a subclass may have methods that raise
     except BaseException as error:  # the user's __str__ may raise anything
-        if raised_by_signal_handler(error):
+        if is_interrupted(error):
             raise
         text = f"<its text could not be made: {_name(error)}>"
     if len(text) > max_chars:

@@ -16,7 +16,7 @@ from opentelemetry import trace
 from opentelemetry.sdk.trace import ReadableSpan
 
 from otelexec import otlp, semconv
-from otelexec.endings import describe, raised_by_signal_handler
+from otelexec.endings import describe, is_interrupted, raised_by_signal_handler
 from otelexec.spans import lost_members
 from otelexec.store.writes import (
     CANCELLED,
@@ -80,7 +80,7 @@ def _exception_attributes(execution: RunningExecution, exception: BaseException)
     try:
         stacktrace = "".join(traceback.format_exception(exception))
     except BaseException as error:  # the exception's own attributes may raise anything
-        if raised_by_signal_handler(error):
+        if is_interrupted(error):
             raise
         stacktrace = f"<the traceback could not be made: {type(error).__name__}>"
     if len(stacktrace) > MAX_STACKTRACE_CHARS:

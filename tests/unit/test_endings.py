@@ -174,6 +174,32 @@ def test_a_sigint_during_the_close_of_a_failure_does_not_hide_what_is_recorded(r
     assert (records.attempt().state, records.attempt().error_message) == ("failed", "x")
 
 
+@pytest.mark.parametrize("moment", ["its text", "its traceback"])
+def test_a_sigint_while_an_exception_is_described_is_not_taken_for_the_exceptions_own(records: Records, moment: str) -> None:
+    left = [signal.SIGINT]
+
+    def interrupt(now: str) -> None:
+        if now == moment and left:
+            signal.raise_signal(left.pop())
+
+    class Slow(Exception):
+        def __str__(self) -> str:
+            interrupt("its text")
+            return "x"
+
+        def __getattribute__(self, name: str) -> Any:
+            if name == "__notes__":
+                interrupt("its traceback")
+            return super().__getattribute__(name)
+
+    def fail() -> None:
+        raise Slow
+
+    with handling(signal.SIGINT, signal.default_int_handler), pytest.raises(KeyboardInterrupt):
+        otelexec.execution("x")(fail)()
+    assert (records.attempt().state, records.attempt().error_message) == ("failed", "x")
+
+
 # The interpreter itself swallows what is raised in a weak reference's callback, and says so.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_interruptions_at_any_instant_leave_no_attempt_open_and_no_lock_taken(records: Records) -> None:
