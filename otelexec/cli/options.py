@@ -187,7 +187,7 @@ def _look(store: Store, *, waits: bool) -> None:
             if not waits:
                 raise
             if not said:
-                console.complain(f"{error}; waiting for it")
+                console.complain(f"{str(error).rstrip('.')}; waiting for it")
                 said = True
             time.sleep(WAIT_SECONDS)
         else:

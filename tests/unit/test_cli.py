@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from otelexec import records
-from otelexec.cli import console, waterfall
+from otelexec.cli import console, options, waterfall
 from otelexec.cli.options import Failure
 from otelexec.cli.pruning import parse_duration
 from otelexec.cli.table import executions_table
 from otelexec.decoded import DecodedSpan
+from otelexec.errors import StoreUnavailable
 from otelexec.store.records import AttemptRecord, ExecutionRecord
 from otelexec.store.writes import Cancellation
 
@@ -133,6 +134,25 @@ def test_another_duration_is_one_line_and_exit_2(text: str) -> None:
     with pytest.raises(Failure, match="--older-than: must be") as raised:
         parse_duration(text)
     assert raised.value.code == 2
+
+
+def test_the_line_about_a_store_that_is_waited_for_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    left = 2
+
+    class Away:
+        def ingested(self, _: str) -> int:
+            nonlocal left
+            left -= 1
+            if left >= 0:
+                raise StoreUnavailable("It is away.")
+            return 0
+
+    monkeypatch.setattr(options, "WAIT_SECONDS", 0)
+    away: Any = Away()
+    options._look(away, waits=True)
+    assert capsys.readouterr().err == "error: It is away; waiting for it\n"
 
 
 @pytest.mark.parametrize("width", [60, 80, 160])
