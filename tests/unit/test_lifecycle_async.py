@@ -312,8 +312,12 @@ async def test_a_finalizer_during_a_commit_may_run_an_execution_of_its_own(
     records: Records, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The garbage collector runs it in whatever thread it is: here in the one that commits for coroutines."""
-    inner, outer = (otelexec.execution(name)(function) for name, function in (("inner", lambda: None), ("outer", asyncio.sleep)))
-    await outer(0)
+    inner = otelexec.execution("inner")(lambda: None)
+
+    @otelexec.execution("outer")
+    async def outer() -> None: ...
+
+    await outer()
     transact = SqliteStore._transact
 
     def interrupted(self: SqliteStore, *args: Any, **kwargs: Any) -> None:
@@ -323,7 +327,7 @@ async def test_a_finalizer_during_a_commit_may_run_an_execution_of_its_own(
         transact(self, *args, **kwargs)
 
     monkeypatch.setattr(SqliteStore, "_transact", interrupted)
-    await outer(0)
+    await outer()
     runtime.get().flush()
     assert sorted((record.name, record.state) for record in records.all()) == [("inner", "succeeded"), *2 * [("outer", "succeeded")]]
     assert not caplog.records
