@@ -3,7 +3,7 @@ The command line: `otelexec` and `python -m otelexec`.
 
 Results go to stdout, everything else to stderr. Exit codes: 0 done; 1 not done, or something is wrong, or the reader of a
 pipe is gone; 2 a setting, an option or the store is wrong; 130 ended by Ctrl-C; 143 ended by SIGTERM. `relay` and `reconcile`,
-which stay until somebody ends them so, exit with 0 then.
+which stay until somebody ends them so, exit with 0 then, once they have found their store.
 """
 
 from __future__ import annotations
