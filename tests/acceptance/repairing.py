@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from otelexec import cli
+from otelexec.cli import reconciling, relaying  # noqa: F401 (imported here once, and not in every child that is killed)
 from otelexec.decoded import decode
 from otelexec.store import group_commit
 from tests import stores
