@@ -98,6 +98,10 @@ class Scope:
         self._unused = [correlation]
         self._pid = os.getpid()
 
+    def holds_in(self, execution: CurrentExecution | None) -> bool:
+        """Tell whether no execution has begun in it: whether it was opened in the one that is current, or there is none."""
+        return execution is None or self.execution is execution
+
     def take(self) -> Correlation:
         """
         Give the correlation for one more execution or message: the scope's own once, after that derived ones.
@@ -135,8 +139,8 @@ def near_scope(context: Context | None = None) -> Scope | None:
     Args:
         context: Where to look; None means the current context.
     """
-    scope, execution = current_scope(context), running(context)
-    return scope if scope is not None and (execution is None or scope.execution is execution) else None
+    scope = current_scope(context)
+    return scope if scope is not None and scope.holds_in(running(context)) else None
 
 
 def running(context: Context | None = None) -> CurrentExecution | None:

@@ -176,6 +176,8 @@ def _begin(
     runtime: Runtime, options: Options, base: Context, parent: RunningExecution | None, claim: object = None
 ) -> tuple[RunningExecution, Context]:
     scope = context.current_scope(base)
+    if scope is not None and not scope.holds_in(parent):
+        scope = None
     role = None if claim is None or parent is None else _enter(parent, claim)
     outer = parent if role is not None else None
     takes_over = role == "takes_over"
@@ -183,8 +185,7 @@ def _begin(
     token = outer.token if takes_over and outer is not None else options.token or f"{random_word():016x}{random_word():016x}"
     execution = RunningExecution(runtime, options, correlation, token, outer)
     execution.claim = claim
-    scope_is_near = scope is not None and (parent is None or scope.execution is parent)
-    execution.span = _start_span(execution, runtime, scope if scope_is_near else None, base)
+    execution.span = _start_span(execution, runtime, scope, base)
     if runtime.records:
         if outer is not None:
             execution.message_id = outer.message_id
@@ -232,13 +233,12 @@ def correlate_call(parent: RunningExecution | None, scope: Scope | None, *, keep
 
     Args:
         parent: The execution current in the caller's context, also one that has ended or was inherited over a fork.
-        scope: The innermost scope; None without one.
+        scope: The scope that holds there; None without one.
         keeps_id: Whether the call is a core and so belongs to the parent's execution.
     """
-    inside = scope is not None and scope.execution is parent  # a scope opened in the parent, or with no parent at all
-    if parent is None or (inside and not parent.is_open):
+    if parent is None or (scope is not None and not parent.is_open):
         return Correlation.direct() if scope is None else scope.take()
-    base = scope.correlation if inside and scope is not None else parent.correlation
+    base = parent.correlation if scope is None else scope.correlation
     if not keeps_id:
         return base.child(parent.id)
     if base is parent.correlation:

@@ -92,7 +92,7 @@ def outgoing(context: Context, *, retry: bool = False) -> Correlation:
         if retry:
             execution.mark_retry_sent()
             return execution.correlation
-        base = scope.correlation if scope is not None and scope.execution is execution else execution.correlation
+        base = scope.correlation if scope is not None and scope.holds_in(execution) else execution.correlation
         return base.child(execution.id)
     if scope is None:
         return Correlation.direct()
