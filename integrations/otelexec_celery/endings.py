@@ -12,6 +12,7 @@ from celery.exceptions import Ignore, Reject, Retry, SoftTimeLimitExceeded
 from celery.utils.serialization import UnpickleableExceptionWrapper
 from kombu.utils.encoding import safe_repr
 
+from otelexec import runtime as _runtime
 from otelexec.classification import INTERRUPTIONS
 from otelexec.endings import Classifier, Ending, describe, is_interrupted, raised_by_signal_handler
 from otelexec.errors import ExecutionCancelled
@@ -36,8 +37,6 @@ HARD_LIMIT_ERROR: Final = "billiard.exceptions.TimeLimitExceeded"
 
 _EARLY_SECONDS: Final = 0.5
 """The limit's clock starts with the acceptance, a little before the body's; a signal this early is still the limit's."""
-
-_MAX_CHARS: Final = 4096
 
 _SENDING: Final = {"_dispatch_callbacks_and_chain", "_retry_publish", "apply_async", "maybe_signature"}
 """What a tracer calls for callbacks and the next task of a chain, in the versions that are supported."""
@@ -85,18 +84,18 @@ def classify(error: BaseException) -> Ending | None:
     """Give the ending of an exception that Celery knows; None leaves it to the default."""
     if isinstance(error, Retry):
         cause = _cause_of(error)
-        error_type, message = describe(cause, _MAX_CHARS)
+        error_type, message = _described(cause)
         if isinstance(cause, UnpickleableExceptionWrapper):
             error_type = f"{cause.exc_module}.{cause.exc_cls_name}"
         return Ending(FAILED, RETRY, error_type, message, cause if cause is not error else None, retrying=True)
     if isinstance(error, Reject):
-        error_type, message = describe(error, _MAX_CHARS)
+        error_type, message = _described(error)
         requeue = bool(error.requeue)
         return Ending(REJECTED, REQUEUED if requeue else None, error_type, message, retrying=requeue)
     if isinstance(error, Ignore):
         return Ending(SUCCEEDED, IGNORED)
     if isinstance(error, SoftTimeLimitExceeded):
-        error_type, message = describe(error, _MAX_CHARS)
+        error_type, message = _described(error)
         # `revoke(terminate=True, signal="SIGUSR1")` raises it as well, whatever the limit is.
         return Ending(TIMED_OUT, SOFT_LIMIT, error_type, message, error, depends_on_cancellation=True)
     if isinstance(error, INTERRUPTIONS):
@@ -106,7 +105,7 @@ def classify(error: BaseException) -> Ending | None:
 
 def _unasked(error: BaseException) -> Ending:
     """Give the ending of what speaks of a cancellation: Celery has none of its own, so where nobody asked for one the task failed."""
-    error_type, message = describe(error, _MAX_CHARS)
+    error_type, message = _described(error)
     # An execution that was cancelled before it started has no event: nothing was raised in it.
     exception = None if isinstance(error, ExecutionCancelled) else error
     return Ending(FAILED, None, error_type, message, exception, depends_on_cancellation=True)
@@ -135,6 +134,10 @@ def error_of(exc_info: Any) -> Any:
     return error.exc if isinstance(error, ExceptionWithTraceback) else error
 
 
+def _described(error: BaseException) -> tuple[str, str]:
+    return describe(error, _runtime.settings().max_error_chars)
+
+
 def _cause_of(retry: Retry) -> BaseException:
     """Give what a retry was asked for: of an exception that can't be pickled it holds only a stand-in."""
     handled: BaseException | None = retry.__context__
@@ -146,7 +149,7 @@ def _cause_of(retry: Retry) -> BaseException:
 
 def _of_greenlets(error: BaseException) -> Ending | None:
     """Give the ending of what gevent and eventlet stop their greenlets with."""
-    error_type, message = describe(error, _MAX_CHARS)
+    error_type, message = _described(error)
     if _is(error, "greenlet", "GreenletExit"):
         return Ending(CANCELLED, INTERRUPTED, error_type, message, depends_on_cancellation=True)
     if _is(error, "gevent", "Timeout") or _is(error, "eventlet", "Timeout"):

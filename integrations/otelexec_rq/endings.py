@@ -8,6 +8,7 @@ from typing import Any, Final
 from rq.job import Retry
 from rq.timeouts import BaseTimeoutException, JobTimeoutException
 
+from otelexec import runtime as _runtime
 from otelexec.classification import INTERRUPTED, INTERRUPTIONS
 from otelexec.endings import Classifier, Ending, describe, is_interrupted, raised_by_signal_handler
 from otelexec.errors import ExecutionCancelled
@@ -20,7 +21,6 @@ TIMEOUT: Final = "timeout"
 _RETRY_TYPE: Final = "rq.job.Retry"
 _TIMEOUT_TYPE: Final = "rq.timeouts.JobTimeoutException"
 _ABANDONED_TYPE: Final = "rq.exceptions.AbandonedJobError"
-_MAX_CHARS: Final = 4096
 
 
 def classifier(job: Any, is_stopped: Callable[[], bool], *, may_retry: bool = True) -> Classifier:
@@ -35,21 +35,21 @@ def classifier(job: Any, is_stopped: Callable[[], bool], *, may_retry: bool = Tr
 
     def classify(error: BaseException) -> Ending | None:
         if is_stopped():
-            error_type, message = describe(error, _MAX_CHARS)
+            error_type, message = _described(error)
             return Ending(CANCELLED, None, error_type, message, error)
         earned = _RetryEarned(job, may_retry=may_retry)
         if isinstance(error, JobTimeoutException):
-            error_type, message = describe(error, _MAX_CHARS)
+            error_type, message = _described(error)
             return Ending(TIMED_OUT, earned.classification or TIMEOUT, error_type, message, error, retrying=earned.retrying)
         unasked = isinstance(error, INTERRUPTIONS)
         interrupted = (unasked or isinstance(error, SystemExit)) and is_interrupted(error)
         if _is_shutdown(error) or (interrupted and earned.retrying):
-            error_type, message = describe(error, _MAX_CHARS)
+            error_type, message = _described(error)
             return Ending(CANCELLED, INTERRUPTED, error_type, message, error, retrying=earned.retrying, depends_on_cancellation=True)
         # RQ takes an exit for a failure, with code 0 as well, and whatever else the job raises of its own.
         if interrupted or not (earned.retrying or unasked or isinstance(error, SystemExit)):
             return None
-        error_type, message = describe(error, _MAX_CHARS)
+        error_type, message = _described(error)
         # An execution that was cancelled before it started has no event: nothing was raised in it.
         exception = None if isinstance(error, ExecutionCancelled) else error
         return Ending(
@@ -105,6 +105,10 @@ def abandoned() -> tuple[str, str, str]:
 def passes(error: BaseException) -> bool:
     """Tell what must get out of our code: what a signal handler raised, and a timeout, which `TimerDeathPenalty` raises without one."""
     return isinstance(error, BaseTimeoutException) or raised_by_signal_handler(error)
+
+
+def _described(error: BaseException) -> tuple[str, str]:
+    return describe(error, _runtime.settings().max_error_chars)
 
 
 def _is_shutdown(error: BaseException) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from celery import Celery, chain
-from celery.exceptions import Retry
+from celery.exceptions import Retry, SoftTimeLimitExceeded
 from opentelemetry import context
 
 import otelexec
@@ -45,6 +45,20 @@ def test_an_exception_and_what_it_propagates(app: Celery, records: Records) -> N
         app.tasks["fail"].apply(("loud",), throw=True)
     assert app.tasks["fail"].apply(("quiet",)).state == "FAILURE"
     assert [(record.state, record.attempts[0].error_message) for record in records.all()] == [("failed", "loud"), ("failed", "quiet")]
+
+
+def test_an_error_that_celery_knows_is_kept_as_far_as_the_setting_says(
+    app: Celery, records: Records, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OTELEXEC_MAX_ERROR_CHARS", "64")
+
+    @app.task(name="slow")
+    def slow() -> None:
+        raise SoftTimeLimitExceeded("x" * 100)
+
+    assert slow.apply().state == "FAILURE"
+    [attempt] = records.one().attempts
+    assert (attempt.state, len(attempt.error_message or "")) == ("timed_out", 64)
 
 
 def test_retries_are_attempts(app: Celery, records: Records) -> None:

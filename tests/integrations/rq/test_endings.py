@@ -99,6 +99,13 @@ def test_so_it_does_in_a_synchronous_queue(fresh: Fresh, kind: str, function: Ca
     assert "perform" not in vars(job)
 
 
+def test_an_error_that_rq_takes_otherwise_is_kept_as_far_as_the_setting_says(fresh: Fresh, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTELEXEC_MAX_ERROR_CHARS", "64")
+    stage = fresh()
+    job = Queue(stage.name, connection=stage.connection, is_async=False).enqueue(jobs.leave, "x" * 100)
+    assert len(stage.ended(job.id, "failed").attempt.error_message or "") == 64
+
+
 def test_a_timeout_that_no_signal_raised_gets_out_of_our_code() -> None:
     """`TimerDeathPenalty` raises it between any two instructions of the job's thread."""
 
