@@ -23,7 +23,7 @@ from opentelemetry.trace import SpanKind
 
 from otelexec import metrics, semconv
 from otelexec import runtime as _runtime
-from otelexec.classification import INTERRUPTED
+from otelexec.classification import INTERRUPTED, INTERRUPTIONS
 from otelexec.context import SCOPE_KEY, current_execution
 from otelexec.correlation import Scope, with_ambient
 from otelexec.drivers import call_async, call_sync
@@ -45,8 +45,6 @@ logger = logging.getLogger("otelexec.trigger")
 
 RETRY: Final = "retry"
 """Classification of a failure that is followed by another attempt."""
-_INTERRUPTIONS: Final = (asyncio.CancelledError, KeyboardInterrupt, ExecutionCancelled)
-"""What says that somebody else ended the task. Nobody did where no cancellation was asked for: then the task's own code raised it."""
 
 
 class _Expired(OtelexecError):
@@ -254,7 +252,8 @@ def _classifier(run: RunRecord) -> Classifier:
 
     def classify(error: BaseException) -> Ending | None:
         error_type, message = describe(error, _runtime.settings().max_error_chars)
-        interruption = isinstance(error, _INTERRUPTIONS)
+        # Where no cancellation was asked for, nobody ended the task: its own code raised it.
+        interruption = isinstance(error, INTERRUPTIONS)
         if _is_cancelled(run):
             return Ending(CANCELLED, None, error_type, message, None if interruption else error)
         if isinstance(error, SystemExit | KeyboardInterrupt) and raised_by_signal_handler(error):

@@ -105,6 +105,11 @@ def interrupts(_: object) -> None:
     raise KeyboardInterrupt
 
 
+@task("is closed")
+def is_closed(_: object) -> None:
+    raise GeneratorExit
+
+
 @task("exits on a signal")
 def exits_on_a_signal(_: object) -> None:
     before = signal.signal(signal.SIGUSR1, lambda _, frame: sys.exit(0))

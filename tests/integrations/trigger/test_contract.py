@@ -234,7 +234,10 @@ def test_a_task_that_gives_up_when_it_is_cancelled_is_cancelled(common: Stage, e
     assert (attempt.classification, attempt.error_type) == (None, "SystemExit" if exits else "RuntimeError")
 
 
-@pytest.mark.parametrize(("task", "error"), [("waits for a cancelled one", "CancelledError"), ("interrupts", "KeyboardInterrupt")])
+@pytest.mark.parametrize(
+    ("task", "error"),
+    [("waits for a cancelled one", "CancelledError"), ("interrupts", "KeyboardInterrupt"), ("is closed", "GeneratorExit")],
+)
 def test_a_run_that_nobody_cancelled_has_failed_and_is_retried(common: Stage, task: str, error: str) -> None:
     backend = LocalBackend()
     run_id = backend.trigger(task, max_attempts=2)
