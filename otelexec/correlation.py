@@ -21,7 +21,6 @@ from pydantic import ValidationError
 from otelexec import runtime, semconv
 from otelexec.context import SCOPE_KEY, current_execution, current_scope, detach
 from otelexec.errors import CorrelationError
-from otelexec.ids import as_text, mint_id, normalize_id
 from otelexec.sources import (
     DIRECT,
     MODELS,
@@ -50,12 +49,9 @@ __all__ = [
     "WebhookCorrelation",
     "WorkflowCorrelation",
     "ambient",
-    "as_text",
     "correlate",
     "enclosing",
     "foreign",
-    "mint_id",
-    "normalize_id",
     "running",
     "with_ambient",
 ]

@@ -27,8 +27,9 @@ from opentelemetry import context as otel_context
 
 from otelexec import semconv
 from otelexec.carrier import NOTHING, Carrier, read_headers
-from otelexec.correlation import Correlation, Scope, as_text
+from otelexec.correlation import Correlation, Scope
 from otelexec.errors import CarrierError
+from otelexec.ids import as_text
 from otelexec.propagation import Opening, announce, incoming, outgoing, write
 from otelexec.w3c import MAX_MEMBERS
 

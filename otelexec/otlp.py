@@ -24,8 +24,6 @@ from typing import TYPE_CHECKING, Any, Final
 
 from opentelemetry.trace import SpanKind, StatusCode
 
-from otelexec.decoded import DecodedSpan, decode
-
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
@@ -33,8 +31,6 @@ if TYPE_CHECKING:
     from opentelemetry.sdk.trace import Event, ReadableSpan
     from opentelemetry.sdk.util.instrumentation import InstrumentationScope
     from opentelemetry.trace import Link, SpanContext
-
-__all__ = ["DecodedSpan", "complete_start", "decode", "encode_resource", "encode_scope", "encode_span", "encode_start", "wrap"]
 
 _logger = logging.getLogger(__name__)
 

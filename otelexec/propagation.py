@@ -24,9 +24,9 @@ from opentelemetry.trace import SpanContext
 from otelexec import runtime, semconv
 from otelexec.carrier import ENVIRONMENT, HEADERS, NOTHING, Carrier, read_env, read_headers, strip
 from otelexec.context import SCOPE_KEY, current_scope, detach
-from otelexec.correlation import Correlation, Scope, ambient, as_text, enclosing, foreign, running
+from otelexec.correlation import Correlation, Scope, ambient, enclosing, foreign, running
 from otelexec.endings import raised_by_signal_handler
-from otelexec.ids import MAX_ORIGINAL_CHARS
+from otelexec.ids import MAX_ORIGINAL_CHARS, as_text
 from otelexec.w3c import decode_baggage, decode_trace, encode_baggage, encode_traceparent
 
 if TYPE_CHECKING:

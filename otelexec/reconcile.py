@@ -132,16 +132,14 @@ class Reconciler:
         store: The store.
         spool: The spool of this host.
         own: Process id of this process, which lives; None when it has no row.
-        monotonic: A clock in seconds that never goes back.
     """
 
-    def __init__(self, store: Store, spool: Spool, *, own: str | None = None, monotonic: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, store: Store, spool: Spool, *, own: str | None = None) -> None:
         self._store = store
         self._spool = spool
         self._own = own
-        self._monotonic = monotonic
         self._unreachable_until: float | None = None
-        self._next_forgetting = monotonic()
+        self._next_forgetting = time.monotonic()
 
     def run_once(self, deaths: Mapping[int, Death] | None = None, *, advanced: Callable[[int], None] = lambda _: None) -> Reconciled:
         """
@@ -175,12 +173,12 @@ class Reconciler:
 
     def store_was_away(self) -> None:
         """Learn that the store can't be reached at this moment: from now on each lease counts anew."""
-        self._unreachable_until = self._monotonic()
+        self._unreachable_until = time.monotonic()
 
     def _forget_nonces(self) -> None:
-        if self._monotonic() < self._next_forgetting:
+        if time.monotonic() < self._next_forgetting:
             return
-        self._next_forgetting = self._monotonic() + NONCE_SECONDS / 24
+        self._next_forgetting = time.monotonic() + NONCE_SECONDS / 24
         before = nonce_at(self._store.now_unix_ns() - int(NONCE_SECONDS * 1e9))
         self._store.commit([ForgetNonces(before)], durable=False, timeout_seconds=5.0)
 
@@ -218,7 +216,7 @@ class Reconciler:
     def _lease_counts(self, process: ProcessRow, now: int) -> bool:
         # While the store was away nobody could renew a lease, so each gets one whole lease anew.
         since = self._unreachable_until
-        if since is not None and self._monotonic() - since < process.lease_seconds:
+        if since is not None and time.monotonic() - since < process.lease_seconds:
             return False
         return now - self._store.up_since_unix_ns() >= process.lease_seconds * 1e9
 

@@ -13,7 +13,7 @@ from celery.utils.serialization import UnpickleableExceptionWrapper
 from kombu.utils.encoding import safe_repr
 
 from otelexec import runtime as _runtime
-from otelexec.classification import INTERRUPTIONS
+from otelexec.classification import INTERRUPTED, INTERRUPTIONS
 from otelexec.endings import Classifier, Ending, describe, is_interrupted, raised_by_signal_handler
 from otelexec.errors import ExecutionCancelled
 from otelexec.store.writes import CANCELLED, FAILED, REJECTED, SUCCEEDED, TIMED_OUT
@@ -31,7 +31,6 @@ DEDUPLICATED: Final = "deduplicated"
 RESULT_NOT_STORED: Final = "result_not_stored"
 CALLBACKS_NOT_SENT: Final = "callbacks_not_sent"
 HANDLER_FAILED: Final = "handler_failed"
-INTERRUPTED: Final = "interrupted"
 
 HARD_LIMIT_ERROR: Final = "billiard.exceptions.TimeLimitExceeded"
 

@@ -147,7 +147,6 @@ def wrap_sender(sender: Callable[..., Any], amqp: Any) -> Callable[..., Any]:
         with _retrying(task_id, custom) as (retry, previous):
             return send(previous, retry=retry)
 
-    send_task_message.otelexec_wraps = sender  # type: ignore[attr-defined] # a function's own
     return send_task_message
 
 

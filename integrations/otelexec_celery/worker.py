@@ -25,7 +25,7 @@ from opentelemetry.context import Context
 
 from otelexec import metrics
 from otelexec import runtime as _runtime
-from otelexec.classification import classify
+from otelexec.classification import INTERRUPTED, classify
 from otelexec.endings import Ending
 from otelexec.ids import random_word
 from otelexec.patches import Guard
@@ -231,7 +231,7 @@ def on_terminate(request: Any, *_: Any, **__: Any) -> None:
 def on_cancel(request: Any, *_: Any, **__: Any) -> None:
     """Learn that a child is stopped because the connection is gone; its message comes again."""
     if request.time_start and MAIN.supervises:
-        delivery_of(request).ending = Ending(CANCELLED, endings.INTERRUPTED, "interrupted", "the connection was lost", retrying=True)
+        delivery_of(request).ending = Ending(CANCELLED, INTERRUPTED, "interrupted", "the connection was lost", retrying=True)
 
 
 def on_revoked(request: Any, _: str, terminated: bool, __: object, expired: bool) -> None:  # noqa: FBT001 # Celery's own

@@ -20,9 +20,10 @@ from opentelemetry.context import Context
 from otelexec import request_cancel, semconv
 from otelexec import runtime as _runtime
 from otelexec.carrier import Carrier, read_headers
-from otelexec.correlation import Correlation, mint_id
+from otelexec.correlation import Correlation
 from otelexec.envelope import receive
 from otelexec.errors import SettingsError, StoreUnavailable
+from otelexec.ids import mint_id
 from otelexec.lifecycle import execution_row
 from otelexec.propagation import entries, incoming
 from otelexec.store import run_queries

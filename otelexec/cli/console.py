@@ -93,9 +93,9 @@ def _console(*, stderr: bool) -> Console:
     return _Console(file=trimmed, stderr=stderr, width=width, highlight=False, markup=False, emoji=False)
 
 
-def say(text: str, *, style: str = "") -> None:
+def say(text: str) -> None:
     """Print one line of results, whatever the text holds."""
-    out().print(Text(clean(text), style=style), soft_wrap=True)
+    out().print(Text(clean(text)), soft_wrap=True)
 
 
 def complain(text: str, *, kind: str = "error") -> None:

@@ -246,16 +246,13 @@ class Spool:
         finally:
             _let_go(descriptor)
 
-    def ingest(
-        self, commit: Callable[[Sequence[Write]], object], ingested: Callable[[str], int], segments: Sequence[Path] | None = None
-    ) -> int:
+    def ingest(self, commit: Callable[[Sequence[Write]], object], ingested: Callable[[str], int]) -> int:
         """
         Commit what waits here and delete what is in; see `left`.
 
         Args:
             commit: Commits writes in one durable transaction; what it raises ends the ingestion.
             ingested: Gives how far a segment is in the store already, in bytes.
-            segments: Which ones; None means all.
 
         Returns:
             How many writes went in.
@@ -268,7 +265,7 @@ class Spool:
         with self.locked():
             left: dict[str, tuple[int, int]] = {}
             count, refused = 0, None
-            for path in self.segments() if segments is None else segments:
+            for path in self.segments():
                 try:
                     count += self._take_in(path, commit, ingested, left)
                 except PermissionError as error:  # another user's: what stands behind it is not to wait for it

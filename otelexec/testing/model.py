@@ -40,6 +40,11 @@ from otelexec.testing.rows import (
     write,
 )
 
+EXAMPLES = 150
+"""How many runs of the machine."""
+STEPS = 40
+"""At most so many things in one of them."""
+
 OWN_ENDS = (FAILED, SUCCEEDED, TIMED_OUT, CANCELLED, PAUSED, REJECTED)
 """How an attempt's own process may close it."""
 
@@ -148,14 +153,12 @@ class ModelExecution:
         return bool(cores)
 
 
-def check_against_model(open_store: OpenStore, *, examples: int = 150, steps: int = 40) -> None:
+def check_against_model(open_store: OpenStore) -> None:
     """
     Do to a store and to the model the same things in any order, and compare them after each.
 
     Args:
         open_store: Gives a store; its database may hold anything else.
-        examples: How many runs.
-        steps: At most so many things in one run.
 
     Raises:
         AssertionError: The two disagree.
@@ -165,8 +168,8 @@ def check_against_model(open_store: OpenStore, *, examples: int = 150, steps: in
 
     store, machine = open_store(), _machine()
     chosen = settings(
-        max_examples=examples,
-        stateful_step_count=steps,
+        max_examples=EXAMPLES,
+        stateful_step_count=STEPS,
         deadline=None,
         suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow],
         database=None,

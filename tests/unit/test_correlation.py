@@ -32,11 +32,10 @@ from otelexec.correlation import (
     WorkflowCorrelation,
     correlate,
     enclosing,
-    mint_id,
-    normalize_id,
     with_ambient,
 )
 from otelexec.errors import CorrelationError
+from otelexec.ids import mint_id, normalize_id
 
 
 @pytest.fixture(autouse=True, scope="module")

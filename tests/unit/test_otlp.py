@@ -18,7 +18,7 @@ from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 from opentelemetry.trace import Link, SpanContext, SpanKind, Status, StatusCode, TraceState
 
 from otelexec import otlp
-from otelexec.decoded import service_name
+from otelexec.decoded import decode, service_name
 
 CONTEXT = SpanContext(0x0AF7651916CD43DD8448EB211C80319C, 0x00F067AA0BA902B7, is_remote=False)
 RESOURCE = Resource({"service.name": "billing"}, "https://opentelemetry.io/schemas/1.44.0")
@@ -141,8 +141,8 @@ def test_a_start_completed_later_reads_as_the_whole_span(
 @given(st.lists(spans, max_size=4))
 def test_requests_one_after_the_other_are_one_request(several: list[ReadableSpan]) -> None:
     """Concatenated requests parse as one request with every span in order, each with its own resource and scope."""
-    joined = otlp.decode(b"".join(our_request(span) for span in several))
-    apart = [decoded for span in several for decoded in otlp.decode(our_request(span))]
+    joined = decode(b"".join(our_request(span) for span in several))
+    apart = [decoded for span in several for decoded in decode(our_request(span))]
     assert repr(joined) == repr(apart)
     assert [span.encoded for span in joined] == [otlp.encode_span(span) for span in several]
 
@@ -168,7 +168,7 @@ def test_lone_surrogates_are_kept_readable_everywhere(name: str, key: str, text:
         links=[Link(CONTEXT, {key: text})],
         status=Status(StatusCode.ERROR, text),
     )
-    [read] = otlp.decode(our_request(span))
+    [read] = decode(our_request(span))
     expected = text.encode("utf-8", "backslashreplace").decode()
     assert read.name == name.encode("utf-8", "backslashreplace").decode()
     assert read.attributes["list"] == [expected, {expected: expected}]
@@ -184,7 +184,7 @@ def test_a_value_that_otlp_has_no_room_for_is_left_out_as_the_sdk_does(value: An
     encoded = our_request(span)
     assert "'bad'" in caplog.text
     assert canonical(encoded) == sdk_request(span)
-    assert otlp.decode(encoded)[0].attributes == {"before": 1, "after": "x"}
+    assert decode(encoded)[0].attributes == {"before": 1, "after": "x"}
 
 
 def test_nesting_that_receivers_refuse_costs_only_its_attribute(caplog: pytest.LogCaptureFixture) -> None:
@@ -192,25 +192,25 @@ def test_nesting_that_receivers_refuse_costs_only_its_attribute(caplog: pytest.L
     value: Any = 1
     for _ in range(200):
         value = [value]
-    assert otlp.decode(our_request(plain_span(attributes={"deep": value, "kept": "x"})))[0].attributes == {"kept": "x"}
+    assert decode(our_request(plain_span(attributes={"deep": value, "kept": "x"})))[0].attributes == {"kept": "x"}
     assert "nested deeper" in caplog.text
     allowed: Any = {"a": 1}
     for _ in range(23):
         allowed = {"a": allowed}
-    assert otlp.decode(our_request(plain_span(attributes={"deep": allowed})))[0].attributes == {"deep": allowed}
+    assert decode(our_request(plain_span(attributes={"deep": allowed})))[0].attributes == {"deep": allowed}
 
 
 @pytest.mark.parametrize(("given_ns", "read"), [(-5, 0), (2**64 + 5, 2**64 - 1), (7.9, 7)])
 def test_a_time_out_of_range_is_clamped(given_ns: Any, read: int) -> None:
     """A clock gone wild never costs the span."""
-    span = otlp.decode(our_request(plain_span(start_time=given_ns, end_time=given_ns)))[0]
+    span = decode(our_request(plain_span(start_time=given_ns, end_time=given_ns)))[0]
     assert (span.start_unix_ns, span.end_unix_ns) == (read, read)
 
 
 def test_overrides_replace_what_the_span_says() -> None:
     """Another span id, end, status, attribute and link: what an outcome observed after `lost` needs."""
     span = plain_span(attributes={"otelexec.outcome": "lost", "kept": True}, links=[Link(CONTEXT)])
-    [read] = otlp.decode(
+    [read] = decode(
         our_request(
             span,
             span_id=0xABC,
@@ -239,7 +239,7 @@ def test_a_decoded_span_shows_every_field() -> None:
         events=[Event("exception", {"exception.type": "ValueError"}, 1_500)],
         status=Status(StatusCode.ERROR, "boom"),
     )
-    [read] = otlp.decode(our_request(span))
+    [read] = decode(our_request(span))
     assert (read.trace_id, read.span_id) == ("0af7651916cd43dd8448eb211c80319c", "00f067aa0ba902b7")
     assert read.parent_span_id == "00000000000000ff"
     assert (read.name, read.kind, read.scope) == ("invoice.run", "consumer", "otelexec")
@@ -249,14 +249,14 @@ def test_a_decoded_span_shows_every_field() -> None:
     assert [(event.name, event.unix_ns, event.attributes) for event in read.events] == [
         ("exception", 1_500, {"exception.type": "ValueError"})
     ]
-    assert otlp.decode(our_request(plain_span()))[0].parent_span_id is None
+    assert decode(our_request(plain_span()))[0].parent_span_id is None
 
 
 @pytest.mark.parametrize("junk", [b"\x0a\xff", b"not protobuf", b"\xff" * 20])
 def test_bytes_that_are_no_request_are_a_value_error(junk: bytes) -> None:
     """Whoever reads a request from outside has one error to catch."""
     with pytest.raises(ValueError, match="not an OTLP trace request"):
-        otlp.decode(junk)
+        decode(junk)
 
 
 @given(name=st.text(), others=st.dictionaries(st.text(), st.text() | st.integers(0, 2**40)))
@@ -280,7 +280,7 @@ def test_resource_and_scope_are_encoded_once_per_object() -> None:
     assert otlp.encode_scope(scope) is otlp.encode_scope(scope)
     for number in range(1_000):
         made = Resource({"service.name": str(number)})
-        span = otlp.decode(otlp.wrap(otlp.encode_resource(made), {b"\x0a\x00": [otlp.encode_span(plain_span())]}))[0]
+        span = decode(otlp.wrap(otlp.encode_resource(made), {b"\x0a\x00": [otlp.encode_span(plain_span())]}))[0]
         assert span.resource == {"service.name": str(number)}
 
 
@@ -288,7 +288,7 @@ def test_attribute_keys_without_end_stay_within_bounds() -> None:
     """A program that makes up keys fills no memory and still gets every attribute."""
     for start in range(0, 10_000, 100):
         made = {f"key-{number}": number for number in range(start, start + 100)}
-        assert otlp.decode(our_request(plain_span(attributes=made)))[0].attributes == made
+        assert decode(our_request(plain_span(attributes=made)))[0].attributes == made
     assert len(otlp._prefixes) <= 2_048
 
 
@@ -298,6 +298,6 @@ def test_an_event_of_any_class_will_do() -> None:
     ended = otlp.complete_start(
         otlp.encode_start(plain_span()), end_unix_ns=10, attributes={}, status_code=2, status_message="lost", events=[event]
     )
-    [read] = otlp.decode(otlp.wrap(otlp.encode_resource(RESOURCE), {otlp.encode_scope(SCOPE): [ended]}))
+    [read] = decode(otlp.wrap(otlp.encode_resource(RESOURCE), {otlp.encode_scope(SCOPE): [ended]}))
     assert [(each.name, each.unix_ns) for each in read.events] == [("progress", 5)]
     assert (read.status, read.status_message) == ("error", "lost")
