@@ -100,7 +100,7 @@ def inject(payload: Mapping[str, Any], *, retry: bool = False) -> dict[str, Any]
     """
     if not isinstance(payload, Mapping):
         raise CarrierError(f"{type(payload).__name__} can't carry the context: give inject() a mapping, such as {{'data': payload}}")
-    message = {key: value for key, value in payload.items() if key != semconv.PAYLOAD_KEY}
+    message = without_envelope(payload)
     context = otel_context.get_current()
     correlation = outgoing(context, retry=retry)
     announce(context)
@@ -134,7 +134,9 @@ def extract(payload: object, *, trusted: bool = True, message_id: str | None = N
     return Opening(open_)
 
 
-def receive(payload: object, *, trusted: bool = True, message_id: str | None = None) -> tuple[Context, Scope, Any]:
+def receive(
+    payload: object, *, trusted: bool = True, message_id: str | None = None, context: Context | None = None
+) -> tuple[Context, Scope, Any]:
     """
     Do what `extract` does, without attaching: for adapters. Never raises.
 
@@ -142,6 +144,7 @@ def receive(payload: object, *, trusted: bool = True, message_id: str | None = N
         payload: Any object.
         trusted: As for `extract`.
         message_id: As for `extract`.
+        context: Where to start; None means the current context.
 
     Returns:
         The context to attach, the scope that is in it, and the payload without the reserved key.
@@ -153,19 +156,25 @@ def receive(payload: object, *, trusted: bool = True, message_id: str | None = N
             if isinstance(envelope, Mapping):
                 carrier, enqueued = _read(envelope)
             if semconv.PAYLOAD_KEY in payload:
-                rest = {key: value for key, value in payload.items() if key != semconv.PAYLOAD_KEY}
+                rest = without_envelope(payload)
             legacy = _legacy(payload)
     except Exception:
         _logger.debug("otelexec.carrier.unreadable: %s", type(payload).__name__, exc_info=True)
-    context, scope = incoming(
+    inner, scope = incoming(
         carrier,
         trusted=trusted,
         message_id=message_id,
         enqueued_unix_ns=enqueued,
         legacy=legacy,
         bounds=lambda: () if (bound := _bound(enqueued, rest)) is None else (bound,),
+        context=context,
     )
-    return context, scope, rest
+    return inner, scope, rest
+
+
+def without_envelope(payload: Mapping[Any, Any]) -> dict[Any, Any]:
+    """Give a payload without the reserved key, in a new dict."""
+    return {key: value for key, value in payload.items() if key != semconv.PAYLOAD_KEY}
 
 
 def _read(envelope: Mapping[Any, Any]) -> tuple[Carrier, int | None]:

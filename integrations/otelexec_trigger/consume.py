@@ -14,7 +14,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine
 from typing import Any, Final
 
 from opentelemetry import context as otel_context
@@ -38,6 +38,7 @@ from otelexec.store.run_queries import retry_wait_ns
 from otelexec.store.runs import DueRun, RunRecord, SetRunOutput
 from otelexec.store.writes import CANCELLED, FAILED, LOST, PAUSED, SUCCEEDED, TIMED_OUT
 from otelexec_trigger import engine, wire
+from otelexec_trigger.carried import unwrapped
 from otelexec_trigger.executors import awaited, is_coroutine_function, run_to_end
 from otelexec_trigger.settings import LEFTOVER_SECONDS, MAX_OUTPUT_BYTES, SYSTEM
 
@@ -116,7 +117,7 @@ def _execute(
         if isinstance(execution, RunningExecution):
             begun.append(execution)
             metrics.waited(attributes[semconv.QUEUE_LATENCY], run.task, attributes)
-        return function(_payload(run))
+        return function(unwrapped(wire.decode(run.payload, run.payload_type)))
 
     def call_and_keep() -> Any:
         value = call()
@@ -227,13 +228,6 @@ def _due_unix_ns(run: RunRecord) -> int:
         return due
     at_once = run.attempt_state == PAUSED or (run.attempt_state == LOST and run.attempts == 1)
     return max(due, run.attempt_ended_unix_ns + (0 if at_once else retry_wait_ns(run.attempts)))
-
-
-def _payload(run: RunRecord) -> Any:
-    payload = wire.decode(run.payload, run.payload_type)
-    if isinstance(payload, Mapping) and semconv.PAYLOAD_KEY in payload:
-        return {key: value for key, value in payload.items() if key != semconv.PAYLOAD_KEY}
-    return payload
 
 
 def _keep(run: RunRecord, value: Any) -> Any:

@@ -13,15 +13,13 @@ import string
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, TypeVar
 
-from opentelemetry import context as otel_context
 from opentelemetry import trace
 from opentelemetry.context import Context
 
-from otelexec import request_cancel, semconv
+from otelexec import request_cancel
 from otelexec import runtime as _runtime
 from otelexec.carrier import Carrier, read_headers
 from otelexec.correlation import Correlation
-from otelexec.envelope import receive
 from otelexec.errors import SettingsError, StoreUnavailable
 from otelexec.ids import mint_id
 from otelexec.lifecycle import execution_row
@@ -47,6 +45,7 @@ from otelexec.store.writes import CANCELLED, FAILED, LOST, PAUSED, QUEUED, RETRY
 from otelexec.w3c import decode_trace
 from otelexec_trigger import wire
 from otelexec_trigger.asking import NANOSECONDS, RunRequest, checked_delay, key_name, keys_of, metadata_text, row_of
+from otelexec_trigger.carried import received
 from otelexec_trigger.runs import InvalidRequest, RunNotFound
 
 EXPIRED: Final = "expired"
@@ -133,12 +132,7 @@ def origin(headers: object, payload: Any) -> tuple[Correlation, Context]:
         The correlation, and a context whose current span is the caller's.
     """
     carried = read_headers(headers)
-    enveloped = isinstance(payload, Mapping) and semconv.PAYLOAD_KEY in payload
-    token = otel_context.attach(Context())
-    try:
-        context, scope = receive(payload)[:2] if enveloped else incoming(carried)
-    finally:
-        otel_context.detach(token)
+    context, scope = received(payload, carried)
     remote = decode_trace(carried.traceparent, carried.tracestate) if carried.traceparent else None
     if remote is not None and remote.trace_id != trace.get_current_span(context).get_span_context().trace_id:
         context = trace.set_span_in_context(trace.NonRecordingSpan(remote), context)

@@ -35,14 +35,13 @@ from otelexec.context import SCOPE_KEY, current_execution
 from otelexec.correlation import Correlation, Scope, with_ambient
 from otelexec.drivers import call_async, call_sync
 from otelexec.endings import Ending, describe, raised_by_signal_handler
-from otelexec.envelope import receive
 from otelexec.errors import ExecutionBusy, ExecutionCancelled, OtelexecError, SettingsError, StoreError
 from otelexec.lifecycle import Steps, lifecycle
 from otelexec.options import Options
-from otelexec.propagation import incoming
 from otelexec.running import RunningExecution
 from otelexec.store.runs import HoldKey
 from otelexec.store.writes import CANCELLED, SUCCEEDED
+from otelexec_trigger.carried import received, unwrapped
 from otelexec_trigger.executors import awaited, is_coroutine_function, name_of, run_to_end
 from otelexec_trigger.verifiers import VerificationError, Verified, Verifier, identity_of, lowercase, raw
 
@@ -265,7 +264,7 @@ class Receiver:
             exclusive=_runtime.get().records,
         )
         payload = _decode(content)
-        return _Attempt(_without_envelope(payload), self._context(found, payload, identity), lifecycle(_runtime.get(), options))
+        return _Attempt(unwrapped(payload), self._context(found, payload, identity), lifecycle(_runtime.get(), options))
 
     @staticmethod
     def _bind(verified: Verified) -> None:
@@ -280,14 +279,7 @@ class Receiver:
             raise VerificationError("The token came with another message id before.")
 
     def _context(self, headers: Mapping[str, str], payload: Any, identity: str) -> Context:
-        token = otel_context.attach(Context())
-        try:
-            if isinstance(payload, Mapping) and semconv.PAYLOAD_KEY in payload:
-                context, scope, _ = receive(payload, trusted=False)
-            else:
-                context, scope = incoming(read_headers(headers), trusted=False)
-        finally:
-            otel_context.detach(token)
+        context, scope = received(payload, read_headers(headers), trusted=False)
         # The name is part of it: two receivers may get one message each under the same id.
         execution_id = hashlib.sha256(f"{self._name}\n{identity}".encode("utf-8", "surrogatepass")).hexdigest()
         correlation = Correlation.from_members(
@@ -374,12 +366,6 @@ def _decode(body: bytes) -> Any:
         return body.decode()
     except UnicodeDecodeError:
         return body
-
-
-def _without_envelope(payload: Any) -> Any:
-    if isinstance(payload, dict) and semconv.PAYLOAD_KEY in payload:
-        return {key: value for key, value in payload.items() if key != semconv.PAYLOAD_KEY}
-    return payload
 
 
 def _told(status: int, message: str, headers: Mapping[str, str] | None = None) -> Reply:

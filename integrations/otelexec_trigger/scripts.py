@@ -12,7 +12,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Final
 
 from opentelemetry import context as otel_context
@@ -25,11 +25,10 @@ from otelexec.carrier import read_env
 from otelexec.context import SCOPE_KEY
 from otelexec.correlation import Scope, with_ambient
 from otelexec.drivers import call_async, call_sync
-from otelexec.envelope import receive
 from otelexec.lifecycle import lifecycle
 from otelexec.options import Options
-from otelexec.propagation import incoming
 from otelexec.w3c import decode_trace
+from otelexec_trigger.carried import received, unwrapped
 from otelexec_trigger.engine import RUN_ID
 from otelexec_trigger.executors import awaited, is_coroutine_function, name_of, run_to_end
 from otelexec_trigger.trigger_dev import SYSTEM
@@ -68,10 +67,7 @@ def run(executor: Callable[[Any], Any], *, name: str | None = None) -> Any:
     )
 
     def call() -> Any:
-        payload = None if argument is None else json.loads(argument)
-        if isinstance(payload, dict) and semconv.PAYLOAD_KEY in payload:
-            payload = {key: value for key, value in payload.items() if key != semconv.PAYLOAD_KEY}
-        return executor(payload)
+        return executor(None if argument is None else unwrapped(json.loads(argument)))
 
     # Made into JSON within the attempt: its record is not to say that all went well when the script then ends with 1.
 
@@ -106,14 +102,7 @@ def _line(value: Any) -> str:
 def _context(payload: Any, run_id: str | None) -> tuple[Context, tuple[trace.Link, ...]]:
     """Give the context of the execution: ids and baggage of the payload, the platform's span as parent, the sender's as a link."""
     environment = read_env(os.environ)
-    token = otel_context.attach(Context())
-    try:
-        if isinstance(payload, Mapping) and semconv.PAYLOAD_KEY in payload:
-            context, scope, _ = receive(payload, message_id=run_id)
-        else:
-            context, scope = incoming(environment, message_id=run_id)
-    finally:
-        otel_context.detach(token)
+    context, scope = received(payload, environment, message_id=run_id)
     links: tuple[trace.Link, ...] = ()
     parent = decode_trace(environment.traceparent, environment.tracestate) if environment.traceparent else None
     sender = trace.get_current_span(context).get_span_context()
