@@ -54,6 +54,7 @@ __all__ = [
     "foreign",
     "running",
     "with_ambient",
+    "with_ids",
 ]
 
 
@@ -167,6 +168,20 @@ def with_ambient(context: Context, correlation: Correlation, parent_execution_id
     values = dict(context)
     values[_BAGGAGE_KEY] = ambient(correlation, parent_execution_id, foreign(context))
     return Context(values)
+
+
+def with_ids(context: Context, scope: Scope, correlation: Correlation, message_id: str | None) -> Context:
+    """
+    Give a message's context with other ids than the message carries.
+
+    Args:
+        context: What `propagation.incoming` made of the message.
+        scope: The scope in it.
+        correlation: The ids that count.
+        message_id: The message's own id; None when it has none.
+    """
+    own = Scope(correlation, links=scope.links, trusted=scope.trusted, message_id=message_id, enqueued_unix_ns=scope.enqueued_unix_ns)
+    return otel_context.set_value(SCOPE_KEY, own, with_ambient(context, correlation))
 
 
 def ambient(correlation: Correlation, parent_execution_id: str | None, others: Mapping[str, object]) -> dict[str, object]:

@@ -23,8 +23,8 @@ from opentelemetry import context as otel_context
 
 from otelexec import identity
 from otelexec import runtime as _runtime
-from otelexec.context import EXECUTION_KEY, SCOPE_KEY
-from otelexec.correlation import Scope, with_ambient
+from otelexec.context import EXECUTION_KEY
+from otelexec.correlation import Scope, with_ids
 from otelexec.effects import run
 from otelexec.endings import Ending
 from otelexec.errors import StoreError
@@ -194,14 +194,7 @@ def named(context: Context, scope: Scope, token: str) -> Context:
         token: What the parent named the delivery.
     """
     correlation = scope.correlation.model_copy(update={"execution_id": token, "request_id": token})
-    own = Scope(
-        correlation,
-        links=scope.links,
-        trusted=False,
-        message_id=scope.message_id,
-        enqueued_unix_ns=scope.enqueued_unix_ns,
-    )
-    return otel_context.set_value(SCOPE_KEY, own, with_ambient(context, correlation))
+    return with_ids(context, scope, correlation, scope.message_id)
 
 
 def run_token(delivery: str, pid: int) -> str:

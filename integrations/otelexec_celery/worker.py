@@ -51,20 +51,38 @@ class Main:
     What the main process of a worker has.
 
     Attributes:
-        supervisor: Watches the children; None with a pool that has none.
         consumer: Celery's consumer, whose loop acknowledges; None until it is ready.
         limits: Hard and soft limit of the pool, for tasks that have none of their own.
     """
 
     def __init__(self) -> None:
-        self.supervisor: Supervisor | None = None
         self.consumer: Any = None
         self.limits: tuple[Any, Any] = (None, None)
+        self._supervisor: Supervisor | None = None
+
+    @property
+    def supervisor(self) -> Supervisor | None:
+        """The one that watches the children of this very process; None with a pool that has none."""
+        found = self._supervisor
+        return found if found is not None and found.pid == os.getpid() else None
 
     @property
     def supervises(self) -> bool:
         """Whether tasks run in children of this process."""
-        return self.supervisor is not None and self.supervisor.pid == os.getpid()
+        return self.supervisor is not None
+
+    @property
+    def is_inherited(self) -> bool:
+        """Whether this came over a fork: then the parent watches this process."""
+        return self._supervisor is not None and self._supervisor.pid != os.getpid()
+
+    def supervise(self, limits: tuple[Any, Any]) -> None:
+        """Begin to watch, as a pool of processes starts."""
+        self._supervisor, self.limits = Supervisor(), limits
+
+    def forget(self) -> None:
+        """Watch nothing any more."""
+        self._supervisor, self.limits = None, (None, None)
 
 
 MAIN = Main()
@@ -107,8 +125,9 @@ def delivery_of(request: Any) -> Delivery:
 
 def on_accepted(request: Any, pid: int, *_: Any) -> None:
     """Learn that a child has begun; where the task runs in this process, open the attempt."""
-    if MAIN.supervises and MAIN.supervisor is not None:
-        MAIN.supervisor.started(pid, delivery_of(request))
+    supervisor = MAIN.supervisor
+    if supervisor is not None:
+        supervisor.started(pid, delivery_of(request))
         return
     # Green pools give the greenlet's id. A child's pid: the pool is older than the instrumentation, and so is the child.
     if pid != os.getpid() and any(child.pid == pid for child in active_children()):
@@ -152,9 +171,9 @@ def on_success(request: Any, *_: Any, **__: Any) -> None:
 
 
 def _ended(request: Any) -> None:
-    delivery = vars(request).get(_DELIVERY)
-    if delivery is not None and MAIN.supervises and MAIN.supervisor is not None:
-        MAIN.supervisor.ended(delivery)
+    delivery, supervisor = vars(request).get(_DELIVERY), MAIN.supervisor
+    if delivery is not None and supervisor is not None:
+        supervisor.ended(delivery)
 
 
 def on_timeout(request: Any, soft: bool, timeout: float) -> None:  # noqa: FBT001 # Celery's own
@@ -329,8 +348,7 @@ def _payload(message: Any) -> Mapping[str, Any]:
 
 def on_pool_start(pool: Any) -> None:
     """Begin to watch, as a pool of processes starts."""
-    MAIN.supervisor = Supervisor()
-    MAIN.limits = (pool.options.get("timeout"), pool.options.get("soft_timeout"))
+    MAIN.supervise((pool.options.get("timeout"), pool.options.get("soft_timeout")))
 
 
 def on_pool_started(_: Any) -> None:
@@ -345,22 +363,23 @@ def on_worker_ready(sender: Any = None, **_: Any) -> None:
 
 def on_process_exit(_: Any, process: Any) -> None:
     """Report a child that has exited, once all that it had sent has been read."""
-    if MAIN.supervises and MAIN.supervisor is not None:
-        MAIN.supervisor.died(process.pid, process.exitcode)
+    supervisor = MAIN.supervisor
+    if supervisor is not None:
+        supervisor.died(process.pid, process.exitcode)
 
 
 def on_pool_end(_: Any) -> None:
     """Report what is left when the pool has stopped."""
-    if MAIN.supervises and MAIN.supervisor is not None:
-        MAIN.supervisor.look()
-        MAIN.supervisor.stop(STOP_SECONDS)
-        MAIN.supervisor, MAIN.limits = None, (None, None)
+    supervisor = MAIN.supervisor
+    if supervisor is not None:
+        supervisor.look()
+        supervisor.stop(STOP_SECONDS)
+        MAIN.forget()
 
 
 def on_process_init(**_: Any) -> None:
     """Say in a child of the pool that its parent reports its death."""
-    forked = MAIN.supervisor is not None and MAIN.supervisor.pid != os.getpid()
-    if CHOICES.active and (forked or os.environ.get("FORKED_BY_MULTIPROCESSING")):
+    if CHOICES.active and (MAIN.is_inherited or os.environ.get("FORKED_BY_MULTIPROCESSING")):
         _runtime.get().is_supervised()
 
 

@@ -12,7 +12,7 @@ from otelexec import runtime as _runtime
 from otelexec.classification import INTERRUPTED, INTERRUPTIONS
 from otelexec.endings import Classifier, Ending, describe, is_interrupted, raised_by_signal_handler
 from otelexec.errors import ExecutionCancelled
-from otelexec.store.writes import CANCELLED, FAILED, TIMED_OUT
+from otelexec.store.writes import CANCELLED, FAILED, LOST, TIMED_OUT
 
 RETRY: Final = "retry"
 ABANDONED: Final = "abandoned"
@@ -37,40 +37,30 @@ def classifier(job: Any, is_stopped: Callable[[], bool], *, may_retry: bool = Tr
         if is_stopped():
             error_type, message = _described(error)
             return Ending(CANCELLED, None, error_type, message, error)
-        earned = _RetryEarned(job, may_retry=may_retry)
+        retrying = may_retry and _has_retries(job)
+        classification = RETRY if retrying else None
         if isinstance(error, JobTimeoutException):
             error_type, message = _described(error)
-            return Ending(TIMED_OUT, earned.classification or TIMEOUT, error_type, message, error, retrying=earned.retrying)
+            return Ending(TIMED_OUT, classification or TIMEOUT, error_type, message, error, retrying=retrying)
         unasked = isinstance(error, INTERRUPTIONS)
         interrupted = (unasked or isinstance(error, SystemExit)) and is_interrupted(error)
-        if _is_shutdown(error) or (interrupted and earned.retrying):
+        if _is_shutdown(error) or (interrupted and retrying):
             error_type, message = _described(error)
-            return Ending(CANCELLED, INTERRUPTED, error_type, message, error, retrying=earned.retrying, depends_on_cancellation=True)
+            return Ending(CANCELLED, INTERRUPTED, error_type, message, error, retrying=retrying, depends_on_cancellation=True)
         # RQ takes an exit for a failure, with code 0 as well, and whatever else the job raises of its own.
-        if interrupted or not (earned.retrying or unasked or isinstance(error, SystemExit)):
+        if interrupted or not (retrying or unasked or isinstance(error, SystemExit)):
             return None
         error_type, message = _described(error)
         # An execution that was cancelled before it started has no event: nothing was raised in it.
         exception = None if isinstance(error, ExecutionCancelled) else error
-        return Ending(
-            FAILED, earned.classification, error_type, message, exception, retrying=earned.retrying, depends_on_cancellation=unasked
-        )
+        return Ending(FAILED, classification, error_type, message, exception, retrying=retrying, depends_on_cancellation=unasked)
 
     return classify
 
 
-class _RetryEarned:
-    """Whether RQ will run a job again after an exception."""
-
-    __slots__ = ("retrying",)
-
-    def __init__(self, job: Any, *, may_retry: bool) -> None:
-        left = getattr(job, "retries_left", None)
-        self.retrying = may_retry and isinstance(left, int) and left > 0
-
-    @property
-    def classification(self) -> str | None:
-        return RETRY if self.retrying else None
+def _has_retries(job: Any) -> bool:
+    left = getattr(job, "retries_left", None)
+    return isinstance(left, int) and left > 0
 
 
 def returned(job: Any, value: Any, *, may_retry: bool = True) -> Ending | None:
@@ -97,9 +87,9 @@ def overdue(timeout_seconds: float) -> Ending:
     return Ending(TIMED_OUT, TIMEOUT, _TIMEOUT_TYPE, f"killed, as it did not heed its timeout of {timeout_seconds:g} s")
 
 
-def abandoned() -> tuple[str, str, str]:
-    """Give classification, error type and message of a job that no worker holds any more."""
-    return ABANDONED, _ABANDONED_TYPE, "the worker that ran it is gone"
+def abandoned() -> Ending:
+    """Give the ending of a job that no worker holds any more."""
+    return Ending(LOST, ABANDONED, _ABANDONED_TYPE, "the worker that ran it is gone")
 
 
 def passes(error: BaseException) -> bool:

@@ -13,7 +13,7 @@ from rq.job import JobStatus
 
 from otelexec import runtime as _runtime
 from otelexec.endings import Ending
-from otelexec.store.writes import CANCELLED, LOST, Cancellation, RequestCancel
+from otelexec.store.writes import CANCELLED, Cancellation, RequestCancel
 from otelexec_rq import consume, endings
 from otelexec_rq.settings import CHOICES
 from otelexec_rq.worker import delivery_of, guarded
@@ -181,5 +181,4 @@ def _on_abandoned(job: Any, execution_id: str | None) -> None:
     record = None if runtime.store is None else runtime.store.execution(delivery.execution(runtime).id)
     if record is not None and any(attempt.ended_unix_ns is None for attempt in record.attempts):
         return
-    classification, error_type, message = endings.abandoned()
-    delivery.settle(Ending(LOST, classification, error_type, message), time.time_ns())
+    delivery.settle(endings.abandoned(), time.time_ns())

@@ -24,8 +24,8 @@ from opentelemetry.trace import SpanKind
 from otelexec import metrics, semconv
 from otelexec import runtime as _runtime
 from otelexec.classification import INTERRUPTED, INTERRUPTIONS
-from otelexec.context import SCOPE_KEY, current_execution
-from otelexec.correlation import Scope, with_ambient
+from otelexec.context import current_execution
+from otelexec.correlation import with_ids
 from otelexec.drivers import call_async, call_sync
 from otelexec.endings import Classifier, Ending, describe, raised_by_signal_handler
 from otelexec.errors import ExecutionBusy, ExecutionCancelled, OtelexecError
@@ -206,8 +206,7 @@ def _context(run: RunRecord) -> Context:
         return context
     # Signing keys that were changed in between: the ids are the store's own, whatever becomes of the signature.
     correlation = scope.correlation.model_copy(update={"execution_id": run.execution_id, engine.RUN_ID: run.run_id})
-    own = Scope(correlation, links=scope.links, trusted=scope.trusted, message_id=run.run_id, enqueued_unix_ns=run.created_unix_ns)
-    return otel_context.set_value(SCOPE_KEY, own, with_ambient(context, correlation))
+    return with_ids(context, scope, correlation, run.run_id)
 
 
 def _attributes(run: RunRecord) -> dict[str, Any]:

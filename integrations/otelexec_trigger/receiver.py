@@ -31,8 +31,8 @@ from opentelemetry.trace import SpanKind
 from otelexec import runtime as _runtime
 from otelexec import semconv
 from otelexec.carrier import read_headers
-from otelexec.context import SCOPE_KEY, current_execution
-from otelexec.correlation import Correlation, Scope, with_ambient
+from otelexec.context import current_execution
+from otelexec.correlation import Correlation, with_ids
 from otelexec.drivers import call_async, call_sync
 from otelexec.endings import Ending, describe, raised_by_signal_handler
 from otelexec.errors import ExecutionBusy, ExecutionCancelled, OtelexecError, SettingsError, StoreError
@@ -291,8 +291,7 @@ class Receiver:
                 semconv.PREFIX + "provider": self._verifier.provider,
             }
         )
-        own = Scope(correlation, links=scope.links, trusted=False, message_id=identity)
-        return otel_context.set_value(SCOPE_KEY, own, with_ambient(context, correlation))
+        return with_ids(context, scope, correlation, identity)
 
     def _call(self, attempt: _Attempt) -> Any:
         if _begins(attempt):

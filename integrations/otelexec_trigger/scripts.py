@@ -22,8 +22,7 @@ from opentelemetry.context import Context
 from otelexec import runtime as _runtime
 from otelexec import semconv
 from otelexec.carrier import read_env
-from otelexec.context import SCOPE_KEY
-from otelexec.correlation import Scope, with_ambient
+from otelexec.correlation import with_ids
 from otelexec.drivers import call_async, call_sync
 from otelexec.lifecycle import lifecycle
 from otelexec.options import Options
@@ -116,9 +115,7 @@ def _context(payload: Any, run_id: str | None) -> tuple[Context, tuple[trace.Lin
     if not scope.trusted:
         # The payload's ids are not believed, but the run id is the platform's: its next attempt is to be the same execution's.
         known |= {"execution_id": run_id, "request_id": run_id}
-    correlation = scope.correlation.model_copy(update=known)
-    own = Scope(correlation, links=scope.links, trusted=scope.trusted, message_id=run_id, enqueued_unix_ns=scope.enqueued_unix_ns)
-    return otel_context.set_value(SCOPE_KEY, own, with_ambient(context, correlation)), links
+    return with_ids(context, scope, scope.correlation.model_copy(update=known), run_id), links
 
 
 def _attributes(told: str) -> dict[str, Any]:
