@@ -81,20 +81,22 @@ class Guard:
         self._logger = logger
         self._passes = passes
 
+    def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call a function of ours, whether the adapter is on or not; gives None when something goes wrong in it."""
+        try:
+            return function(*args, **kwargs)
+        except Exception as error:
+            if self._passes(error):
+                raise
+            self._logger.exception("%s.failed: %s", self._logger.name, function.__name__)
+            return None
+
     def guarded(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Make a function of ours that gives None when the adapter is off, or when something goes wrong in it."""
 
         @functools.wraps(function)
         def guarded(*args: Any, **kwargs: Any) -> Any:
-            if not self._is_active():
-                return None
-            try:
-                return function(*args, **kwargs)
-            except Exception as error:
-                if self._passes(error):
-                    raise
-                self._logger.exception("%s.failed: %s", self._logger.name, function.__name__)
-                return None
+            return self.call(function, *args, **kwargs) if self._is_active() else None
 
         return guarded
 

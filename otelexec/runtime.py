@@ -189,9 +189,9 @@ class Runtime:
             spans.keep_attributes(span, attributes)
         return span
 
-    def is_supervised(self) -> None:
+    def be_supervised(self) -> None:
         """
-        Say that the parent process looks after this one: it reports its death, and relays and reconciles for it.
+        Learn that the parent process looks after this one: it reports its death, and relays and reconciles for it.
 
         A reconciler then leaves this process's attempts to the parent while that lives, for as long as a lease. To be
         called before the first write.

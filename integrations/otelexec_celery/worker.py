@@ -380,7 +380,7 @@ def on_pool_end(_: Any) -> None:
 def on_process_init(**_: Any) -> None:
     """Say in a child of the pool that its parent reports its death."""
     if CHOICES.active and (MAIN.is_inherited or os.environ.get("FORKED_BY_MULTIPROCESSING")):
-        _runtime.get().is_supervised()
+        _runtime.get().be_supervised()
 
 
 def on_process_shutdown(**_: Any) -> None:

@@ -33,7 +33,7 @@ from rq.registry import StartedJobRegistry
 
 from otelexec.patches import Patches
 from otelexec_rq import callbacks, consume, publish, schedule, spawning, unrun, worker
-from otelexec_rq.settings import CHOICES
+from otelexec_rq.settings import CHOICES, GUARD
 
 __all__ = ["RQInstrumentor"]
 
@@ -130,12 +130,12 @@ def _patch_worker(patches: Patches) -> None:
     spawn_worker = getattr(rq_worker, "SpawnWorker", None)
     if spawn_worker is not None:
         patches.replace(spawn_worker, "fork_work_horse", spawning.wrap_spawn)
-    _patch_workers(patches, "fork_work_horse", worker.after(worker.on_horse_started))
+    _patch_workers(patches, "fork_work_horse", GUARD.after(worker.on_horse_started))
     _patch_workers(patches, "wait_for_horse", worker.wrap_wait_for_horse)
     _patch_workers(patches, "kill_horse", worker.wrap_kill_horse)
-    _patch_workers(patches, "request_force_stop", worker.before(worker.on_force_stop))
-    _patch_workers(patches, "register_birth", worker.after(worker.on_worker_started))
-    _patch_workers(patches, "register_death", worker.after(worker.on_worker_ended))
+    _patch_workers(patches, "request_force_stop", GUARD.before(worker.on_force_stop))
+    _patch_workers(patches, "register_birth", GUARD.after(worker.on_worker_started))
+    _patch_workers(patches, "register_death", GUARD.after(worker.on_worker_ended))
     patches.replace(StartedJobRegistry, "cleanup", unrun.wrap_cleanup)
     patches.replace(IntermediateQueue, "cleanup", unrun.wrap_intermediate_cleanup)
     patches.on_undo(worker.MAIN.forget)

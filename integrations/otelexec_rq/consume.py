@@ -37,7 +37,7 @@ from otelexec.w3c import encode_traceparent
 from otelexec_rq import carrier, endings
 from otelexec_rq.messages import last_attempt, open_context, options_of
 from otelexec_rq.publish import SENDING
-from otelexec_rq.settings import CHOICES
+from otelexec_rq.settings import CHOICES, GUARD
 
 logger = logging.getLogger("otelexec.rq")
 
@@ -95,7 +95,7 @@ class Run:
         self.context = call.context
         self.execution = call.subject
         if (self.execution.number or 1) > 1 and not self.execution.duplicate:
-            _guarded(self._link_to_previous)
+            GUARD.call(self._link_to_previous)
         self._attributes = options.attributes or {}
         setattr(job, CONTEXT, self.context)
         latency = self._attributes.get(semconv.QUEUE_LATENCY)
@@ -184,31 +184,25 @@ def wrap_perform_job(original: Callable[..., Any]) -> Callable[..., Any]:
         execution = args[0] if args else kwargs.get("execution")
         if not self.is_horse:
             return _perform(functools.partial(original, self, job, queue, *args, **kwargs), self, job, execution)
-        # A horse leaves without Python's exit handlers.
-        _guarded(lambda: _runtime.get().is_supervised())
+        GUARD.call(_begin)
         try:
             return _perform(functools.partial(original, self, job, queue, *args, **kwargs), self, job, execution)
         finally:
-            _guarded(_leave)
+            GUARD.call(_leave)
 
     return perform_job
 
 
+def _begin() -> None:
+    """Say in a horse that its parent reports its death."""
+    _runtime.get().be_supervised()
+
+
 def _leave() -> None:
-    """Write what is only in memory, and export what was measured."""
+    """Write what is only in memory, and export what was measured: a horse leaves without Python's exit handlers."""
     patience = _runtime.settings().exit_timeout_seconds
     _runtime.shutdown(leaves=True)
     metrics.flush(patience)
-
-
-def _guarded(function: Callable[[], Any]) -> None:
-    """Keep what goes wrong in here, such as settings that can't be read, away from the job."""
-    try:
-        function()
-    except Exception as error:
-        if endings.passes(error):
-            raise
-        logger.exception("otelexec.rq.failed")
 
 
 def _perform(original: Callable[[], Any], worker: Any, job: Any, execution: Any) -> Any:
@@ -249,7 +243,7 @@ def wrap_save_meta(original: Callable[[Any], Any]) -> Callable[[Any], Any]:
     def save_meta(self: Any) -> Any:
         run = RUNNING.get(self.id)
         if run is not None and CHOICES.active:
-            _guarded(functools.partial(run.keep_stamp, self))
+            GUARD.call(run.keep_stamp, self)
         return original(self)
 
     return save_meta

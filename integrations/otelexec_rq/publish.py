@@ -9,7 +9,6 @@ has its stamp already; only a job that repeats itself gets a new one for each fu
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -25,11 +24,9 @@ from otelexec.correlation import Correlation, Scope, with_ambient
 from otelexec.propagation import entries, incoming, outgoing
 from otelexec.publishing import Message, publish
 from otelexec.w3c import decode_trace
-from otelexec_rq import carrier, endings
+from otelexec_rq import carrier
 from otelexec_rq.messages import name_of
-from otelexec_rq.settings import CHOICES, SYSTEM
-
-logger = logging.getLogger("otelexec.rq")
+from otelexec_rq.settings import CHOICES, GUARD, SYSTEM
 
 OPERATION: Final = "enqueue"
 
@@ -127,7 +124,7 @@ def wrap_enqueue_job(original: Callable[..., Any]) -> Callable[..., Any]:
         try:
             with _sending() as sending:
                 job.origin = self.name
-                _guarded(sending.add, job, links=_dependencies(job), more=_depends(job))
+                GUARD.call(sending.add, job, links=_dependencies(job), more=_depends(job))
                 _forget_id(job, kwargs)
                 return original(self, job, *args, **kwargs)
         finally:
@@ -152,9 +149,9 @@ def wrap_create(original: Any) -> Any:
             setattr(job, _NAMELESS, job._id is None)  # noqa: SLF001 (`job.id` would make one)
             sending = SENDING.get()
             if sending is None:
-                _guarded(_reserve, job)
+                GUARD.call(_reserve, job)
             else:
-                _guarded(sending.add, job, links=_dependencies(job), more=_depends(job))
+                GUARD.call(sending.add, job, links=_dependencies(job), more=_depends(job))
         return job
 
     return classmethod(create)
@@ -196,7 +193,7 @@ def _parents(job: Any) -> list[str]:
         return []
     found: list[str] | None = vars(job).get(_PARENTS)
     if found is None:
-        asked: list[str] | None = _guarded(_ask_for_parents, job)
+        asked: list[str] | None = GUARD.call(_ask_for_parents, job)
         found = asked or []
         if found:  # else they may not be saved yet: asked again when the job is enqueued
             setattr(job, _PARENTS, found)
@@ -233,7 +230,7 @@ def _has_ended(job: Any) -> bool:
 
 def _run_again(job: Any, call: Callable[[], Any]) -> Any:
     """Have a job enqueued for a further run, which is an execution of its own."""
-    next_run = _guarded(_next_run, job) if carrier.takes_stamp(job) else None
+    next_run = GUARD.call(_next_run, job) if carrier.takes_stamp(job) else None
     if next_run is None:
         return call()
     context, first = next_run
@@ -242,7 +239,7 @@ def _run_again(job: Any, call: Callable[[], Any]) -> Any:
         with _sending() as sending:
             remote = decode_trace(first or "", None)
             links = () if remote is None else (trace.Link(remote),)
-            _guarded(sending.add, job, links=links, more={carrier.FIRST: first} if first else {})
+            GUARD.call(sending.add, job, links=links, more={carrier.FIRST: first} if first else {})
             return call()
     finally:
         otel_context.detach(token)
@@ -255,14 +252,3 @@ def _next_run(job: Any) -> tuple[Context, str | None]:
     context = trace.set_span_in_context(trace.INVALID_SPAN, context)
     correlation = scope.correlation.child(scope.correlation.parent_execution_id)
     return _context_of(correlation, context), carrier.text_of(found, carrier.FIRST) or carrier.traceparent_of(job)
-
-
-def _guarded(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Keep what goes wrong in here away from the job."""
-    try:
-        return function(*args, **kwargs)
-    except Exception as error:
-        if endings.passes(error):  # the job's timeout, inside a job that enqueues another
-            raise
-        logger.exception("otelexec.rq.failed: %s", function.__name__)
-        return None

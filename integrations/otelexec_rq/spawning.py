@@ -9,8 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from otelexec import runtime as _runtime
-from otelexec_rq.settings import CHOICES
-from otelexec_rq.worker import guarded
+from otelexec_rq.settings import CHOICES, GUARD
 
 
 class _Spawning:
@@ -63,7 +62,7 @@ def wrap_spawn(original: Callable[..., Any]) -> Callable[..., Any]:
         if not CHOICES.active or module is None:
             return original(self, *args, **kwargs)
         inner = module.os
-        module.os = _Spawning(inner, guarded(lambda: _runtime.settings().environment())() or {})
+        module.os = _Spawning(inner, GUARD.guarded(lambda: _runtime.settings().environment())() or {})
         try:
             return original(self, *args, **kwargs)
         finally:

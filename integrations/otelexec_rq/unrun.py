@@ -15,8 +15,8 @@ from otelexec import runtime as _runtime
 from otelexec.endings import Ending
 from otelexec.store.writes import CANCELLED, Cancellation, RequestCancel
 from otelexec_rq import consume, endings
-from otelexec_rq.settings import CHOICES
-from otelexec_rq.worker import delivery_of, guarded
+from otelexec_rq.settings import CHOICES, GUARD
+from otelexec_rq.worker import delivery_of
 
 _QUEUED: Final = ("queued", "deferred", "scheduled", "rate_limited", "ready_to_enqueue", "created")
 """States of a job that no worker has."""
@@ -29,16 +29,16 @@ def wrap_cancel(original: Callable[..., Any]) -> Callable[..., Any]:
     def cancel(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not CHOICES.active or vars(self).get(consume.CANCELLED_HERE):
             return original(self, *args, **kwargs)
-        stored = guarded(_stored)(self)
+        stored = GUARD.guarded(_stored)(self)
         status = None if stored is None else _status_of(stored)
-        running = guarded(self.execution_registry.get_execution_ids)() if status == "started" else None
+        running = GUARD.guarded(self.execution_registry.get_execution_ids)() if status == "started" else None
         result = original(self, *args, **kwargs)
 
         def record() -> None:
             if status in _QUEUED:
-                guarded(_on_cancelled)(stored)
+                GUARD.guarded(_on_cancelled)(stored)
             for execution_id in running or ():
-                guarded(_tell)(execution_id)
+                GUARD.guarded(_tell)(execution_id)
 
         pipeline = args[0] if args else kwargs.get("pipeline")
         if pipeline is None:
@@ -111,10 +111,10 @@ def wrap_cleanup(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def cleanup(self: Any, timestamp: float | None = None, *args: Any, **kwargs: Any) -> Any:
-        found = guarded(_expired)(self, timestamp) or []
+        found = GUARD.guarded(_expired)(self, timestamp) or []
         result = original(self, timestamp, *args, **kwargs)
         for job, execution_id in found:
-            guarded(_on_abandoned)(job, execution_id)
+            GUARD.guarded(_on_abandoned)(job, execution_id)
         return result
 
     return cleanup
@@ -147,7 +147,7 @@ class _Failing:
     def handle_job_failure(self, job: Any, *args: Any, **kwargs: Any) -> Any:
         """Fail a job."""
         result = self._worker.handle_job_failure(job, *args, **kwargs)
-        guarded(_on_abandoned)(job, None)
+        GUARD.guarded(_on_abandoned)(job, None)
         return result
 
 

@@ -21,12 +21,11 @@ from otelexec import metrics
 from otelexec import runtime as _runtime
 from otelexec.classification import INTERRUPTED
 from otelexec.endings import Ending
-from otelexec.patches import Guard
 from otelexec.store.writes import CANCELLED, Cancellation
 from otelexec.supervision import Delivery, Supervisor
 from otelexec_rq import consume, endings
 from otelexec_rq.messages import open_context, options_of
-from otelexec_rq.settings import CHOICES
+from otelexec_rq.settings import GUARD
 
 logger = logging.getLogger("otelexec.rq")
 
@@ -38,9 +37,6 @@ GRACE_SECONDS: Final = 1.0
 
 OVERDUE_SECONDS: Final = 60
 """How long after its timeout the parent kills a horse: RQ's own, in `monitor_work_horse`."""
-
-_GUARD = Guard(lambda: CHOICES.active, logger, endings.passes)
-guarded, before, after = _GUARD.guarded, _GUARD.before, _GUARD.after
 
 
 class Horse:
@@ -145,7 +141,7 @@ def wrap_wait_for_horse(original: Callable[..., Any]) -> Callable[..., Any]:
     def wait_for_horse(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = original(self, *args, **kwargs)
         with suppress(HorseMonitorTimeoutException):  # the horse has ended; waiting for it again would find none
-            guarded(_on_horse_ended)(self, result)
+            GUARD.guarded(_on_horse_ended)(self, result)
         return result
 
     return wait_for_horse
@@ -191,7 +187,7 @@ def wrap_kill_horse(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def kill_horse(self: Any, *args: Any, **kwargs: Any) -> Any:
         pid = self.horse_pid
-        guarded(on_kill_horse)(self, *args, **kwargs)
+        GUARD.guarded(on_kill_horse)(self, *args, **kwargs)
         return None if pid and self.horse_pid != pid else original(self, *args, **kwargs)
 
     return kill_horse

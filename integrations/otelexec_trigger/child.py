@@ -138,7 +138,7 @@ def main(arguments: list[str]) -> int:
     os.dup2(nothing, 0)
     os.close(nothing)
     threading.Thread(target=_die_with_parent, args=(pipe,), name="otelexec-parent", daemon=True).start()
-    _runtime.get().is_supervised()
+    _runtime.get().be_supervised()
     try:
         load(arguments[0])
     except BaseException:

@@ -36,7 +36,7 @@ from otelexec.lifecycle import lifecycle
 from otelexec.propagation import incoming
 from otelexec.supervision import run_token
 
-runtime.get().is_supervised()
+runtime.get().be_supervised()
 context.attach(incoming(NOTHING, message_id=sys.argv[1], context=Context())[0])
 steps = lifecycle(runtime.get(), Options("job", token=run_token(sys.argv[2], os.getpid()), accepted=True))
 advance(runtime.get(), steps)
@@ -177,7 +177,7 @@ def test_a_reconciler_leaves_a_supervised_child_to_its_living_parent(records: Re
 def test_a_supervised_process_neither_relays_nor_reconciles(records: Records, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OTELEXEC_RELAY", "true")
     own = runtime.get()
-    own.is_supervised()
+    own.be_supervised()
     assert (own.settings.relay, own.settings.reconcile) == (False, False)
     assert (own.process.parent_pid, own.process.parent_start) == identity.parent_of_this_process()
     assert identity.has_living_parent(own.process)

@@ -7,8 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from otelexec_rq import consume, publish, worker
-from otelexec_rq.settings import CHOICES
+from otelexec_rq.settings import GUARD
 from redis import WatchError
 from rq import Callback, Queue, Repeat, Retry
 from rq.command import send_stop_job_command
@@ -113,15 +112,7 @@ def test_a_timeout_that_no_signal_raised_gets_out_of_our_code() -> None:
         raise JobTimeoutException("Task exceeded maximum timeout value")
 
     with pytest.raises(JobTimeoutException):
-        publish._guarded(strikes)
-    with pytest.raises(JobTimeoutException):
-        consume._guarded(strikes)
-    CHOICES.active = True
-    try:
-        with pytest.raises(JobTimeoutException):
-            worker.guarded(strikes)()
-    finally:
-        CHOICES.active = False
+        GUARD.call(strikes)
 
 
 def test_a_function_that_does_not_exist_is_a_failed_attempt(common: Stage) -> None:
