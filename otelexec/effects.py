@@ -44,7 +44,7 @@ def perform(runtime: Runtime, effect: Effect) -> Any:
     """Perform an effect in this thread."""
     if isinstance(effect, Commit):
         try:
-            return runtime.journal.commit(effect.write, durable=effect.durable, timeout_seconds=effect.timeout_seconds)
+            return runtime.journal.group.commit(effect.write, durable=effect.durable, timeout_seconds=effect.timeout_seconds)
         except StoreError as error:
             return error
     if isinstance(effect, Sleep):

@@ -121,11 +121,13 @@ def finalize(runtime: Runtime, execution: RunningExecution, ending: Ending, ende
     if isinstance(answer, Closed):
         execution.number = answer.number
         if not answer.won:
-            yield from _lost(runtime, execution, write, answer)
+            yield from _lost_race(runtime, execution, write, answer)
     return True
 
 
-def _lost(runtime: Runtime, execution: RunningExecution, write: Any, closed: Closed) -> Generator[Effect, Any, None]:
+def _lost_race(
+    runtime: Runtime, execution: RunningExecution, write: CloseAttempt | CloseOuter, closed: Closed
+) -> Generator[Effect, Any, None]:
     logger.warning(
         "otelexec.finalize.lost_race: execution %s attempt %d is %s already, recorded by %s; this attempt ended %s",
         execution.id,

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from otelexec.endings import describe
 from otelexec.errors import OtelexecError, StoreError
 from otelexec.importing import importing
-from otelexec.store.writes import Heartbeat as HeartbeatWrite
+from otelexec.store.writes import Heartbeat
 
 if TYPE_CHECKING:
     from otelexec.reconcile import Reconciler
@@ -39,7 +39,7 @@ REST_SECONDS = 1.0
 """How long the thread rests after a round that failed for a reason that nobody expected."""
 
 
-class Heartbeat:
+class HeartbeatThread:
     """
     The thread of one runtime; it starts when there is first something to do.
 
@@ -156,7 +156,7 @@ class Heartbeat:
             self._next_beat = now + runtime.settings.heartbeat
         self._look_after_executions(now, all_children=beat)
         if beat and not journal.spooling:
-            journal.commit(HeartbeatWrite(runtime.process), durable=False, timeout_seconds=1.0)
+            journal.group.commit(Heartbeat(runtime.process), durable=False, timeout_seconds=1.0)
         if runtime.relay is None and runtime.settings.relay and now >= self._relay_from:
             relay = self.make_relay()
             if relay is not None:

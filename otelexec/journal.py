@@ -90,10 +90,6 @@ class Journal:
         patience = self._runtime.settings.open_timeout_seconds
         return run(self._runtime, persist(self, write, durable=durable, patience_seconds=patience))
 
-    def commit(self, write: Write, *, durable: bool, timeout_seconds: float) -> object:
-        """Commit a write in this thread, together with others; see `GroupCommit.commit`."""
-        return self.group.commit(write, durable=durable, timeout_seconds=timeout_seconds)
-
     def commit_all(self, writes: Sequence[Write]) -> list[object]:
         """Commit writes of the relay one after the other; each goes in with whatever else waits."""
         return [self.group.commit(write, durable=False, timeout_seconds=5.0) for write in writes]

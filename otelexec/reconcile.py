@@ -168,7 +168,7 @@ class Reconciler:
         # A relay whose lease has lapsed elsewhere may yet be sending: its claims lapse by themselves.
         gone = [process.process_id for process, _, _ in dead if identity.is_here(process)]
         if gone:
-            self._commit([ReleaseClaims(gone)])
+            _commit(self._store, [ReleaseClaims(gone)])
         return Reconciled(totals["attempt"], totals["outer"], totals["span"], ingested, len(dead))
 
     def store_was_away(self) -> None:
@@ -242,7 +242,7 @@ class Reconciler:
             now = self._store.now_unix_ns()
             writes = [_write(item, process, classification, death, seen=seen, now=now) for item in work]
             done = refused = lost = 0
-            for item, result in zip(work, self._commit(writes), strict=True):
+            for item, result in zip(work, _commit(self._store, writes), strict=True):
                 if isinstance(result, StoreError):
                     logger.error("otelexec.reconcile.refused: %s %s of process %d: %s", item.kind, item.execution_id, process.pid, result)
                     refused += 1
@@ -263,15 +263,12 @@ class Reconciler:
             if refused == len(work):  # it would be found again for ever; the next round tries once more
                 return
 
-    def _commit(self, writes: Sequence[Write]) -> list[object]:
-        return _committed(self._store, writes)
-
 
 def _place(process: ProcessRow) -> tuple[int, int]:
     return process.pid, process.pid_start
 
 
-def _committed(store: Store, writes: Sequence[Write], timeout_seconds: float = 5.0) -> list[object]:
+def _commit(store: Store, writes: Sequence[Write], timeout_seconds: float = 5.0) -> list[object]:
     return store.commit(writes, durable=True, timeout_seconds=timeout_seconds)
 
 
@@ -290,7 +287,7 @@ def take_in(store: Store, spool: Spool, *, timeout_seconds: float = 5.0) -> int:
     """
 
     def commit(writes: Sequence[Write]) -> None:
-        for write, result in zip(writes, _committed(store, writes, timeout_seconds), strict=True):
+        for write, result in zip(writes, _commit(store, writes, timeout_seconds), strict=True):
             if isinstance(result, StoreError):
                 # The segment is deleted after this, so the line is the last place left.
                 log_homeless(logger, encode(write), result)

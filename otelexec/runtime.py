@@ -29,7 +29,7 @@ from otelexec.context import current_execution
 from otelexec.endings import raised_by_signal_handler
 from otelexec.errors import SettingsError, StoreError
 from otelexec.exits import call_within
-from otelexec.heartbeat import Heartbeat as HeartbeatThread
+from otelexec.heartbeat import HeartbeatThread
 from otelexec.ids import mint_nonce
 from otelexec.journal import Journal
 from otelexec.running import RunningExecution
@@ -270,7 +270,7 @@ class Runtime:
         self.flush()
         if not silent and not self.journal.spooling and self._process is not None:
             with contextlib.suppress(StoreError):
-                self.journal.commit(Heartbeat(self.process, ended=not self.executions), durable=False, timeout_seconds=0.5)
+                self.journal.group.commit(Heartbeat(self.process, ended=not self.executions), durable=False, timeout_seconds=0.5)
         if self.relay is None and self.settings.relay and self._process is not None and not self._forked:
             # A short script; a forked worker of one job leaves its spans to its parent's relay, and is sooner gone.
             relay = self.heartbeat.make_relay()

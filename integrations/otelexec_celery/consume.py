@@ -242,7 +242,7 @@ def _links(found: Mapping[str, Any], runtime: _runtime.Runtime) -> tuple[trace.L
     if key is None or not runtime.records or runtime.journal.spooling:
         return ()
     try:  # not by `write`, which would keep a question in the spool
-        spans = runtime.journal.commit(ReadContributions(key), durable=False, timeout_seconds=runtime.settings.open_timeout_seconds)
+        spans = runtime.journal.group.commit(ReadContributions(key), durable=False, timeout_seconds=runtime.settings.open_timeout_seconds)
     except StoreError as error:
         logger.warning("otelexec.celery.links: the body of a chord has no links to its headers: %s", error)
         return ()

@@ -388,7 +388,7 @@ def commit(write: RunWrite) -> object:
         StoreError: It was not written.
     """
     store()
-    return _runtime.get().journal.commit(write, durable=True, timeout_seconds=_PATIENCE_SECONDS)
+    return _runtime.get().journal.group.commit(write, durable=True, timeout_seconds=_PATIENCE_SECONDS)
 
 
 def carrier_of(run: RunRecord) -> Carrier:

@@ -274,7 +274,7 @@ class Receiver:
             return
         seconds = max(0.0, verified.valid_until - time.time()) + _HELD_SECONDS
         write = HoldKey(f"proof/{verified.proof}", verified.identity, int(seconds * 1e9))
-        holder = runtime.journal.commit(write, durable=True, timeout_seconds=_PATIENCE_SECONDS)
+        holder = runtime.journal.group.commit(write, durable=True, timeout_seconds=_PATIENCE_SECONDS)
         if holder != verified.identity:
             raise VerificationError("The token came with another message id before.")
 

@@ -91,7 +91,7 @@ class Store(Protocol):
         ...
 
     def read(self, query: Callable[[Transaction], Found]) -> Found:
-        """Run queries (`runs.py`) in one reading transaction, and give what they found."""
+        """Run queries (as those in `run_queries.py`) in one reading transaction, and give what they found."""
         ...
 
     def now_unix_ns(self) -> int:

@@ -29,7 +29,7 @@ from otelexec.errors import StoreBusy, StoreError, StoreRejected, StoreUnavailab
 from otelexec.settings import state_home
 from otelexec.store import postgres_schema, sql
 from otelexec.store.base import Receipt
-from otelexec.store.postgres_hot import INSTEAD_OF_NUL, Packed, runs
+from otelexec.store.postgres_hot import INSTEAD_OF_NUL, Packed, stretches
 from otelexec.store.postgres_pool import GaveUp, Place, Pool, Session, first_line
 from otelexec.store.postgres_schema import NOW, SCHEMA, SERVER_CHANGED, STARTED
 from otelexec.store.postgres_tail import Tail
@@ -268,9 +268,9 @@ class PostgresStore(SqlReader):
         return results
 
     def _together(self, session: Session, writes: Sequence[Write], *, durable: bool) -> list[object]:
-        """Commit the writes in order, packed where they can be; one packed run alone is a transaction by itself."""
+        """Commit the writes in order, packed where they can be; one packed stretch alone is a transaction by itself."""
         results: list[object] = [None] * len(writes)
-        pending = runs(writes)
+        pending = stretches(writes)
         if self._announced and len(pending) == 1 and pending[0][0]:
             left = self._call(session, Packed(writes, pending[0][1]), results, durable=durable)
             if not left:

@@ -53,8 +53,8 @@ _NUL: Final = re.compile(r"(?<!\\)((?:\\\\)*)\\u0000")
 INSTEAD_OF_NUL: Final = "\ufffd"
 
 
-def runs(writes: Sequence[Write]) -> list[tuple[bool, list[int]]]:
-    """Give the places of the writes in order, those that can be packed together as one run, and whether they can."""
+def stretches(writes: Sequence[Write]) -> list[tuple[bool, list[int]]]:
+    """Give the places of the writes in order, those that can be packed together as one stretch, and whether they can."""
     if len(writes) == 1:
         return [(_is_simple(writes[0]), [0])]
     # Two writes for one execution keep their order, which a packed group has not.

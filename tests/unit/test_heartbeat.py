@@ -10,7 +10,7 @@ import pytest
 import otelexec
 from otelexec import runtime
 from otelexec.errors import StoreUnavailable
-from otelexec.heartbeat import REST_SECONDS, Heartbeat
+from otelexec.heartbeat import REST_SECONDS, HeartbeatThread
 from otelexec.store.sqlite import SqliteStore
 from tests.records import Records, until
 
@@ -26,7 +26,7 @@ def test_a_defect_in_every_round_is_said_once_and_does_not_keep_a_core_busy(
         if failing:
             raise RuntimeError("nobody expected this")
 
-    monkeypatch.setattr(Heartbeat, "_look_after_executions", look)
+    monkeypatch.setattr(HeartbeatThread, "_look_after_executions", look)
     otelexec.execution("job")(lambda: None)()
     heartbeat = runtime.get().heartbeat
     heartbeat.nudge()

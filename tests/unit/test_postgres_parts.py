@@ -11,7 +11,7 @@ from otelexec import settings as _settings
 from otelexec.errors import SettingsError
 from otelexec.runtime import open_store
 from otelexec.store.postgres import PostgresStore
-from otelexec.store.postgres_hot import Packed, runs
+from otelexec.store.postgres_hot import Packed, stretches
 from otelexec.store.postgres_pool import Place
 from otelexec.store.postgres_tail import MAX_KEPT, Tail
 from otelexec.store.writes import AddSpans, CloseAttempt, Frozen, OpenAttempt, Outcome, RecordQueued, Write
@@ -82,9 +82,9 @@ def test_a_database_that_the_url_leaves_to_libpq_has_a_spool_of_its_own_too(monk
 
 def test_writes_for_one_execution_keep_their_order_outside_the_packed_ones() -> None:
     writes: list[Write] = [opening("a", "one"), opening("b", "two"), closing(opening("a", "one")), AddSpans(b"x", 1)]
-    assert runs(writes) == [(False, [0]), (True, [1]), (False, [2]), (True, [3])]
-    assert runs([opening(takes_over=True)]) == [(False, [0])]
-    assert runs([opening("a", "one"), opening("b", "two")]) == [(True, [0, 1])]
+    assert stretches(writes) == [(False, [0]), (True, [1]), (False, [2]), (True, [3])]
+    assert stretches([opening(takes_over=True)]) == [(False, [0])]
+    assert stretches([opening("a", "one"), opening("b", "two")]) == [(True, [0, 1])]
 
 
 def test_a_nul_is_replaced_and_a_written_backslash_is_not() -> None:

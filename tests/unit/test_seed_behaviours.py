@@ -192,7 +192,7 @@ def test_28_and_29_a_wish_to_cancel_outlives_an_end_that_was_not_stored(records:
     failing = Failing(CloseAttempt)
     monkeypatch.setattr(store, "commit", failing)
     with otelexec.correlate(source="x", execution_id="e"), otelexec.execution("job") as run:
-        runtime.get().journal.commit(RequestCancel(run.id, Cancellation(1, None)), durable=True, timeout_seconds=5)
+        runtime.get().journal.group.commit(RequestCancel(run.id, Cancellation(1, None)), durable=True, timeout_seconds=5)
     assert store.cancellations(["e"])["e"].requested_unix_ns == 1
     failing.left = 0
     runtime.get().journal.recover()
