@@ -58,10 +58,8 @@ def end_span(execution: RunningExecution, ending: Ending, ended_ns: int) -> None
             # By the clock that the end is by: the SDK's own would put it after the end, outside the span.
             span.add_event(semconv.EXCEPTION_EVENT, _exception_attributes(execution, ending.exception), ended_ns)
         if not execution.runtime.records:
-            attributes = outcome_attributes(ending.state, ending.classification, ending.error_type)
-            if execution.cores.begun:
-                attributes[semconv.OUTER_OUTCOME] = attributes.pop(semconv.OUTCOME)
-            span.set_attributes(attributes)
+            outer = execution.cores.begun
+            span.set_attributes(outcome_attributes(ending.state, ending.classification, ending.error_type, outer=outer))
             if ending.state in ERROR_STATES:
                 span.set_status(trace.StatusCode.ERROR, ending.error_message)
     except Exception as error:  # the user's objects may raise anything
@@ -89,9 +87,9 @@ def _exception_attributes(execution: RunningExecution, exception: BaseException)
     return {semconv.EXCEPTION_TYPE: error_type, semconv.EXCEPTION_MESSAGE: message, semconv.EXCEPTION_STACKTRACE: stacktrace}
 
 
-def outcome_attributes(state: str, classification: str | None, error_type: str | None) -> dict[str, Any]:
-    """Give the attributes that tell an outcome."""
-    attributes: dict[str, Any] = {semconv.OUTCOME: state}
+def outcome_attributes(state: str, classification: str | None, error_type: str | None, *, outer: bool = False) -> dict[str, Any]:
+    """Give the attributes that tell an outcome; the executor around a core has one under a name of its own."""
+    attributes: dict[str, Any] = {semconv.OUTER_OUTCOME if outer else semconv.OUTCOME: state}
     if classification is not None:
         attributes[semconv.CLASSIFICATION] = classification
     if error_type is not None:
@@ -131,10 +129,8 @@ def freeze(execution: RunningExecution, ending: Ending, ended_ns: int, *, outer:
     span = execution.span
     if not isinstance(span, ReadableSpan):
         return Frozen(outcome, b"")
-    attributes = outcome_attributes(ending.state, ending.classification, ending.error_type)
-    if outer:
-        attributes[semconv.OUTER_OUTCOME] = attributes.pop(semconv.OUTCOME)
-    elif execution.number is not None:
+    attributes = outcome_attributes(ending.state, ending.classification, ending.error_type, outer=outer)
+    if not outer and execution.number is not None:
         attributes[semconv.ATTEMPT] = execution.number
         if execution.duplicate:
             attributes[semconv.DUPLICATE] = True

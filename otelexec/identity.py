@@ -43,7 +43,7 @@ def _pid_namespace() -> str:
 def _read(path: str) -> str:
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        return os.read(descriptor, _MAX_BYTES).decode("ascii", "replace")  # a work horse asks, whose every job pays for a file object
+        return os.read(descriptor, _MAX_BYTES).decode("ascii", "replace")  # a worker that forks for each job pays for a file object at each
     finally:
         os.close(descriptor)
 

@@ -146,9 +146,8 @@ class Journal:
     def keep(self, write: Write, *, durable: bool) -> Kept:
         """Keep a write that the store could not take: in the spool, or else in the log and in memory."""
         self.spooling = True
-        executions = self._runtime.executions
-        token = write.attempt.token if isinstance(write, CloseAttempt) else ""
-        write = for_spool(self._runtime, executions.get(f"{token}:core") or executions.get(token), write)
+        execution = self._runtime.execution_of(write.attempt.token) if isinstance(write, CloseAttempt) else None
+        write = for_spool(self._runtime, execution, write)
         try:
             self.spool.append(write, durable=durable)
         except (OSError, ValueError, TypeError) as error:

@@ -14,14 +14,13 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any
 
 from opentelemetry.proto.trace.v1.trace_pb2 import Span as SpanMessage
 
 from otelexec import identity, otlp, semconv
 from otelexec.endings import Ending
 from otelexec.errors import StoreError
-from otelexec.freeze import status_of
+from otelexec.freeze import outcome_attributes, status_of
 from otelexec.ids import nonce_at
 from otelexec.store.base import Store
 from otelexec.store.records import OpenWork
@@ -375,18 +374,14 @@ def _synthesize(item: OpenWork, process: ProcessRow, outcome: Outcome) -> bytes:
     """End the span that the process could not end, under its own ids."""
     if item.span is None:
         return b""
-    attributes: dict[str, Any] = {semconv.RECONCILED_AT: outcome.reconciled_unix_ns}
-    if outcome.classification is not None:
-        attributes[semconv.CLASSIFICATION] = outcome.classification
-    if outcome.error_type is not None:
-        attributes[semconv.ERROR_TYPE] = outcome.error_type
+    attributes = outcome_attributes(outcome.state, outcome.classification, outcome.error_type, outer=item.kind == "outer")
+    attributes[semconv.RECONCILED_AT] = outcome.reconciled_unix_ns
+    if item.kind == "span":
+        del attributes[semconv.OUTCOME]  # which only an attempt's has
     if item.kind == "attempt":
-        attributes[semconv.OUTCOME] = outcome.state
         attributes[semconv.ATTEMPT] = item.number
         if item.progress is not None:
             attributes[semconv.PROGRESS] = item.progress
-    elif item.kind == "outer":
-        attributes[semconv.OUTER_OUTCOME] = outcome.state
     code, message = status_of(outcome.state, outcome.error_message)
     span = otlp.complete_start(
         item.span.start, end_unix_ns=outcome.ended_unix_ns, attributes=attributes, status_code=code, status_message=message

@@ -219,6 +219,10 @@ class Runtime:
         if execution.outer is not None and execution.ending is not None:
             execution.outer.cores.leave(execution.ending.state)
 
+    def execution_of(self, token: str) -> RunningExecution | None:
+        """Give the execution that runs here under a fencing token: of a core and the executor around it, the core."""
+        return self.executions.get(f"{token}:core") or self.executions.get(token)
+
     def progressed(self, execution: RunningExecution) -> None:
         """Write a progress marker now, or soon if the one before was written just now."""
         now = time.monotonic()

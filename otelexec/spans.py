@@ -304,7 +304,7 @@ class CollectingProvider(TracerProvider):
 
     def inherited_by(self, resource: Resource, tracer: trace.Tracer) -> None:
         """
-        Go on in a forked child: a new provider and tracer would cost a work horse a millisecond, for one job.
+        Go on in a forked child: a new provider and tracer would cost a worker that forks for each job a millisecond a job.
 
         Args:
             resource: The child's.

@@ -35,7 +35,7 @@ from otelexec.options import Options
 from otelexec.propagation import incoming
 from otelexec.running import RunningExecution
 from otelexec.store.run_queries import retry_wait_ns
-from otelexec.store.runs import DueRun, RunRecord, SetRunOutput
+from otelexec.store.runs import EXPIRED, DueRun, RunRecord, SetRunOutput
 from otelexec.store.writes import CANCELLED, FAILED, LOST, PAUSED, SUCCEEDED, TIMED_OUT
 from otelexec_trigger import engine, wire
 from otelexec_trigger.carried import unwrapped
@@ -84,7 +84,7 @@ def dismiss(run: RunRecord) -> None:
     def classify(error: BaseException) -> Ending | None:
         if not isinstance(error, _Expired):
             return None
-        return Ending(CANCELLED, engine.EXPIRED, error_message=str(error))
+        return Ending(CANCELLED, EXPIRED, error_message=str(error))
 
     try:
         _execute(run, refuse, classify, cancel_wins=False)

@@ -27,6 +27,7 @@ from otelexec.propagation import entries, incoming
 from otelexec.store import run_queries
 from otelexec.store.base import Store
 from otelexec.store.runs import (
+    EXPIRED,
     AddTags,
     BatchRecord,
     CreateBatch,
@@ -48,8 +49,6 @@ from otelexec_trigger.asking import NANOSECONDS, RunRequest, checked_delay, key_
 from otelexec_trigger.carried import received
 from otelexec_trigger.runs import InvalidRequest, RunNotFound
 
-EXPIRED: Final = "expired"
-"""Classification of a run that nobody began in time."""
 RUN_ID: Final = "run_id"
 """The correlation field that names the run on its record, its spans and in its baggage."""
 

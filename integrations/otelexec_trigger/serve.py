@@ -23,6 +23,7 @@ from otelexec import semconv
 from otelexec.errors import SettingsError, StoreError, StoreRejected
 from otelexec.store import run_queries
 from otelexec.store.runs import RunRecord
+from otelexec.store.writes import SUCCEEDED
 from otelexec_trigger import engine, wire
 from otelexec_trigger.asking import RunRequest
 from otelexec_trigger.packets import Packets
@@ -206,7 +207,7 @@ class Server:
         run = await _run(request)
         if not engine.is_ended(run):
             raise Refused(404, f"{run.run_id} has not ended")
-        told: dict[str, Any] = {"ok": run.state == "succeeded", "id": run.run_id, "taskIdentifier": run.task}
+        told: dict[str, Any] = {"ok": run.state == SUCCEEDED, "id": run.run_id, "taskIdentifier": run.task}
         if told["ok"]:
             told |= {"output": run.result, "outputType": wire.JSON}
         else:
@@ -334,7 +335,7 @@ class Server:
                 raise Refused(404, f"There is no batch {batch_id}.")
             runs = [run for run in map(engine.find, batch.runs) if run is not None]
             ended = [run for run in runs if engine.is_ended(run)]
-            failed = [run for run in ended if run.state != "succeeded"]
+            failed = [run for run in ended if run.state != SUCCEEDED]
             status = "PENDING" if len(runs) < batch.run_count else "PROCESSING"
             if len(ended) == batch.run_count:
                 status = "COMPLETED"

@@ -10,6 +10,7 @@ from typing import Any, TypeVar, Unpack
 
 from otelexec import semconv
 from otelexec.decoded import service_name
+from otelexec.store.outbox_statements import chunks
 from otelexec.store.records import AttemptRecord, ExecutionRecord, OpenWork, ParkedRow, Statistics, Wanted
 from otelexec.store.schema import Transaction
 from otelexec.store.writes import Cancellation, ProcessRow, SpanRow
@@ -17,7 +18,6 @@ from otelexec.store.writes import Cancellation, ProcessRow, SpanRow
 Found = TypeVar("Found")
 
 _PAGE = 200
-_IN_LIST = 500  # SQLite's oldest limit on parameters of one statement is 999
 
 _EXECUTIONS = """SELECT seq, execution_id, name, state, request_id, source, correlation, parent_execution_id,
     queued_unix_ns, started_unix_ns, ended_unix_ns, error_type, error_message, producer_trace_id, producer_span_id, snapshot
@@ -201,8 +201,8 @@ class SqlReader(ABC):
         """Give the wishes to cancel among these executions."""
         found: dict[str, Cancellation] = {}
         with self._reading() as tx:
-            for start in range(0, len(execution_ids), _IN_LIST):
-                found.update(_cancellations(tx, execution_ids[start : start + _IN_LIST]))
+            for among, ids in chunks(tx, execution_ids):
+                found.update(_cancellations(tx, among, ids))
         return found
 
     def held_requests(self, execution: ExecutionRecord) -> list[bytes]:
@@ -245,18 +245,16 @@ def _complete(tx: Transaction, rows: Sequence[Any]) -> list[ExecutionRecord]:
     """Complete rows of executions with their attempts and the wishes to cancel them."""
     if not rows:
         return []
-    ids = [row[1] for row in rows]
-    among, parameters = tx.among(ids)
+    among, parameters = tx.among([row[1] for row in rows])
     attempts: dict[str, list[AttemptRecord]] = {}
     for execution_id, number, state, duplicate, *rest, resource in tx.execute(_ATTEMPTS.format(among=among), parameters).fetchall():
         values: Any = (number, state, bool(duplicate), *rest, None if resource is None else service_name(resource))
         attempts.setdefault(execution_id, []).append(AttemptRecord(*values))
-    wishes = _cancellations(tx, ids)
+    wishes = _cancellations(tx, among, parameters)
     complete: list[Any] = [(*row, wishes.get(row[1]), tuple(attempts.get(row[1], ()))) for row in rows]
     return [ExecutionRecord(*values) for values in complete]
 
 
-def _cancellations(tx: Transaction, execution_ids: Sequence[str]) -> dict[str, Cancellation]:
-    among, ids = tx.among(execution_ids)
+def _cancellations(tx: Transaction, among: str, ids: Sequence[Any]) -> dict[str, Cancellation]:
     rows = tx.execute(f"SELECT execution_id, requested_unix_ns, terminate FROM cancellation WHERE execution_id {among}", ids).fetchall()
     return {row[0]: Cancellation(row[1], None if row[2] is None else bool(row[2])) for row in rows}

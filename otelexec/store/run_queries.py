@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from otelexec.store.run_admission import AT_WORK, LAPSED
-from otelexec.store.runs import BatchRecord, DueRun, RunRecord
+from otelexec.store.runs import EXPIRED, BatchRecord, DueRun, RunRecord
 from otelexec.store.schema import Transaction
 from otelexec.store.writes import CANCELLED, FAILED, LOST, PAUSED, QUEUED, RETRYING, RUNNING, SUCCEEDED, TIMED_OUT
 
@@ -219,4 +219,4 @@ def ended_runs(tx: Transaction, *, limit: int) -> list[str]:
 
 def has_freed_its_key(state: str, classification: str | None) -> bool:
     """Tell whether a run in this state holds its key no longer."""
-    return state in _FREES_ITS_KEY or (state == CANCELLED and classification == "expired")
+    return state in _FREES_ITS_KEY or (state == CANCELLED and classification == EXPIRED)

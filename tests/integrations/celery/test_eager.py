@@ -52,11 +52,10 @@ def test_an_error_that_celery_knows_is_kept_as_far_as_the_setting_says(
 ) -> None:
     monkeypatch.setenv("OTELEXEC_MAX_ERROR_CHARS", "64")
 
-    @app.task(name="slow")
     def slow() -> None:
         raise SoftTimeLimitExceeded("x" * 100)
 
-    assert slow.apply().state == "FAILURE"
+    assert app.task(name="slow")(slow).apply().state == "FAILURE"
     [attempt] = records.one().attempts
     assert (attempt.state, len(attempt.error_message or "")) == ("timed_out", 64)
 
