@@ -28,8 +28,8 @@ from otelexec_trigger import wire
 from otelexec_trigger.backend import AsyncTriggerBackend, Delay, Operations, Trigger, TriggerBackend
 from otelexec_trigger.calls import Do, Enter, Http, Leave, Steps, published
 from otelexec_trigger.clients import ClientOfLoop, ClientOfProcess, client_maker
+from otelexec_trigger.encoding import check_text, encode, json_text, options_of
 from otelexec_trigger.exchange import Attempts, Exchange
-from otelexec_trigger.local import check_text, encode, json_text, options_of
 from otelexec_trigger.rendering import run_of
 from otelexec_trigger.runs import BackendError, EnqueueError, InvalidRequest, Run, RunNotFound, TriggerError
 
