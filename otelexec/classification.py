@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from otelexec.endings import RETURNED, Ending, describe, raised_by_signal_handler
 from otelexec.errors import ExecutionCancelled
-from otelexec.store.writes import CANCELLED, FAILED, PAUSED, REJECTED, SUCCEEDED, TIMED_OUT
+from otelexec.store.rows import CANCELLED, FAILED, PAUSED, REJECTED, SUCCEEDED, TIMED_OUT
 
 if TYPE_CHECKING:
     from otelexec.running import RunningExecution

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from typing import Literal
 
-from otelexec.store.writes import SUCCEEDED
+from otelexec.store.rows import SUCCEEDED
 
 _RUNNING = "running"
 

@@ -21,13 +21,13 @@ from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from otelexec.store.writes import SettleOutbox
+from otelexec.store.upkeep import SettleOutbox
 from otelexec.transport import Verdict
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from otelexec.store.writes import OutboxRow
+    from otelexec.store.upkeep import OutboxRow
     from otelexec.transport import Reply, Transport
 
 logger = logging.getLogger("otelexec.relay")

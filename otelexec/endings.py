@@ -9,7 +9,7 @@ from functools import partial
 from types import CodeType, FrameType
 from typing import Any
 
-from otelexec.store.writes import ENDED_STATES, PAUSED, SUCCEEDED
+from otelexec.store.rows import ENDED_STATES, PAUSED, SUCCEEDED
 from otelexec.w3c import clean
 
 _ENDS = ENDED_STATES | {PAUSED}

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 from otelexec.effects import Block, Commit, Effect, Sleep
 from otelexec.errors import StoreError, StoreReentered, StoreRejected, StoreVersionError
 from otelexec.freeze import end_span, freeze, minimal, observed
-from otelexec.store.writes import CANCELLED, LOST, CloseAttempt, Closed, CloseOuter, OpenAttempt, Write
+from otelexec.store.rows import CANCELLED, LOST
+from otelexec.store.writes import CloseAttempt, Closed, CloseOuter, OpenAttempt, Write
 
 if TYPE_CHECKING:
     from otelexec.endings import Ending

@@ -18,20 +18,8 @@ from opentelemetry.sdk.trace import ReadableSpan
 from otelexec import otlp, semconv
 from otelexec.endings import describe, is_interrupted, raised_by_signal_handler
 from otelexec.spans import lost_members
-from otelexec.store.writes import (
-    CANCELLED,
-    FAILED,
-    LOST,
-    PAUSED,
-    REJECTED,
-    TIMED_OUT,
-    CloseAttempt,
-    Frozen,
-    OpenAttempt,
-    Outcome,
-    RecordObserved,
-    Write,
-)
+from otelexec.store.rows import CANCELLED, FAILED, LOST, PAUSED, REJECTED, TIMED_OUT, Frozen, Outcome
+from otelexec.store.writes import CloseAttempt, OpenAttempt, RecordObserved, Write
 
 if TYPE_CHECKING:
     from otelexec.endings import Ending

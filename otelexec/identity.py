@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
-from otelexec.store.writes import ProcessRow
+from otelexec.store.rows import ProcessRow
 
 _DEAD_STATES = frozenset("ZXx")
 

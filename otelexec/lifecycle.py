@@ -32,7 +32,8 @@ from otelexec.ids import random_word
 from otelexec.options import Options
 from otelexec.running import RunningExecution
 from otelexec.spans import row_of
-from otelexec.store.writes import Busy, ExecutionRow, OpenAttempt, Opened
+from otelexec.store.rows import ExecutionRow
+from otelexec.store.writes import Busy, OpenAttempt, Opened
 
 if TYPE_CHECKING:
     from opentelemetry.trace import Span

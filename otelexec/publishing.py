@@ -27,18 +27,8 @@ from otelexec.options import Options
 from otelexec.propagation import outgoing
 from otelexec.running import RunningExecution
 from otelexec.spans import request_of, row_of
-from otelexec.store.writes import (
-    CANCELLED,
-    REJECTED,
-    AddSpans,
-    Cancellation,
-    NameMessage,
-    Outcome,
-    RecordQueued,
-    RefuseQueued,
-    RequestCancel,
-    SpanRow,
-)
+from otelexec.store.rows import CANCELLED, REJECTED, Cancellation, Outcome, SpanRow
+from otelexec.store.writes import AddSpans, NameMessage, RecordQueued, RefuseQueued, RequestCancel
 from otelexec.w3c import clean
 
 if TYPE_CHECKING:

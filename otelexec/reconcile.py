@@ -24,20 +24,10 @@ from otelexec.freeze import outcome_attributes, status_of
 from otelexec.ids import nonce_at
 from otelexec.store.base import Store
 from otelexec.store.records import OpenWork
+from otelexec.store.rows import CANCELLED, LOST, Frozen, Outcome, ProcessRow
 from otelexec.store.spool import Spool, encode, log_homeless
-from otelexec.store.writes import (
-    CANCELLED,
-    LOST,
-    AddSpans,
-    CloseLost,
-    CloseOuter,
-    ForgetNonces,
-    Frozen,
-    Outcome,
-    ProcessRow,
-    ReleaseClaims,
-    Write,
-)
+from otelexec.store.upkeep import ForgetNonces, ReleaseClaims
+from otelexec.store.writes import AddSpans, CloseLost, CloseOuter, Write
 
 logger = logging.getLogger("otelexec.reconcile")
 

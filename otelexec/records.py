@@ -6,7 +6,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from otelexec import semconv
-from otelexec.store.writes import ENDED_STATES
+from otelexec.store.rows import ENDED_STATES
 
 if TYPE_CHECKING:
     from otelexec.decoded import DecodedSpan

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Final
 from otelexec import endpoint as endpoints
 from otelexec.delivery import Delivery
 from otelexec.errors import StoreError, StoreRejected
-from otelexec.store.writes import ClaimOutbox, ReleaseClaims, SettleOutbox
+from otelexec.store.upkeep import ClaimOutbox, ReleaseClaims, SettleOutbox
 from otelexec.transport import Verdict, connect
 
 if TYPE_CHECKING:

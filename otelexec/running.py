@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from otelexec.execution import Execution
     from otelexec.options import Options
     from otelexec.runtime import Runtime
-    from otelexec.store.writes import Cancellation, CloseAttempt, CloseOuter, OpenAttempt, Opened
+    from otelexec.store.rows import Cancellation
+    from otelexec.store.writes import CloseAttempt, CloseOuter, OpenAttempt, Opened
 
 logger = logging.getLogger("otelexec.execution")
 

@@ -36,7 +36,8 @@ from otelexec.running import RunningExecution
 from otelexec.settings import MoreSettings, Settings
 from otelexec.spans import CollectingProvider, Collector, SecureIdGenerator
 from otelexec.store.base import Store
-from otelexec.store.writes import AddSpans, Heartbeat, ProcessRow, RecordProgress
+from otelexec.store.rows import ProcessRow
+from otelexec.store.writes import AddSpans, Heartbeat, RecordProgress
 
 if TYPE_CHECKING:
     from opentelemetry.context import Context

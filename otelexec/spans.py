@@ -38,7 +38,8 @@ from otelexec.context import EXECUTION_KEY
 from otelexec.endings import raised_by_signal_handler
 from otelexec.ids import mint_nonce, random_word
 from otelexec.running import RunningExecution
-from otelexec.store.writes import NO_SPANS, AddSpans, SpanRow
+from otelexec.store.rows import SpanRow
+from otelexec.store.writes import NO_SPANS, AddSpans
 
 if TYPE_CHECKING:
     from opentelemetry.context import Context

@@ -32,7 +32,7 @@ from otelexec.finalize import closing, finalize, persist
 from otelexec.freeze import end_span
 from otelexec.lifecycle import begin
 from otelexec.reconcile import KILLED, OOM, Death, Reconciler, explain
-from otelexec.store.writes import LOST, Cancellation
+from otelexec.store.rows import LOST, Cancellation
 
 if TYPE_CHECKING:
     from opentelemetry.context import Context

@@ -38,7 +38,8 @@ from otelexec.errors import ExecutionCancelled, StoreError
 from otelexec.lifecycle import Steps, lifecycle
 from otelexec.propagation import entries
 from otelexec.running import RunningExecution
-from otelexec.store.writes import REJECTED, SUCCEEDED, AmendAttempt, Contribute, ReadContributions
+from otelexec.store.rows import REJECTED, SUCCEEDED
+from otelexec.store.writes import AmendAttempt, Contribute, ReadContributions
 from otelexec.w3c import decode_trace, encode_traceparent
 from otelexec_celery import carrier, chords, endings
 from otelexec_celery.messages import hard_limit_of, open_context, options_of, soft_limit_of

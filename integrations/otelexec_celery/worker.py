@@ -29,7 +29,8 @@ from otelexec.classification import INTERRUPTED, classify
 from otelexec.endings import Ending
 from otelexec.ids import random_word
 from otelexec.patches import Guard
-from otelexec.store.writes import CANCELLED, REJECTED, Cancellation, RequestCancel
+from otelexec.store.rows import CANCELLED, REJECTED, Cancellation
+from otelexec.store.writes import RequestCancel
 from otelexec.supervision import Delivery, Supervisor
 from otelexec_celery import carrier, consume, endings
 from otelexec_celery.messages import hard_limit_of, open_context, options_of

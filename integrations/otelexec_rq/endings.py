@@ -12,7 +12,7 @@ from otelexec import runtime as _runtime
 from otelexec.classification import INTERRUPTED, INTERRUPTIONS
 from otelexec.endings import Classifier, Ending, describe, is_interrupted, raised_by_signal_handler
 from otelexec.errors import ExecutionCancelled
-from otelexec.store.writes import CANCELLED, FAILED, LOST, TIMED_OUT
+from otelexec.store.rows import CANCELLED, FAILED, LOST, TIMED_OUT
 
 RETRY: Final = "retry"
 ABANDONED: Final = "abandoned"

@@ -13,7 +13,8 @@ from rq.job import JobStatus
 
 from otelexec import runtime as _runtime
 from otelexec.endings import Ending
-from otelexec.store.writes import CANCELLED, Cancellation, RequestCancel
+from otelexec.store.rows import CANCELLED, Cancellation
+from otelexec.store.writes import RequestCancel
 from otelexec_rq import consume, endings
 from otelexec_rq.settings import CHOICES, GUARD
 from otelexec_rq.worker import delivery_of

@@ -21,7 +21,7 @@ from otelexec import metrics
 from otelexec import runtime as _runtime
 from otelexec.classification import INTERRUPTED
 from otelexec.endings import Ending
-from otelexec.store.writes import CANCELLED, Cancellation
+from otelexec.store.rows import CANCELLED, Cancellation
 from otelexec.supervision import Delivery, Supervisor
 from otelexec_rq import consume, endings
 from otelexec_rq.messages import open_context, options_of

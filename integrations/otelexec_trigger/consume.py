@@ -34,9 +34,9 @@ from otelexec.lifecycle import lifecycle
 from otelexec.options import Options
 from otelexec.propagation import incoming
 from otelexec.running import RunningExecution
+from otelexec.store.rows import CANCELLED, FAILED, LOST, PAUSED, SUCCEEDED, TIMED_OUT
 from otelexec.store.run_queries import retry_wait_ns
 from otelexec.store.runs import EXPIRED, DueRun, RunRecord, SetRunOutput
-from otelexec.store.writes import CANCELLED, FAILED, LOST, PAUSED, SUCCEEDED, TIMED_OUT
 from otelexec_trigger import engine, wire
 from otelexec_trigger.carried import unwrapped
 from otelexec_trigger.executors import awaited, is_coroutine_function, run_to_end

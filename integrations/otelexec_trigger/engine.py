@@ -26,6 +26,7 @@ from otelexec.lifecycle import execution_row
 from otelexec.propagation import entries, incoming
 from otelexec.store import run_queries
 from otelexec.store.base import Store
+from otelexec.store.rows import CANCELLED, FAILED, LOST, PAUSED, QUEUED, RETRYING, RUNNING, SUCCEEDED, TIMED_OUT
 from otelexec.store.runs import (
     EXPIRED,
     AddTags,
@@ -42,7 +43,6 @@ from otelexec.store.runs import (
     SetRunMetadata,
 )
 from otelexec.store.schema import Transaction
-from otelexec.store.writes import CANCELLED, FAILED, LOST, PAUSED, QUEUED, RETRYING, RUNNING, SUCCEEDED, TIMED_OUT
 from otelexec.w3c import decode_trace
 from otelexec_trigger import wire
 from otelexec_trigger.asking import NANOSECONDS, RunRequest, checked_delay, key_name, keys_of, metadata_text, row_of

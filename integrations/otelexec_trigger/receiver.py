@@ -39,8 +39,8 @@ from otelexec.errors import ExecutionBusy, ExecutionCancelled, OtelexecError, Se
 from otelexec.lifecycle import Steps, lifecycle
 from otelexec.options import Options
 from otelexec.running import RunningExecution
+from otelexec.store.rows import CANCELLED, SUCCEEDED
 from otelexec.store.runs import HoldKey
-from otelexec.store.writes import CANCELLED, SUCCEEDED
 from otelexec_trigger.carried import received, unwrapped
 from otelexec_trigger.executors import awaited, is_coroutine_function, name_of, run_to_end
 from otelexec_trigger.verifiers import VerificationError, Verified, Verifier, identity_of, lowercase, raw

@@ -22,8 +22,8 @@ from starlette.routing import Route
 from otelexec import semconv
 from otelexec.errors import SettingsError, StoreError, StoreRejected
 from otelexec.store import run_queries
+from otelexec.store.rows import SUCCEEDED
 from otelexec.store.runs import RunRecord
-from otelexec.store.writes import SUCCEEDED
 from otelexec_trigger import engine, wire
 from otelexec_trigger.asking import RunRequest
 from otelexec_trigger.packets import Packets

@@ -21,7 +21,7 @@ from otelexec import runtime as _runtime
 from otelexec.endings import Ending
 from otelexec.errors import SettingsError, StoreError
 from otelexec.store.records import OpenWork
-from otelexec.store.writes import CANCELLED, TIMED_OUT
+from otelexec.store.rows import CANCELLED, TIMED_OUT
 from otelexec.supervision import Supervisor
 from otelexec_trigger import engine
 from otelexec_trigger.settings import CANCEL_GRACE_SECONDS, LIMIT_GRACE_SECONDS, STOP_SECONDS

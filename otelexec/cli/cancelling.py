@@ -9,7 +9,8 @@ import typer
 
 from otelexec.cli import console, options
 from otelexec.errors import StoreError
-from otelexec.store.writes import CANCELLED, ENDED_STATES, RUNNING, Cancellation, RequestCancel
+from otelexec.store.rows import CANCELLED, ENDED_STATES, RUNNING, Cancellation
+from otelexec.store.writes import RequestCancel
 
 if TYPE_CHECKING:
     from otelexec.settings import Settings

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from otelexec.settings import Settings
     from otelexec.store.base import Store
     from otelexec.store.records import ExecutionRecord
-    from otelexec.store.writes import ProcessRow, Write
+    from otelexec.store.rows import ProcessRow
+    from otelexec.store.writes import Write
 
 WAIT_SECONDS: Final = 1.0
 """How often a command that stays looks whether a store that was away is back."""

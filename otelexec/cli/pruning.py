@@ -13,7 +13,7 @@ from otelexec.cli import console, options
 from otelexec.cli.progress import Advance
 from otelexec.errors import StoreError
 from otelexec.store.pruning import deletions
-from otelexec.store.writes import Prune, Pruned
+from otelexec.store.upkeep import Prune, Pruned
 
 _UNITS: Final = {"s": 1, "m": 60, "h": 3_600, "d": 86_400, "w": 604_800}
 _MOST_SECONDS: Final = 100 * 366 * 86_400

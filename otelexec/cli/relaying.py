@@ -16,7 +16,8 @@ from otelexec.errors import StoreError
 from otelexec.reconcile import dead_relays, take_in
 from otelexec.relay import Relay
 from otelexec.settings import MAX_SECONDS
-from otelexec.store.writes import Heartbeat, RetryParked
+from otelexec.store.upkeep import RetryParked
+from otelexec.store.writes import Heartbeat
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Protocol, TypeVar, Unpack
 
 from otelexec.store.records import ExecutionRecord, OpenWork, Statistics, Wanted
+from otelexec.store.rows import Cancellation, ProcessRow
 from otelexec.store.schema import Transaction
-from otelexec.store.writes import Cancellation, ProcessRow, Write
+from otelexec.store.writes import Write
 
 Found = TypeVar("Found")
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
 
 from otelexec.store.schema import Transaction
-from otelexec.store.writes import ClaimOutbox, ForgetNonces, OutboxRow, ReleaseClaims, RetryParked, SettleOutbox
+from otelexec.store.upkeep import ClaimOutbox, ForgetNonces, OutboxRow, ReleaseClaims, RetryParked, SettleOutbox
 
 MAX_PARAMETERS: Final = 512  # with the others of a statement still below 999, SQLite's limit before 3.32
 

@@ -35,7 +35,8 @@ from otelexec.store.postgres_schema import NOW, SCHEMA, SERVER_CHANGED, STARTED
 from otelexec.store.postgres_tail import Tail
 from otelexec.store.reading import SqlReader
 from otelexec.store.schema import Cursor, Transaction
-from otelexec.store.writes import ClaimOutbox, Heartbeat, OpenAttempt, Write
+from otelexec.store.upkeep import ClaimOutbox
+from otelexec.store.writes import Heartbeat, OpenAttempt, Write
 
 logger = logging.getLogger("otelexec.store")
 

@@ -16,21 +16,18 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
 from otelexec.store.postgres_schema import CLOSE_FIELDS, OPEN_FIELDS, SCHEMA
+from otelexec.store.rows import Cancellation, ExecutionRow, Outcome, SpanRow
 from otelexec.store.sql import execution_end
 from otelexec.store.writes import (
     NO_SPANS,
     AddSpans,
-    Cancellation,
     CloseAttempt,
     Closed,
     CloseLost,
-    ExecutionRow,
     OpenAttempt,
     Opened,
-    Outcome,
     RecordProgress,
     RecordQueued,
-    SpanRow,
     Write,
 )
 

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from otelexec.store.outbox_statements import chunks
 from otelexec.store.schema import Transaction
-from otelexec.store.writes import Prune, Pruned
+from otelexec.store.upkeep import Prune, Pruned
 
 _PROCESS_IS_IDLE: Final = """heartbeat_unix_ns < ?
     AND NOT EXISTS (SELECT 1 FROM attempt a WHERE a.process_id = process.process_id AND a.state = 'running')

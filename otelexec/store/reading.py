@@ -12,8 +12,8 @@ from otelexec import semconv
 from otelexec.decoded import service_name
 from otelexec.store.outbox_statements import chunks
 from otelexec.store.records import AttemptRecord, ExecutionRecord, OpenWork, ParkedRow, Statistics, Wanted
+from otelexec.store.rows import Cancellation, ProcessRow, SpanRow
 from otelexec.store.schema import Transaction
-from otelexec.store.writes import Cancellation, ProcessRow, SpanRow
 
 Found = TypeVar("Found")
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypedDict
 
-from otelexec.store.writes import Cancellation, SpanRow
+from otelexec.store.rows import Cancellation, SpanRow
 
 
 class Wanted(TypedDict, total=False):

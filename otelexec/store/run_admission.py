@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from otelexec.store.rows import PAUSED, QUEUED, RETRYING, RUNNING, ExecutionRow
 from otelexec.store.schema import Transaction
-from otelexec.store.writes import PAUSED, QUEUED, RETRYING, RUNNING, ExecutionRow, OpenAttempt
+from otelexec.store.writes import OpenAttempt
 
 # A core may end before the code around it: until that has ended as well, the attempt goes on, and keeps its place.
 _GOES_ON = f"(a.state = '{RUNNING}' OR (a.outer_token IS NOT NULL AND a.outer_outcome IS NULL))"

@@ -6,10 +6,10 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Final
 
+from otelexec.store.rows import CANCELLED, FAILED, LOST, PAUSED, QUEUED, RETRYING, RUNNING, SUCCEEDED, TIMED_OUT
 from otelexec.store.run_admission import AT_WORK, LAPSED
 from otelexec.store.runs import EXPIRED, BatchRecord, DueRun, RunRecord
 from otelexec.store.schema import Transaction
-from otelexec.store.writes import CANCELLED, FAILED, LOST, PAUSED, QUEUED, RETRYING, RUNNING, SUCCEEDED, TIMED_OUT
 
 FIRST_RETRY_SECONDS: Final = 1
 """How long after the end of the first attempt the second may begin; each further one waits twice as long."""

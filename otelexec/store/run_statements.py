@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
+from otelexec.store.rows import PAUSED, QUEUED, RETRYING, RUNNING, ExecutionRow
 from otelexec.store.run_queries import find_run, has_freed_its_key, item_prefix
 from otelexec.store.runs import (
     AddTags,
@@ -23,7 +24,6 @@ from otelexec.store.runs import (
     SetRunOutput,
 )
 from otelexec.store.schema import Transaction
-from otelexec.store.writes import PAUSED, QUEUED, RETRYING, RUNNING, ExecutionRow
 
 
 def enqueue_run(tx: Transaction, write: EnqueueRun) -> Enqueued:

@@ -12,10 +12,9 @@ What is written here counts on the store's clock, which all who ask and work sha
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
-if TYPE_CHECKING:
-    from otelexec.store.writes import ExecutionRow
+from otelexec.store.rows import ExecutionRow
 
 EXPIRED: Final = "expired"
 """Classification of a run that nobody began in time: it is cancelled, and has freed its key."""

@@ -29,8 +29,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from otelexec.store import writes
-from otelexec.store.writes import Ingested, ProcessRow, Write
+from otelexec.store import rows, writes
+from otelexec.store.rows import ProcessRow
+from otelexec.store.writes import Ingested, Write
 
 logger = logging.getLogger("otelexec.spool")
 
@@ -50,21 +51,21 @@ _ROWS = {
         writes.CloseAttempt,
         writes.CloseOuter,
         writes.Contribute,
-        writes.ExecutionRow,
-        writes.Frozen,
+        rows.ExecutionRow,
+        rows.Frozen,
         writes.Heartbeat,
         writes.NameMessage,
         writes.OpenAttempt,
-        writes.Outcome,
-        writes.ProcessRow,
+        rows.Outcome,
+        rows.ProcessRow,
         writes.ReadContributions,  # a question, which earlier versions kept as well
         writes.RecordObserved,
         writes.RecordProgress,
         writes.RecordQueued,
         writes.RefuseQueued,
         writes.RequestCancel,
-        writes.Cancellation,
-        writes.SpanRow,
+        rows.Cancellation,
+        rows.SpanRow,
     )
 }
 

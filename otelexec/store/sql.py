@@ -15,21 +15,13 @@ from typing import Any
 from otelexec import semconv
 from otelexec.store import outbox_statements, pruning, run_admission, run_statements
 from otelexec.store.outbox_statements import add_row
+from otelexec.store.rows import CANCELLED, ENDED_STATES, LOST, PAUSED, QUEUED, RETRYING, RUNNING, SUCCEEDED, Cancellation, Outcome, SpanRow
 from otelexec.store.schema import Transaction
 from otelexec.store.writes import (
-    CANCELLED,
-    ENDED_STATES,
-    LOST,
     NO_SPANS,
-    PAUSED,
-    QUEUED,
-    RETRYING,
-    RUNNING,
-    SUCCEEDED,
     AddSpans,
     AmendAttempt,
     Busy,
-    Cancellation,
     CloseAttempt,
     Closed,
     CloseLost,
@@ -40,14 +32,12 @@ from otelexec.store.writes import (
     NameMessage,
     OpenAttempt,
     Opened,
-    Outcome,
     ReadContributions,
     RecordObserved,
     RecordProgress,
     RecordQueued,
     RefuseQueued,
     RequestCancel,
-    SpanRow,
     Write,
 )
 

@@ -31,7 +31,8 @@ from otelexec.store.base import Receipt
 from otelexec.store.reading import SqlReader
 from otelexec.store.schema import Transaction
 from otelexec.store.sqlite_file import DAMAGE, SqliteFile, code, identity, unusable
-from otelexec.store.writes import ClaimOutbox, Write
+from otelexec.store.upkeep import ClaimOutbox
+from otelexec.store.writes import Write
 
 logger = logging.getLogger("otelexec.store")
 

@@ -1,106 +1,20 @@
 """
 What is written to a store: plain data, with one result for each.
 
-A write can be committed together with others, kept in the spool, put into a log line, and repeated. The rows that every
-execution makes are not frozen, though nobody changes them: a frozen dataclass is filled field by field through
-`object.__setattr__`, which takes three times as long.
+A write can be committed together with others, kept in the spool, put into a log line, and repeated. Here are those of an
+execution and of the process that it runs in; `upkeep.py` has those about the store, `runs.py` those about the queue in it.
+Those that every execution makes are not frozen, for the reason that `rows.py` has.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
+from otelexec.store.rows import Cancellation, ExecutionRow, Frozen, Outcome, ProcessRow, SpanRow
 from otelexec.store.runs import RunWrite
-
-# Attempt states (README, Words).
-RUNNING = "running"
-SUCCEEDED = "succeeded"
-FAILED = "failed"
-TIMED_OUT = "timed_out"
-CANCELLED = "cancelled"
-PAUSED = "paused"
-REJECTED = "rejected"
-LOST = "lost"
-# States that only an execution has.
-QUEUED = "queued"
-RETRYING = "retrying"
-
-ENDED_STATES = frozenset({SUCCEEDED, FAILED, TIMED_OUT, CANCELLED, REJECTED, LOST})
-"""Execution states with an end time; `paused` and `retrying` go on."""
-
-
-@dataclass(frozen=True, slots=True)
-class ProcessRow:
-    """
-    One process that writes to the store.
-
-    Attributes:
-        process_id: Minted once per process, and anew in a forked child.
-        host: Host name, for people.
-        boot_id: Kernel boot id; empty where the system has none.
-        pid_namespace: Pid namespace; with the boot id it tells whether `pid` means anything here.
-        pid: Process id.
-        pid_start: Start time of the pid in clock ticks since boot, so that a reused pid is not taken for it.
-        lease_seconds: How long after its last heartbeat it may count as alive where it can't be looked at.
-        resource: Encoded OTLP resource, for the spans that others must end.
-        scope: Encoded OTLP instrumentation scope, likewise.
-        heartbeat_unix_ns: Last sign of life on the store's clock; 0 when it is being written.
-        ended: Whether it said goodbye.
-        clock_unix_ns: What its own clock said at that sign of life: its machine may go by another time than the store.
-        parent_pid: Process id of the parent that reports its death; 0 when none does.
-        parent_start: Start time of that pid in clock ticks since boot.
-    """
-
-    process_id: str
-    host: str
-    boot_id: str
-    pid_namespace: str
-    pid: int
-    pid_start: int
-    lease_seconds: float
-    resource: bytes
-    scope: bytes
-    heartbeat_unix_ns: int = 0
-    ended: bool = False
-    clock_unix_ns: int = 0
-    parent_pid: int = 0
-    parent_start: int = 0
-
-
-@dataclass(slots=True)
-class ExecutionRow:
-    """What an execution is, whoever runs it: written by the first attempt or by the publish before it."""
-
-    execution_id: str
-    name: str
-    request_id: str
-    source: str
-    correlation: str
-    parent_execution_id: str | None
-
-    @property
-    def values(self) -> tuple[str, str, str, str, str, str | None]:
-        """All of it in the order above, which is that of the columns."""
-        return self.execution_id, self.name, self.request_id, self.source, self.correlation, self.parent_execution_id
-
-
-@dataclass(slots=True)
-class SpanRow:
-    """
-    A span by its ids, with the fields known at its start.
-
-    Attributes:
-        trace_id: Lowercase hex.
-        span_id: Lowercase hex.
-        start: Encoded fields of an OTLP Span that are known at start (`otlp.encode_start`).
-    """
-
-    trace_id: str
-    span_id: str
-    start: bytes
+from otelexec.store.upkeep import ClaimOutbox, ForgetNonces, Prune, ReleaseClaims, RetryParked, SettleOutbox
 
 
 @dataclass(slots=True)
@@ -155,20 +69,6 @@ class Busy:
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class Cancellation:
-    """
-    Somebody's wish to cancel an execution.
-
-    Attributes:
-        requested_unix_ns: When.
-        terminate: True: stop it if it can be stopped; False: tell it only; None: the backend's habit.
-    """
-
-    requested_unix_ns: int
-    terminate: bool | None
-
-
 @dataclass(slots=True)
 class Opened:
     """
@@ -185,40 +85,6 @@ class Opened:
     duplicate: bool = False
     cancellation: Cancellation | None = None
     snapshot: str | None = None
-
-
-@dataclass(slots=True)
-class Outcome:
-    """
-    How an attempt ended.
-
-    Attributes:
-        state: One of the terminal attempt states.
-        ended_unix_ns: When; the span carries the same number.
-        finalized_by: Which path closed it: executor, spool, fallback, reconciler, parent.
-        classification: What kind of `state` it is, where that says more; None otherwise.
-        error_type: Fully qualified class of the exception, or the reason of a rejection.
-        error_message: Its text.
-        progress: JSON text of the last progress marker.
-        output: JSON text of what `set_output` was given.
-        snapshot: JSON text of a paused attempt.
-        retrying: Whether another attempt is already on its way.
-        sticky: Whether a `cancelled` was asked for and so is final.
-        reconciled_unix_ns: When somebody else closed it; None when its own process did.
-    """
-
-    state: str
-    ended_unix_ns: int
-    finalized_by: str = "executor"
-    classification: str | None = None
-    error_type: str | None = None
-    error_message: str | None = None
-    progress: str | None = None
-    output: str | None = None
-    snapshot: str | None = None
-    retrying: bool = False
-    sticky: bool = False
-    reconciled_unix_ns: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,14 +120,6 @@ class AddSpans:
 
 
 NO_SPANS = AddSpans()
-
-
-@dataclass(slots=True)
-class Frozen:
-    """An outcome with the span that says the same."""
-
-    outcome: Outcome
-    request: bytes
 
 
 @dataclass(slots=True)
@@ -504,122 +362,6 @@ class Ingested:
 
     segment: str
     offset: int
-
-
-@dataclass(frozen=True, slots=True)
-class ClaimOutbox:
-    """
-    Claim the oldest unclaimed outbox rows. Gives a list of `OutboxRow`.
-
-    Attributes:
-        owner: Process id of the relay.
-        lease_seconds: How long the claim holds, on the store's clock.
-        max_rows: At most so many rows.
-        max_bytes: At most so many bytes, but always one row.
-        not_after: Only rows with an id up to this one; None means all.
-    """
-
-    owner: str
-    lease_seconds: float
-    max_rows: int = 512
-    max_bytes: int = 4 * 1024 * 1024
-    not_after: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class OutboxRow:
-    """
-    Encoded spans waiting for the relay.
-
-    Attributes:
-        id: Rises with time.
-        request: Encoded OTLP request; requests concatenate into one valid request.
-        count: How many spans it holds.
-        failures: How often a request with it was answered with a failure.
-    """
-
-    id: int
-    request: bytes
-    count: int
-    failures: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class SettleOutbox:
-    """
-    Say what became of claimed rows. Gives None.
-
-    Attributes:
-        owner: The relay that holds the claim.
-        delivered: Ids to delete.
-        released: Ids that go back, unchanged.
-        failed: Ids that go back with one more failure counted.
-        parked: (id, reason) of rows that are kept, but not sent again by themselves.
-    """
-
-    owner: str
-    delivered: Sequence[int] = ()
-    released: Sequence[int] = ()
-    failed: Sequence[int] = ()
-    parked: Sequence[tuple[int, str]] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class ReleaseClaims:
-    """Release every claim of relays that are dead. Gives how many rows that freed."""
-
-    owners: Sequence[str]
-
-
-@dataclass(frozen=True, slots=True)
-class RetryParked:
-    """Let parked rows go out again. Gives how many there were."""
-
-
-@dataclass(frozen=True, slots=True)
-class ForgetNonces:
-    """
-    Forget the nonces of writes that nobody repeats any more. Gives None.
-
-    Attributes:
-        before: Nonces that sort before this text; they sort by time.
-    """
-
-    before: str
-
-
-@dataclass(frozen=True, slots=True)
-class Prune:
-    """
-    Look at some rows of a table, in the order of its key, and delete what is old and needed by nobody. Gives `Pruned`.
-
-    What it costs depends on how many rows it looks at, and not on how many there are; see `pruning.deletions`.
-
-    Attributes:
-        before_unix_ns: Only what ended, expired or gave its last sign of life before this.
-        table: One of `pruning.TABLES`.
-        after: Only rows behind this key; None: from the first one on.
-        limit: At how many rows to look.
-    """
-
-    before_unix_ns: int
-    table: str = "execution"
-    after: int | str | None = None
-    limit: int = 500
-
-
-@dataclass(frozen=True, slots=True)
-class Pruned:
-    """
-    What a `Prune` did.
-
-    Attributes:
-        deleted: How many rows of the table it deleted, beside what belongs to them.
-        last: The last key that it looked at; None when there is nothing behind it that is old enough.
-    """
-
-    deleted: int
-    last: int | str | None
 
 
 Write: TypeAlias = (

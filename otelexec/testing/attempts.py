@@ -7,7 +7,7 @@ from typing import Any
 
 from otelexec.errors import StoreError, StoreRejected
 from otelexec.store.base import Store
-from otelexec.store.writes import (
+from otelexec.store.rows import (
     CANCELLED,
     FAILED,
     LOST,
@@ -18,18 +18,11 @@ from otelexec.store.writes import (
     RUNNING,
     SUCCEEDED,
     TIMED_OUT,
-    AddSpans,
     Cancellation,
-    CloseAttempt,
     Frozen,
-    Heartbeat,
-    OpenAttempt,
     Outcome,
-    RecordProgress,
-    RecordQueued,
-    RefuseQueued,
-    RequestCancel,
 )
+from otelexec.store.writes import AddSpans, CloseAttempt, Heartbeat, OpenAttempt, RecordProgress, RecordQueued, RefuseQueued, RequestCancel
 from otelexec.testing.rows import (
     closed,
     closing,

@@ -6,19 +6,8 @@ import json
 from dataclasses import replace
 
 from otelexec.store.base import Store
-from otelexec.store.writes import (
-    RUNNING,
-    SUCCEEDED,
-    TIMED_OUT,
-    AmendAttempt,
-    CloseLost,
-    Contribute,
-    Frozen,
-    Heartbeat,
-    NameMessage,
-    Outcome,
-    ReadContributions,
-)
+from otelexec.store.rows import RUNNING, SUCCEEDED, TIMED_OUT, Frozen, Outcome
+from otelexec.store.writes import AmendAttempt, CloseLost, Contribute, Heartbeat, NameMessage, ReadContributions
 from otelexec.testing.rows import closed, closing, execution, opened, opening, process, pruned, record, span, states, write
 
 OOPS = "result_not_stored"

@@ -7,7 +7,7 @@ import uuid
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
-from otelexec.store.writes import (
+from otelexec.store.rows import (
     CANCELLED,
     ENDED_STATES,
     FAILED,
@@ -20,13 +20,9 @@ from otelexec.store.writes import (
     SUCCEEDED,
     TIMED_OUT,
     Cancellation,
-    CloseAttempt,
-    OpenAttempt,
     Outcome,
-    RecordQueued,
-    RefuseQueued,
-    RequestCancel,
 )
+from otelexec.store.writes import CloseAttempt, OpenAttempt, RecordQueued, RefuseQueued, RequestCancel
 from otelexec.testing.rows import (
     OpenStore,
     closed,

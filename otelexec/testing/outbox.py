@@ -5,14 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from otelexec.store.base import Store
-from otelexec.store.writes import (
-    AddSpans,
-    ClaimOutbox,
-    ForgetNonces,
-    ReleaseClaims,
-    RetryParked,
-    SettleOutbox,
-)
+from otelexec.store.upkeep import ClaimOutbox, ForgetNonces, ReleaseClaims, RetryParked, SettleOutbox
+from otelexec.store.writes import AddSpans
 from otelexec.testing.rows import (
     OpenStore,
     claim,

@@ -6,8 +6,10 @@ from dataclasses import replace
 
 from otelexec.store.base import Store
 from otelexec.store.pruning import TABLES
+from otelexec.store.rows import FAILED, Cancellation
 from otelexec.store.runs import CreateBatch, PutPacket, RunKey
-from otelexec.store.writes import FAILED, Cancellation, Heartbeat, Ingested, Prune, Pruned, RequestCancel
+from otelexec.store.upkeep import Prune, Pruned
+from otelexec.store.writes import Heartbeat, Ingested, RequestCancel
 from otelexec.testing.outbox import deliver_all, fill, park_all
 from otelexec.testing.rows import claim, closed, closing, opened, opening, outer_closing, process, pruned, write
 

@@ -8,6 +8,7 @@ from functools import partial
 
 from otelexec.store import run_queries
 from otelexec.store.base import Store
+from otelexec.store.rows import CANCELLED, FAILED, LOST, RUNNING, SUCCEEDED, Cancellation, Outcome
 from otelexec.store.runs import (
     AddTags,
     CreateBatch,
@@ -25,22 +26,7 @@ from otelexec.store.runs import (
     SetRunMetadata,
     SetRunOutput,
 )
-from otelexec.store.writes import (
-    CANCELLED,
-    FAILED,
-    LOST,
-    RUNNING,
-    SUCCEEDED,
-    Busy,
-    Cancellation,
-    Closed,
-    Heartbeat,
-    OpenAttempt,
-    Opened,
-    Outcome,
-    RefuseQueued,
-    RequestCancel,
-)
+from otelexec.store.writes import Busy, Closed, Heartbeat, OpenAttempt, Opened, RefuseQueued, RequestCancel
 from otelexec.testing.rows import OpenStore, beat, closing, execution, losing, opened, opening, process, pruned, record, states, write
 from otelexec.testing.sharing import at_once
 

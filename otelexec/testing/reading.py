@@ -7,19 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 from otelexec.store.base import Store
+from otelexec.store.rows import FAILED, QUEUED, RUNNING, SUCCEEDED, Cancellation
 from otelexec.store.schema import Transaction
-from otelexec.store.writes import (
-    FAILED,
-    QUEUED,
-    RUNNING,
-    SUCCEEDED,
-    AddSpans,
-    Cancellation,
-    Heartbeat,
-    Ingested,
-    RecordQueued,
-    RequestCancel,
-)
+from otelexec.store.writes import AddSpans, Heartbeat, Ingested, RecordQueued, RequestCancel
 from otelexec.testing.rows import (
     OpenStore,
     beat,

@@ -7,30 +7,19 @@ from collections.abc import Callable, Sequence
 from otelexec.store.base import Store
 from otelexec.store.pruning import deletions
 from otelexec.store.records import ExecutionRecord
+from otelexec.store.rows import CANCELLED, LOST, SUCCEEDED, ExecutionRow, Frozen, Outcome, ProcessRow, SpanRow
+from otelexec.store.upkeep import ClaimOutbox, OutboxRow, Prune, Pruned, ReleaseClaims
 from otelexec.store.writes import (
-    CANCELLED,
-    LOST,
     NO_SPANS,
-    SUCCEEDED,
     AddSpans,
-    ClaimOutbox,
     CloseAttempt,
     Closed,
     CloseLost,
     CloseOuter,
-    ExecutionRow,
-    Frozen,
     Heartbeat,
     OpenAttempt,
     Opened,
-    OutboxRow,
-    Outcome,
-    ProcessRow,
-    Prune,
-    Pruned,
     RecordObserved,
-    ReleaseClaims,
-    SpanRow,
     Write,
 )
 

@@ -10,7 +10,9 @@ from collections.abc import Callable
 from functools import partial
 
 from otelexec.store.base import Receipt, Store
-from otelexec.store.writes import FAILED, LOST, RUNNING, SUCCEEDED, AddSpans, ClaimOutbox, Closed, RetryParked, SettleOutbox
+from otelexec.store.rows import FAILED, LOST, RUNNING, SUCCEEDED
+from otelexec.store.upkeep import ClaimOutbox, RetryParked, SettleOutbox
+from otelexec.store.writes import AddSpans, Closed
 from otelexec.testing.rows import OpenStore, claim, closed, closing, losing, opened, opening, outbox, record, span, states, write
 
 _WORKER = """

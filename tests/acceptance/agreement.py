@@ -14,7 +14,8 @@ from otelexec.decoded import DecodedSpan, decode
 from otelexec.reconcile import Reconciler
 from otelexec.store.base import Store
 from otelexec.store.spool import Spool
-from otelexec.store.writes import ClaimOutbox, Heartbeat, ReleaseClaims, SettleOutbox
+from otelexec.store.upkeep import ClaimOutbox, ReleaseClaims, SettleOutbox
+from otelexec.store.writes import Heartbeat
 from tests import stores
 from tests.acceptance.scenarios import OUTSIDE
 from tests.stores import Place

@@ -28,9 +28,11 @@ import pytest
 import otelexec
 from otelexec import identity
 from otelexec.receiver import Answer, OtlpReceiver
+from otelexec.store.rows import Cancellation, ExecutionRow
 from otelexec.store.spool import Spool
 from otelexec.store.sqlite import SqliteStore
-from otelexec.store.writes import Cancellation, ClaimOutbox, ExecutionRow, Heartbeat, RecordQueued, RequestCancel, SettleOutbox
+from otelexec.store.upkeep import ClaimOutbox, SettleOutbox
+from otelexec.store.writes import Heartbeat, RecordQueued, RequestCancel
 from otelexec.testing.rows import opened, opening
 from tests.patience import PATIENCE
 from tests.records import until

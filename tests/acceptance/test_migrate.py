@@ -18,8 +18,10 @@ import pytest
 from otelexec.store.base import Store
 from otelexec.store.postgres import PostgresStore
 from otelexec.store.records import ExecutionRecord
+from otelexec.store.rows import FAILED, Cancellation
 from otelexec.store.sqlite import SqliteStore
-from otelexec.store.writes import FAILED, AddSpans, Cancellation, Heartbeat, RecordQueued, RequestCancel, SettleOutbox
+from otelexec.store.upkeep import SettleOutbox
+from otelexec.store.writes import AddSpans, Heartbeat, RecordQueued, RequestCancel
 from otelexec.testing.rows import claim, closed, closing, execution, opened, opening, outbox, process, span, write
 from tests.postgres_servers import PASSWORD, Server
 from tests.servers import ROOT

@@ -13,7 +13,7 @@ from opentelemetry.sdk.trace import TracerProvider
 
 import otelexec
 from otelexec import runtime
-from otelexec.store.writes import ClaimOutbox, SettleOutbox
+from otelexec.store.upkeep import ClaimOutbox, SettleOutbox
 from otelexec.testing.rows import pruned
 
 MAX_GROWTH_BYTES = 8 * 1024 * 1024

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Final
 import otelexec
 from otelexec.store.postgres import PostgresStore
 from otelexec.store.pruning import TABLES, deletions
-from otelexec.store.writes import CANCELLED, FAILED, PAUSED, RUNNING, SUCCEEDED, Prune, Pruned
+from otelexec.store.rows import CANCELLED, FAILED, PAUSED, RUNNING, SUCCEEDED
+from otelexec.store.upkeep import Prune, Pruned
 from tests.benchmarks import postgres_plans
 from tests.benchmarks.measure import Result
 from tests.benchmarks.postgres_by_hand import server_as_installed

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 from otelexec import identity
 from otelexec.reconcile import Reconciler
 from otelexec.store.postgres import PostgresStore
+from otelexec.store.rows import RUNNING, SUCCEEDED
 from otelexec.store.spool import Spool
-from otelexec.store.writes import RUNNING, SUCCEEDED
 from tests.benchmarks import postgres_plans
 from tests.benchmarks.measure import Result
 from tests.benchmarks.postgres_by_hand import server_as_installed

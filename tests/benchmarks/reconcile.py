@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING
 
 from otelexec import identity, otlp
 from otelexec.reconcile import Reconciler
+from otelexec.store.rows import RUNNING, SUCCEEDED
 from otelexec.store.spool import Spool
 from otelexec.store.sqlite import SqliteStore
-from otelexec.store.writes import RUNNING, SUCCEEDED, Heartbeat
+from otelexec.store.writes import Heartbeat
 from tests.benchmarks.measure import Result
 from tests.benchmarks.sample import ended_span
 

@@ -14,23 +14,9 @@ import pytest
 from otelexec.store.base import Store
 from otelexec.store.postgres import PostgresStore
 from otelexec.store.pruning import TABLES
-from otelexec.store.writes import (
-    FAILED,
-    PAUSED,
-    RUNNING,
-    SUCCEEDED,
-    AddSpans,
-    Cancellation,
-    ClaimOutbox,
-    Heartbeat,
-    Prune,
-    RecordProgress,
-    RecordQueued,
-    RefuseQueued,
-    ReleaseClaims,
-    RequestCancel,
-    SettleOutbox,
-)
+from otelexec.store.rows import FAILED, PAUSED, RUNNING, SUCCEEDED, Cancellation
+from otelexec.store.upkeep import ClaimOutbox, Prune, ReleaseClaims, SettleOutbox
+from otelexec.store.writes import AddSpans, Heartbeat, RecordProgress, RecordQueued, RefuseQueued, RequestCancel
 from otelexec.testing.rows import closing, execution, frozen, losing, observing, opening, outer_closing, process, span, write
 from tests.benchmarks.postgres_fill import EPOCH_NS, Rows, execution_id, fill, fill_undelivered
 from tests.benchmarks.postgres_plans import Plan, Recorder, from_end_to_end

@@ -18,7 +18,8 @@ from otelexec.store import sqlite as sqlite_store
 from otelexec.store.group_commit import Entry, GroupCommit
 from otelexec.store.sqlite import SqliteStore
 from otelexec.store.sqlite_file import SqliteFile
-from otelexec.store.writes import AddSpans, ClaimOutbox, Closed, Ingested, Opened
+from otelexec.store.upkeep import ClaimOutbox
+from otelexec.store.writes import AddSpans, Closed, Ingested, Opened
 from otelexec.testing.rows import closed, closing, opened, opening, outbox, record, write
 
 

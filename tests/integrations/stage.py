@@ -17,8 +17,8 @@ from typing import Any
 from otelexec import semconv
 from otelexec.decoded import DecodedSpan
 from otelexec.store.records import AttemptRecord, ExecutionRecord
+from otelexec.store.rows import ENDED_STATES
 from otelexec.store.sqlite import SqliteStore
-from otelexec.store.writes import ENDED_STATES
 from tests.acceptance.agreement import reconciler
 from tests.records import AMENDMENTS, ERRORS, Records, until
 

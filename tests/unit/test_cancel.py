@@ -19,7 +19,8 @@ from otelexec import runtime
 from otelexec.decorators import ExecutionDecorator
 from otelexec.errors import CorrelationError
 from otelexec.options import Options
-from otelexec.store.writes import Cancellation, RequestCancel
+from otelexec.store.rows import Cancellation
+from otelexec.store.writes import RequestCancel
 from tests.records import Records, until
 
 FAR = "import sys, otelexec; print(otelexec.request_cancel(sys.argv[1], terminate=eval(sys.argv[2])))"
@@ -177,7 +178,8 @@ def test_a_wish_that_only_the_store_knows_decides_in_the_closing_transaction(rec
     with pytest.raises(KeyboardInterrupt), otelexec.execution("job") as run:
         store = runtime.get().store
         assert store is not None
-        from otelexec.store.writes import Cancellation, RequestCancel
+        from otelexec.store.rows import Cancellation
+        from otelexec.store.writes import RequestCancel
 
         store.commit([RequestCancel(run.id, Cancellation(time.time_ns(), None))], durable=True, timeout_seconds=5)
         assert not run.cancel_requested

@@ -19,7 +19,7 @@ from otelexec.cli.table import executions_table
 from otelexec.decoded import DecodedSpan
 from otelexec.errors import StoreUnavailable
 from otelexec.store.records import AttemptRecord, ExecutionRecord
-from otelexec.store.writes import Cancellation
+from otelexec.store.rows import Cancellation
 
 SECOND = 1_000_000_000
 START = 1_700_000_000 * SECOND

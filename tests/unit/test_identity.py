@@ -13,7 +13,7 @@ from dataclasses import replace
 import pytest
 
 from otelexec import identity
-from otelexec.store.writes import ProcessRow
+from otelexec.store.rows import ProcessRow
 
 LEASE_SECONDS = 10.0
 IN_TIME, TOO_LATE = 5_000_000_000, 15_000_000_000

@@ -14,7 +14,7 @@ from opentelemetry.semconv._incubating.metrics import messaging_metrics
 
 from otelexec import metrics, semconv
 from otelexec.endings import Ending
-from otelexec.store.writes import FAILED, SUCCEEDED
+from otelexec.store.rows import FAILED, SUCCEEDED
 
 SPAN_ATTRIBUTES = {
     semconv.MESSAGING_SYSTEM: "celery",

@@ -14,7 +14,8 @@ from otelexec.store.postgres import PostgresStore
 from otelexec.store.postgres_hot import Packed, stretches
 from otelexec.store.postgres_pool import Place
 from otelexec.store.postgres_tail import MAX_KEPT, Tail
-from otelexec.store.writes import AddSpans, CloseAttempt, Frozen, OpenAttempt, Outcome, RecordQueued, Write
+from otelexec.store.rows import Frozen, Outcome
+from otelexec.store.writes import AddSpans, CloseAttempt, OpenAttempt, RecordQueued, Write
 from otelexec.testing.rows import closing, execution, opening, span
 
 

@@ -24,7 +24,8 @@ from otelexec.receiver import Answer, OtlpReceiver
 from otelexec.relay import Relay
 from otelexec.settings import Settings
 from otelexec.store.sqlite import SqliteStore
-from otelexec.store.writes import AddSpans, ClaimOutbox, OutboxRow, ReleaseClaims, RetryParked, SettleOutbox
+from otelexec.store.upkeep import ClaimOutbox, OutboxRow, ReleaseClaims, RetryParked, SettleOutbox
+from otelexec.store.writes import AddSpans
 from otelexec.transport import Reply, Verdict
 
 if TYPE_CHECKING:

@@ -22,7 +22,8 @@ import otelexec
 from otelexec import runtime
 from otelexec.errors import StoreUnavailable
 from otelexec.store import sql
-from otelexec.store.writes import Cancellation, CloseAttempt, CloseLost, Frozen, OpenAttempt, Outcome, RequestCancel
+from otelexec.store.rows import Cancellation, Frozen, Outcome
+from otelexec.store.writes import CloseAttempt, CloseLost, OpenAttempt, RequestCancel
 from tests.records import Records
 
 

@@ -20,9 +20,11 @@ import otelexec
 from otelexec import runtime
 from otelexec.reconcile import Reconciler
 from otelexec.store import spool
+from otelexec.store.rows import ProcessRow
 from otelexec.store.spool import Spool
 from otelexec.store.sqlite import SqliteStore
-from otelexec.store.writes import AddSpans, ForgetNonces, Heartbeat, NameMessage, ProcessRow, ReadContributions, Write
+from otelexec.store.upkeep import ForgetNonces
+from otelexec.store.writes import AddSpans, Heartbeat, NameMessage, ReadContributions, Write
 from otelexec.testing import rows
 from tests.records import Records, until
 

@@ -20,7 +20,8 @@ from otelexec.endings import Ending
 from otelexec.options import Options
 from otelexec.propagation import incoming
 from otelexec.reconcile import Reconciler
-from otelexec.store.writes import CANCELLED, REJECTED, TIMED_OUT, Heartbeat
+from otelexec.store.rows import CANCELLED, REJECTED, TIMED_OUT
+from otelexec.store.writes import Heartbeat
 from otelexec.supervision import Delivery, Supervisor
 from tests.records import Records, until
 

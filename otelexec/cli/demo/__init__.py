@@ -54,7 +54,7 @@ from otelexec.cli.demo.trigger_crew import TriggerCrew
 from otelexec.reconcile import Death, Reconciler
 from otelexec.store.base import Store
 from otelexec.store.records import AttemptRecord, ExecutionRecord
-from otelexec.store.writes import ENDED_STATES, PAUSED, RUNNING
+from otelexec.store.rows import ENDED_STATES, PAUSED, RUNNING
 
 PATIENCE_SECONDS = 25.0
 POLL_SECONDS = 0.05

@@ -21,7 +21,7 @@ from otelexec.relay import Relay
 from otelexec.runtime import Runtime
 from otelexec.store.base import Store
 from otelexec.store.records import ExecutionRecord
-from otelexec.store.writes import ClaimOutbox, SettleOutbox
+from otelexec.store.upkeep import ClaimOutbox, SettleOutbox
 
 SHOWN_TRACE = "order.import"
 KILLED = "video.encode"

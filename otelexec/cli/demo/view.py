@@ -14,7 +14,7 @@ from otelexec.cli.console import clean
 from otelexec.cli.table import WIDE, error_text, state_text, took
 from otelexec.decoded import DecodedSpan
 from otelexec.store.records import AttemptRecord, ExecutionRecord
-from otelexec.store.writes import ENDED_STATES
+from otelexec.store.rows import ENDED_STATES
 
 
 def table(records: Sequence[ExecutionRecord], found: Mapping[tuple[str, str], DecodedSpan], *, width: int) -> Table:

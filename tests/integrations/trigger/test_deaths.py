@@ -14,7 +14,7 @@ import httpx
 import pytest
 from otelexec_trigger import LocalBackend
 
-from otelexec.store.writes import ENDED_STATES
+from otelexec.store.rows import ENDED_STATES
 from tests.integrations.trigger.conftest import Fresh
 from tests.integrations.trigger.stage import KEY, Stage
 from tests.patience import PATIENCE
