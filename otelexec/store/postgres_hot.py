@@ -15,9 +15,9 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
+from otelexec.store.attempt_statements import execution_end
 from otelexec.store.postgres_schema import CLOSE_FIELDS, OPEN_FIELDS, SCHEMA
 from otelexec.store.rows import Cancellation, ExecutionRow, Outcome, SpanRow
-from otelexec.store.sql import execution_end
 from otelexec.store.writes import (
     NO_SPANS,
     AddSpans,
@@ -129,7 +129,7 @@ class Packed:
             results: One place for each write.
 
         Returns:
-            The places of closes that found no running attempt: `sql.py` says what that means.
+            The places of closes that found no running attempt: `attempt_statements.py` says what that means.
         """
         found = {_number(row[0]): row for row in rows}
         left = []

@@ -22,7 +22,8 @@ import psycopg
 
 from otelexec.errors import StoreNotFound, StoreVersionError
 from otelexec.store import schema
-from otelexec.store.sql import OPENED, QUEUED_AGAIN
+from otelexec.store.attempt_statements import OPENED
+from otelexec.store.sql import QUEUED_AGAIN
 
 if TYPE_CHECKING:
     from otelexec.store.postgres_pool import Session

@@ -1,4 +1,4 @@
-"""Whether an exclusive attempt at an execution may begin, and what becomes of a lost one: what `sql.py` asks of the queue."""
+"""Whether an exclusive attempt may begin, and what becomes of a lost one: what `attempt_statements.py` asks of the queue."""
 
 from __future__ import annotations
 

@@ -38,7 +38,8 @@ PACKAGE: Final = Path(otelexec.__file__).parent
 NAMES: Final = (
     *("lifecycle", "drivers", "finalize", "effects", "execution", "blocks", "publishing", "runtime", "journal", "spans"),
     *("reconcile", "relay", "delivery", "transport", "cli/relaying", "cli/reconciling"),
-    *("store/group_commit", "store/spool", "store/sql", "store/outbox_statements", "store/sqlite"),
+    *("store/group_commit", "store/spool", "store/sqlite", "store/sql"),
+    *("store/attempt_statements", "store/span_statements", "store/outbox_statements"),
     *sorted(f"store/{path.stem}" for path in (PACKAGE / "store").glob("postgres*.py")),
 )
 TRACED: Final = {str(PACKAGE / f"{name}.py"): name for name in NAMES}

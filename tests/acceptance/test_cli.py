@@ -80,8 +80,9 @@ CLAIM = """
 import os, signal, sys
 from pathlib import Path
 from otelexec import identity
-from otelexec.store.writes import ClaimOutbox, Heartbeat
 from otelexec.store.sqlite import SqliteStore
+from otelexec.store.upkeep import ClaimOutbox
+from otelexec.store.writes import Heartbeat
 
 store = SqliteStore(Path(sys.argv[1]))
 process = identity.this_process(identity.mint_process_id(), lease_seconds=600, resource=b"", scope=b"")
