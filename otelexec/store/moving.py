@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from otelexec import identity
 from otelexec.errors import StoreError, StoreUnavailable
-from otelexec.store.postgres import PostgresStore, without_nul
+from otelexec.store.postgres import PostgresStore
+from otelexec.store.postgres_packing import without_nul
 from otelexec.store.sqlite import SqliteStore
 
 if TYPE_CHECKING:

@@ -29,8 +29,9 @@ from otelexec.errors import StoreBusy, StoreError, StoreRejected, StoreUnavailab
 from otelexec.settings import state_home
 from otelexec.store import postgres_schema, sql
 from otelexec.store.base import Receipt
-from otelexec.store.postgres_hot import INSTEAD_OF_NUL, Packed, stretches
-from otelexec.store.postgres_pool import GaveUp, Place, Pool, Session, first_line
+from otelexec.store.postgres_errors import ERRORS, GONE, MOVED, REPEATABLE, ServerChanged, first_line, is_closed, is_refusal
+from otelexec.store.postgres_packing import Packed, stretches, without_nul
+from otelexec.store.postgres_pool import Place, Pool, Session
 from otelexec.store.postgres_schema import NOW, SCHEMA, SERVER_CHANGED, STARTED
 from otelexec.store.postgres_tail import Tail
 from otelexec.store.reading import SqlReader
@@ -49,17 +50,8 @@ HASTY_PATIENCE_SECONDS: Final = 0.2
 _READ_SECONDS: Final = 10.0
 _TRIES: Final = 4
 
-# Classes of errors (SQLSTATE, appendix A of PostgreSQL's manual) that are the write's own fault: data exception,
-# integrity constraint violation, program limit exceeded.
-_REFUSALS: Final = ("22", "23", "54")
-_GONE: Final = (pg.UndefinedTable, pg.InvalidSchemaName, pg.UndefinedFunction)
-# After these the sessions that are left are of no use: connection exception, operator intervention (shutdown, failover);
-# a server that is read-only now may be a standby whose primary is elsewhere.
-_LOST: Final = ("08", "57")
-_MOVED: Final = (pg.ReadOnlySqlTransaction,)
 # The others refuse some character of an error message or an output, and with it the record that it is in.
 _ENCODINGS: Final = ("UTF8", "SQL_ASCII")
-_ERRORS: Final = (psycopg.Error, UnicodeError, OverflowError, OSError)
 
 _stores: weakref.WeakSet[PostgresStore] = weakref.WeakSet()
 # Pools of the process that this one was forked from; kept, so that nothing of them is ever closed here.
@@ -91,13 +83,6 @@ _RIGHTS: Final = """
     ) AS missing (what)
 """
 _SEE_README: Final = "README, PostgreSQL, has the rights that a role needs"
-
-
-class _ServerChanged(psycopg.OperationalError):
-    """The server is another one, or the same started anew: something that it had committed may be lost."""
-
-
-_REPEATABLE: Final = (_ServerChanged, pg.DeadlockDetected, pg.SerializationFailure, pg.UniqueViolation)
 
 
 @lru_cache(maxsize=256)
@@ -210,9 +195,9 @@ class PostgresStore(SqlReader):
                     mark = self._tail.mark()
                     results = self._commit(session, writes, durable=durable)
                     self._tail.committed(writes, mark, durable=durable)
-            except _ERRORS as error:
-                closed = may_reconnect and _is_closed(error)
-                if not left or time.monotonic() >= deadline or not (closed or isinstance(error, _REPEATABLE)):
+            except ERRORS as error:
+                closed = may_reconnect and is_closed(error)
+                if not left or time.monotonic() >= deadline or not (closed or isinstance(error, REPEATABLE)):
                     raise self._failure(error) from error
                 if closed:  # while it stood idle, maybe: by a restart that is over, a firewall, a timeout of the server's
                     may_reconnect = False
@@ -231,7 +216,7 @@ class PostgresStore(SqlReader):
             with self._pool.session(timeout_seconds) as session:
                 session.give_up_at = time.monotonic() + _READ_SECONDS
                 [[read_only, missing]] = session.execute(_RIGHTS, (SCHEMA,)).fetchall()
-        except _ERRORS as error:
+        except ERRORS as error:
             raise self._failure(error) from error
         if read_only == "on":
             raise StoreUnavailable(f"{self.url}: the server, the database or the role is read-only")
@@ -259,8 +244,8 @@ class PostgresStore(SqlReader):
     def _commit(self, session: Session, writes: Sequence[Write], *, durable: bool) -> list[object]:
         try:
             return self._together(session, writes, durable=durable)
-        except _ERRORS as error:
-            if not _is_refusal(error):
+        except ERRORS as error:
+            if not is_refusal(error):
                 raise
         results: list[object] = [None] * len(writes)
         with self._transaction(session, durable=durable) as tx:
@@ -296,7 +281,7 @@ class PostgresStore(SqlReader):
                 raise
             _roll_back(session)
             self._saw(*_last(session.execute(_LOOK)))
-            raise _ServerChanged("the server was started anew") from error
+            raise ServerChanged("the server was started anew") from error
         return packed.settle(rows, results)
 
     def _apart(self, tx: Transaction, write: Write) -> object:
@@ -304,8 +289,8 @@ class PostgresStore(SqlReader):
         tx.execute("SAVEPOINT apart")
         try:
             result: object = sql.apply(tx, write)
-        except _ERRORS as error:
-            if not _is_refusal(error):
+        except ERRORS as error:
+            if not is_refusal(error):
                 raise
             tx.execute("ROLLBACK TO apart")
             result = StoreRejected(f"{self.url} refused {type(write).__name__}: {first_line(error)}")
@@ -318,7 +303,7 @@ class PostgresStore(SqlReader):
             now, started = _last(session.execute(f"{_BEGIN}{_DURABLE if durable else _NOT_DURABLE}{_LOOK}"))
             if started != self._server:
                 self._saw(now, started)
-                raise _ServerChanged("the server was started anew")
+                raise ServerChanged("the server was started anew")
             yield _Transaction(session, now)
             session.execute("COMMIT")
         except BaseException:
@@ -329,11 +314,11 @@ class PostgresStore(SqlReader):
         """Give what to tell the caller, and give up sessions that won't serve again."""
         if isinstance(error, pg.InsufficientPrivilege):
             return StoreUnavailable(f"{self.url}: {first_line(error)}; {_SEE_README}")
-        if isinstance(error, _GONE):
+        if isinstance(error, GONE):
             # Dropped under us: what is committed from here on goes to the schema that the next session makes.
             logger.warning("otelexec.store.replaced: the schema %s in %s is gone", SCHEMA, self.url)
             self._announced = False
-        if _is_closed(error) or isinstance(error, (*_GONE, *_MOVED)):
+        if is_closed(error) or isinstance(error, (*GONE, *MOVED)):
             self._pool.replace()
         return StoreUnavailable(f"{self.url}: {first_line(error)}")
 
@@ -356,8 +341,8 @@ class PostgresStore(SqlReader):
             with contextlib.ExitStack() as stack:
                 try:
                     session, now = self._begin_reading(stack)
-                except _ERRORS as error:
-                    if not _is_closed(error):
+                except ERRORS as error:
+                    if not is_closed(error):
                         raise
                     self._pool.replace()
                     session, now = self._begin_reading(stack)
@@ -367,7 +352,7 @@ class PostgresStore(SqlReader):
                 except BaseException:
                     _roll_back(session)
                     raise
-        except _ERRORS as error:
+        except ERRORS as error:
             raise self._failure(error) from error
 
     def _begin_reading(self, stack: contextlib.ExitStack) -> tuple[Session, int]:
@@ -399,7 +384,7 @@ class PostgresStore(SqlReader):
                 with self._transaction(session, durable=True) as tx:
                     tx.read_whole_tables()
                     yield session, tx
-        except _ERRORS as error:
+        except ERRORS as error:
             raise self._failure(error) from error
 
     # Sessions
@@ -424,29 +409,6 @@ def _needs_fsync(write: Write) -> bool:
     if isinstance(write, OpenAttempt):
         return write.exclusive
     return isinstance(write, ClaimOutbox) or (isinstance(write, Heartbeat) and write.ended)
-
-
-def without_nul(value: Any) -> Any:
-    """Give a value that PostgreSQL's text can hold."""
-    return value.replace("\0", INSTEAD_OF_NUL) if isinstance(value, str) and "\0" in value else value
-
-
-def _is_refusal(error: BaseException) -> bool:
-    # What Python can't send (a lone surrogate, an integer that no type holds) never reaches the server and has no state.
-    if not isinstance(error, psycopg.Error):
-        return True
-    state = error.diag.sqlstate
-    if state is None:
-        return isinstance(error, psycopg.DataError | psycopg.InterfaceError | psycopg.ProgrammingError)
-    return isinstance(error, pg.DatatypeMismatch) or (state[:2] in _REFUSALS and not isinstance(error, pg.UniqueViolation))
-
-
-def _is_closed(error: BaseException) -> bool:
-    """Tell whether a session was closed from afar, or its server is gone; then those beside it are of no use either."""
-    if not isinstance(error, psycopg.OperationalError) or isinstance(error, GaveUp | _ServerChanged | pg.QueryCanceled):
-        return False
-    state = error.diag.sqlstate
-    return state is None or state[:2] in _LOST
 
 
 def _last(cursor: psycopg.Cursor[Any]) -> Any:

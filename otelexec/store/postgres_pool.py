@@ -27,6 +27,7 @@ from psycopg.pq import Conninfo, ExecStatus, TransactionStatus
 from psycopg_pool import ConnectionPool, PoolClosed, PoolTimeout, TooManyRequests
 
 from otelexec.errors import SettingsError, StoreBusy, StoreError, StoreUnavailable
+from otelexec.store.postgres_errors import GaveUp, first_line
 
 _Value = TypeVar("_Value")
 
@@ -53,10 +54,6 @@ _STARVED_SECONDS: Final = 10.0
 _PLACE: Final = {"host": "PGHOST", "hostaddr": "PGHOSTADDR", "port": "PGPORT", "dbname": "PGDATABASE", "service": "PGSERVICE"}
 
 _names = itertools.count(1)
-
-
-class GaveUp(psycopg.OperationalError):
-    """The server did not answer in time; what it was asked may yet be done."""
 
 
 class Session(psycopg.Connection[Any]):
@@ -378,9 +375,3 @@ class Pool:
         old, self._pool = self._pool, None
         if old is not None:
             old.close(timeout=1.0)
-
-
-def first_line(error: BaseException) -> str:
-    """Give the first line of what the server or libpq said, which never holds a password."""
-    primary = error.diag.message_primary if isinstance(error, psycopg.Error) else None
-    return (primary or str(error) or type(error).__name__).strip().splitlines()[0]

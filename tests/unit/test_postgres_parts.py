@@ -11,7 +11,7 @@ from otelexec import settings as _settings
 from otelexec.errors import SettingsError
 from otelexec.runtime import open_store
 from otelexec.store.postgres import PostgresStore
-from otelexec.store.postgres_hot import Packed, stretches
+from otelexec.store.postgres_packing import Packed, stretches
 from otelexec.store.postgres_pool import Place
 from otelexec.store.postgres_tail import MAX_KEPT, Tail
 from otelexec.store.rows import Frozen, Outcome

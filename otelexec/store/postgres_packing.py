@@ -47,7 +47,12 @@ _PACKED: Final = (OpenAttempt, CloseAttempt, CloseLost, RecordQueued, AddSpans, 
 # A NUL as json.dumps writes it, behind an even number of backslashes. PostgreSQL's text has no NUL
 # (https://www.postgresql.org/docs/current/datatype-character.html).
 _NUL: Final = re.compile(r"(?<!\\)((?:\\\\)*)\\u0000")
-INSTEAD_OF_NUL: Final = "\ufffd"
+_INSTEAD_OF_NUL: Final = "\ufffd"
+
+
+def without_nul(value: Any) -> Any:
+    """Give a value that PostgreSQL's text can hold."""
+    return value.replace("\0", _INSTEAD_OF_NUL) if isinstance(value, str) and "\0" in value else value
 
 
 def stretches(writes: Sequence[Write]) -> list[tuple[bool, list[int]]]:
@@ -278,7 +283,7 @@ def _plain(value: Any) -> bytes | None:
     if value is None:
         return None
     text = value if isinstance(value, str) else str(value)
-    return (text.replace("\0", INSTEAD_OF_NUL) if "\0" in text else text).encode("utf-8")
+    return (text.replace("\0", _INSTEAD_OF_NUL) if "\0" in text else text).encode("utf-8")
 
 
 def _text(rows: Any) -> bytes | None:
