@@ -10,10 +10,13 @@ from otelexec.testing.pruning import PruningContract
 from otelexec.testing.queueing import QueueContract
 from otelexec.testing.reading import ReadingContract
 from otelexec.testing.rows import OpenStore
+from otelexec.testing.run_attempts import RunAttemptContract
 from otelexec.testing.sharing import SharingContract
 
 
-class StoreContract(AttemptContract, FamilyContract, OutboxContract, PruningContract, QueueContract, ReadingContract, SharingContract):
+class StoreContract(
+    AttemptContract, FamilyContract, OutboxContract, PruningContract, QueueContract, ReadingContract, RunAttemptContract, SharingContract
+):
     """
     Tests that a store inherits. The class that inherits them has two fixtures.
 
