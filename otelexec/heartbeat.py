@@ -15,7 +15,7 @@ import time
 from typing import TYPE_CHECKING
 
 from otelexec.endings import describe
-from otelexec.errors import OtelexecError, StoreError
+from otelexec.errors import OtelexecError, StoreBusy, StoreError
 from otelexec.importing import importing
 from otelexec.store.writes import Heartbeat
 
@@ -154,9 +154,8 @@ class HeartbeatThread:
         beat = now >= self._next_beat
         if beat:  # at once: a store that can't be read must not be asked without a pause
             self._next_beat = now + runtime.settings.heartbeat
+            self._beat()
         self._look_after_executions(now, all_children=beat)
-        if beat and not journal.spooling:
-            journal.group.commit(Heartbeat(runtime.process), durable=False, timeout_seconds=1.0)
         if runtime.relay is None and runtime.settings.relay and now >= self._relay_from:
             relay = self.make_relay()
             if relay is not None:
@@ -164,6 +163,17 @@ class HeartbeatThread:
         if runtime.settings.reconcile and now >= self._next_reconcile:
             self._next_reconcile = now + runtime.settings.reconcile_interval_seconds
             self._reconcile()
+
+    def _beat(self) -> None:
+        journal = self._runtime.journal
+        if journal.spooling:
+            return
+        try:
+            journal.group.commit(Heartbeat(self._runtime.process), durable=False, timeout_seconds=1.0)
+        except StoreBusy:
+            pass  # an execution may have longer to wait than this
+        except StoreError as error:
+            journal.store_failed(error)  # before an execution has to wait for it, here or in a forked child
 
     def _look_after_executions(self, now: float, *, all_children: bool) -> None:
         runtime = self._runtime

@@ -60,21 +60,24 @@ class Journal:
     Args:
         runtime: The runtime of the process.
         store: Its store.
+        before: The journal of the process that this one was forked from, with the same store; None if there was none. Where
+            that knew the store to be away, each short-lived child need not wait and log anew to find out.
 
     Attributes:
         group: The door to the store.
         spool: What the store could not take.
         spooling: Whether writes go to the spool until that is taken in.
+        said_away: Whether the log has been told that the store is away, and not yet that it is back.
     """
 
-    def __init__(self, runtime: Runtime, store: Store) -> None:
+    def __init__(self, runtime: Runtime, store: Store, before: Journal | None = None) -> None:
         self._runtime = runtime
         self._store = store
         store.announce = self._announce
         self.group = GroupCommit(store)
         self.spool = Spool(spool_folder(runtime.settings, store), lambda: runtime.process)
-        self.spooling = False
-        self._away = False
+        self.spooling = before is not None and before.spooling
+        self.said_away = before is not None and before.said_away
         self._backlog: deque[Write] = deque()
         self._backlog_lock = threading.Lock()
         self._recovery_lock = threading.Lock()
@@ -124,8 +127,8 @@ class Journal:
         self._runtime.heartbeat.nudge()
 
     def _say_away(self, error: StoreError) -> None:
-        if not self._away:
-            self._away = True
+        if not self.said_away:
+            self.said_away = True
             logger.error(
                 "otelexec.store.unavailable: %s. Records go to the spool until it is back; the work goes on.",
                 str(error).rstrip("."),
@@ -196,8 +199,8 @@ class Journal:
                     self._say_away(error)
                 return False
             self.spooling = False
-            if self._away:
-                self._away = False
+            if self.said_away:
+                self.said_away = False
                 logger.warning("otelexec.store.recovered: %s is back and has what it could not take before", self._store.url)
         return True
 

@@ -124,7 +124,8 @@ class Runtime:
         self.executions: dict[str, RunningExecution] = {}
         self.relay: Relay | None = None
         if self.store is not None:  # else there is no journal, which is what `records` tells
-            self.journal = Journal(self, self.store)
+            same = parent is not None and parent.records and parent.settings.store == settings.store
+            self.journal = Journal(self, self.store, parent.journal if parent is not None and same else None)
 
     def _recording_provider(self, parent: Runtime | None) -> TracerProvider:
         """Give the provider whose spans are committed with their records."""

@@ -29,6 +29,7 @@ from otelexec.store.sqlite import SqliteStore
 from otelexec.store.writes import AddSpans, CloseAttempt, Write
 from otelexec.testing.rows import process
 from tests import stores
+from tests.forks import in_child
 from tests.records import Records, until
 from tests.trouble import (
     FINALIZE,
@@ -334,6 +335,28 @@ def test_neither_store_nor_spool_leaves_one_critical_line_with_everything(
         assert max(work.seconds) < OPEN + FINALIZE + SLACK
         assert not runtime.get().journal.spool.filled
     check_all_in(folder / "store.db", ["fails", "works"], {"fails"})
+
+
+def test_whoever_does_nothing_learns_that_the_store_is_away_and_so_do_its_forked_children(
+    tmp_path: Path, isolated: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder, said = tmp_path / "of the store", tmp_path / "said"
+    otelexec.configure(store=f"sqlite:///{folder / 'store.db'}", spool=tmp_path / "spool", heartbeat_seconds=0.1, cancel_poll_seconds=0.05)
+    runtime.get().attend()
+    folder.rename(tmp_path / "elsewhere")
+    folder.write_text("a file where a folder should be")
+    until(lambda: runtime.get().journal.spooling)
+    assert caplog.text.count("otelexec.store.unavailable") == 1
+
+    def child() -> None:
+        logging.getLogger("otelexec").addHandler(logging.FileHandler(said))
+        assert runtime.get().journal.spooling
+        Work().run("of a child")
+
+    assert in_child(child) == 0
+    assert "otelexec.store.unavailable" not in said.read_text()
+    folder.unlink()
+    check_all_in(folder / "store.db", ["of a child"], set())
 
 
 def test_the_critical_line_comes_although_the_logging_configuration_has_disabled_the_logger(

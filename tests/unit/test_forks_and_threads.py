@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-import faulthandler
 import multiprocessing
 import os
 import random
 import subprocess
 import sys
 import threading
-import traceback
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,25 +21,10 @@ from opentelemetry import trace
 import otelexec
 from otelexec import runtime
 from otelexec.store.sqlite import SqliteStore
+from tests.forks import in_child
 from tests.records import Records, until
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-
-
-def in_child(work: Callable[[], None]) -> int:
-    """Fork, run `work` in the child, and give its exit code; it ends by `os._exit`, as RQ's work horse does."""
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        faulthandler.dump_traceback_later(20, exit=True, file=2)  # a child that hangs says where
-        try:
-            work()
-            code = 0
-        except BaseException:
-            traceback.print_exc(file=sys.__stderr__)
-        finally:
-            os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def test_in_a_forked_child_the_parent_s_handle_does_nothing_and_says_so_once(records: Records, tmp_path: Path) -> None:

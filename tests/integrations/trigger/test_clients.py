@@ -4,38 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import os
-import signal
 import threading
-import traceback
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from otelexec_trigger import AsyncTriggerDevBackend, BackendError, EnqueueError, TriggerDevBackend
 
+from tests.forks import in_child
 from tests.integrations.trigger.scripted import Served
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 
 OK = {"id": "run_1", "isCached": False}
-
-
-def in_child(work: Callable[[], object]) -> int:
-    """Fork, run `work` in the child, and give its exit code."""
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        signal.alarm(20)  # a child that hangs is a failure
-        try:
-            work()
-            code = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 @pytest.fixture
