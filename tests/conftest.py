@@ -17,6 +17,7 @@ from opentelemetry.util._once import Once
 
 from otelexec import runtime
 from otelexec.running import _warned
+from tests.patience import LENGTH
 from tests.records import Records
 
 if TYPE_CHECKING:
@@ -36,11 +37,10 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    wanted = os.environ.get("OTELEXEC_TEST_LONG", "0")
     for item in items:
-        if item.get_closest_marker("longest") is not None and wanted != "2":
+        if item.get_closest_marker("longest") is not None and LENGTH < 2:
             item.add_marker(pytest.mark.skip(reason="takes up to an hour; set OTELEXEC_TEST_LONG=2"))
-        elif item.get_closest_marker("long") is not None and wanted not in ("1", "2"):
+        elif item.get_closest_marker("long") is not None and LENGTH < 1:
             item.add_marker(pytest.mark.skip(reason="takes minutes; set OTELEXEC_TEST_LONG=1"))
 
 

@@ -154,20 +154,23 @@ def numbered(passed: Iterable[str]) -> list[Point]:
     return points
 
 
-def sample(points: Mapping[str, Sequence[Point]], extra: int) -> dict[str, list[Point]]:
+def sample(points: Mapping[str, Sequence[Point]], extra: int, every: int = 1) -> dict[str, list[Point]]:
     """
-    Choose points by scenario: every distinct line and statement once, at a random one of its occurrences, and more.
+    Choose points by scenario: the distinct statements and lines once, at a random one of their occurrences, and more.
 
     Args:
         points: What the scenarios pass.
         extra: How many more of each scenario.
+        every: Which of the distinct lines: every so many-th.
     """
     chooser = random.Random(0)  # the same sample in each run
     places: dict[str, list[tuple[str, Point]]] = {}
     for scenario, passed in points.items():
         for point in passed if scenario != SLOW else [point for point in passed if point[0] not in places]:
             places.setdefault(point[0], []).append((scenario, point))
-    chosen = {chooser.choice(same) for same in places.values()}
+    lines = [key for key in places if ".py:" in key]
+    left_out = set(lines) - set(lines[::every])
+    chosen = {chooser.choice(same) for key, same in places.items() if key not in left_out}
     for scenario, passed in points.items():
         chosen.update((scenario, point) for point in chooser.sample(passed, min(extra, len(passed))))
     return {scenario: [point for point in passed if (scenario, point) in chosen] for scenario, passed in points.items()}
@@ -299,6 +302,7 @@ def main() -> int:
     parser.add_argument("scenarios", nargs="+", choices=sorted(SCENARIOS))
     parser.add_argument("--share", default="0/1", help="i/n: every n-th point from the i-th on")
     parser.add_argument("--extra", type=int, default=0, help="points of each scenario beside one for each distinct line; -1 takes all")
+    parser.add_argument("--every", type=int, default=1, help="which of the distinct lines: every so many-th")
     parser.add_argument("--fresh", action="store_true", help="each kill in a store that does not exist yet")
     parser.add_argument("--within", default="", help="only lines of these files, for example lifecycle,store/sql")
     parser.add_argument("--server", help="a PostgreSQL server's URL with a role that may make databases; without it, SQLite files")
@@ -308,7 +312,7 @@ def main() -> int:
     started = time.monotonic()
     sweeps = {name: Sweep(name, places, fresh=chosen.fresh) for name in chosen.scenarios}
     points = {name: within(sweep.dry_run(), chosen.within) for name, sweep in sweeps.items()}
-    wanted = points if chosen.extra < 0 else sample(points, chosen.extra)
+    wanted = points if chosen.extra < 0 else sample(points, chosen.extra, chosen.every)
     share, shares = map(int, chosen.share.split("/"))
     seconds = {}
     for name, sweep in sweeps.items():

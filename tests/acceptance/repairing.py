@@ -162,6 +162,7 @@ def main() -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("command", choices=sorted(COMMANDS))
     parser.add_argument("--extra", type=int, default=0, help="points beside one for each distinct line and statement")
+    parser.add_argument("--every", type=int, default=1, help="which of the distinct lines: every so many-th")
     parser.add_argument("--statements", action="store_true", help="every passage of every statement as well")
     parser.add_argument("--within", default="", help="only lines of these files, for example reconcile,store/sql")
     parser.add_argument("--server", help="a PostgreSQL server's URL with a role that may make databases; without it, SQLite files")
@@ -172,7 +173,7 @@ def main() -> int:
         repair = Repair(chosen.command, Places(chosen.folder, chosen.server), collected)
         repair.leave_behind()
         points = within(repair.dry_run(), chosen.within)
-        wanted = set(sample({"": points}, chosen.extra)[""])
+        wanted = set(sample({"": points}, chosen.extra, chosen.every)[""])
         if chosen.statements:
             wanted.update(point for point in points if ".py:" not in point[0])
         repair.sweep([point for point in points if point in wanted])
