@@ -55,6 +55,7 @@ class HeartbeatThread:
         self._thread: threading.Thread | None = None
         self._stopping = False
         self._next_beat = 0.0
+        self._next_look = 0.0
         self._next_loose = 0.0
         self._next_reconcile = 0.0
         self._relay_from = 0.0
@@ -145,17 +146,13 @@ class HeartbeatThread:
         journal = runtime.journal
         journal.group.flush()
         if journal.homeless:
-            journal.recover()
+            journal.recover(self._meanwhile)
         if runtime.collector.has_loose and now >= self._next_loose:
             self._next_loose = now + LOOSE_SECONDS
             loose = runtime.collector.take_loose(runtime.process_id)
             if loose:
                 journal.write(loose)
-        beat = now >= self._next_beat
-        if beat:  # at once: a store that can't be read must not be asked without a pause
-            self._next_beat = now + runtime.settings.heartbeat
-            self._beat()
-        self._look_after_executions(now, all_children=beat)
+        self._show_life(now, away=journal.spooling)
         if runtime.relay is None and runtime.settings.relay and now >= self._relay_from:
             relay = self.make_relay()
             if relay is not None:
@@ -164,18 +161,43 @@ class HeartbeatThread:
             self._next_reconcile = now + runtime.settings.reconcile_interval_seconds
             self._reconcile()
 
-    def _beat(self) -> None:
+    def _meanwhile(self) -> None:
+        """
+        Do what can't wait for the end of a round: to take in what an outage left, or to close what a host left, may take minutes.
+
+        Raises:
+            TimeoutError: The process ends; others go on with it.
+        """
+        if self._stopping:
+            raise TimeoutError("the process ends")
+        now = time.monotonic()
+        if now >= self._next_look:
+            with contextlib.suppress(StoreError):  # the next commit of the round says whether the store is away
+                self._show_life(now, away=False)
+
+    def _show_life(self, now: float, *, away: bool) -> None:
+        """Look after what runs here, and say that the process lives if that is due and the store not away."""
+        runtime = self._runtime
+        self._next_look = now + runtime.settings.cancel_poll_seconds
+        beat = now >= self._next_beat
+        if beat:  # at once: a store that can't be read must not be asked without a pause
+            self._next_beat = now + runtime.settings.heartbeat
+            away = away or not self._beat()
+        self._look_after_executions(now, all_children=beat, away=away)
+
+    def _beat(self) -> bool:
+        """Write a sign of life; gives whether the store is there."""
         journal = self._runtime.journal
-        if journal.spooling:
-            return
         try:
             journal.group.commit(Heartbeat(self._runtime.process), durable=False, timeout_seconds=1.0)
         except StoreBusy:
             pass  # an execution may have longer to wait than this
         except StoreError as error:
             journal.store_failed(error)  # before an execution has to wait for it, here or in a forked child
+            return False
+        return True
 
-    def _look_after_executions(self, now: float, *, all_children: bool) -> None:
+    def _look_after_executions(self, now: float, *, all_children: bool, away: bool) -> None:
         runtime = self._runtime
         executions = list(runtime.executions.values())
         if not executions:
@@ -188,7 +210,7 @@ class HeartbeatThread:
                 children = runtime.collector.take_children(execution, runtime.process_id)
                 if children:
                     runtime.journal.write(children)
-        if runtime.store is not None and not runtime.journal.spooling:
+        if runtime.store is not None and not away:
             # A duplicate runs for the second time what has succeeded: wishes from before do not concern it.
             asked = [execution for execution in executions if not execution.duplicate]
             wishes = runtime.store.cancellations([name for execution in asked for name in _names(execution)])
@@ -223,7 +245,7 @@ class HeartbeatThread:
         if runtime.store is None:
             return
         if self._reconciler is None:
-            self._reconciler = Reconciler(runtime.store, runtime.journal.spool, own=runtime.process_id)
+            self._reconciler = Reconciler(runtime.store, runtime.journal.spool, own=runtime.process_id, meanwhile=self._meanwhile)
         if runtime.journal.spooling:
             self._reconciler.store_was_away()
             return

@@ -178,14 +178,27 @@ class Journal:
         """Whether something waits outside the store."""
         return self.spooling or bool(self._backlog) or self.spool.filled
 
-    def recover(self) -> bool:
-        """Take in what the store could not take before; gives whether all is in."""
+    def recover(self, meanwhile: Callable[[], None] = lambda: None) -> bool:
+        """
+        Take in what the store could not take before.
+
+        Args:
+            meanwhile: Called after each commit; an OSError that it raises leaves the rest to whoever comes next.
+
+        Returns:
+            Whether all is in.
+        """
+
+        def take_in(writes: Sequence[Write]) -> None:
+            self.take_in(writes)
+            meanwhile()
+
         with self._recovery_lock:  # the background thread's, and the one that shuts down
             try:
                 # Whether the store is back, before anything else is touched.
                 self.take_in([Heartbeat(self._runtime.process)])
                 try:
-                    self.spool.ingest(self.take_in, self._store.ingested)
+                    self.spool.ingest(take_in, self._store.ingested)
                 except OSError as error:
                     if self.spool.filled:
                         raise
@@ -193,6 +206,7 @@ class Journal:
                 while self._backlog:
                     self.take_in([self._backlog[0]])
                     self._backlog.popleft()
+                    meanwhile()
             except (StoreError, OSError) as error:
                 logger.debug("otelexec.store.unavailable: %s", error)
                 if isinstance(error, StoreError):

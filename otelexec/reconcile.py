@@ -121,12 +121,14 @@ class Reconciler:
         store: The store.
         spool: The spool of this host.
         own: Process id of this process, which lives; None when it has no row.
+        meanwhile: Called after each commit of a round, which may have many; what it raises ends the round.
     """
 
-    def __init__(self, store: Store, spool: Spool, *, own: str | None = None) -> None:
+    def __init__(self, store: Store, spool: Spool, *, own: str | None = None, meanwhile: Callable[[], None] = lambda: None) -> None:
         self._store = store
         self._spool = spool
         self._own = own
+        self._meanwhile = meanwhile
         self._unreachable_until: float | None = None
         self._next_forgetting = time.monotonic()
 
@@ -157,7 +159,7 @@ class Reconciler:
         # A relay whose lease has lapsed elsewhere may yet be sending: its claims lapse by themselves.
         gone = [process.process_id for process, _, _ in dead if identity.is_here(process)]
         if gone:
-            _commit(self._store, [ReleaseClaims(gone)])
+            self._commit([ReleaseClaims(gone)])
         return Reconciled(totals["attempt"], totals["outer"], totals["span"], ingested, len(dead))
 
     def store_was_away(self) -> None:
@@ -175,7 +177,7 @@ class Reconciler:
         """Take the spool in and give the dead: those that were dead before it was read, so that all they wrote is in."""
         ingested, known = 0, frozenset[str]()
         while True:
-            ingested += take_in(self._store, self._spool)
+            ingested += take_in(self._store, self._spool, meanwhile=self._meanwhile)
             dead = list(self._dead(self._store.processes(), self._store.now_unix_ns(), deaths))
             found = frozenset(process.process_id for process, _, _ in dead)
             if found <= known:
@@ -231,7 +233,7 @@ class Reconciler:
             now = self._store.now_unix_ns()
             writes = [_write(item, process, classification, death, seen=seen, now=now) for item in work]
             done = refused = lost = 0
-            for item, result in zip(work, _commit(self._store, writes), strict=True):
+            for item, result in zip(work, self._commit(writes), strict=True):
                 if isinstance(result, StoreError):
                     logger.error("otelexec.reconcile.refused: %s %s of process %d: %s", item.kind, item.execution_id, process.pid, result)
                     refused += 1
@@ -252,6 +254,11 @@ class Reconciler:
             if refused == len(work):  # it would be found again for ever; the next round tries once more
                 return
 
+    def _commit(self, writes: Sequence[Write]) -> list[object]:
+        results = _commit(self._store, writes)
+        self._meanwhile()
+        return results
+
 
 def _place(process: ProcessRow) -> tuple[int, int]:
     return process.pid, process.pid_start
@@ -261,7 +268,7 @@ def _commit(store: Store, writes: Sequence[Write], timeout_seconds: float = 5.0)
     return store.commit(writes, durable=True, timeout_seconds=timeout_seconds)
 
 
-def take_in(store: Store, spool: Spool, *, timeout_seconds: float = 5.0) -> int:
+def take_in(store: Store, spool: Spool, *, timeout_seconds: float = 5.0, meanwhile: Callable[[], None] = lambda: None) -> int:
     """
     Take in what waits in a spool, and give how many writes that was.
 
@@ -269,6 +276,7 @@ def take_in(store: Store, spool: Spool, *, timeout_seconds: float = 5.0) -> int:
         store: The store.
         spool: The spool.
         timeout_seconds: How long a commit waits for other writers.
+        meanwhile: Called after each commit.
 
     Raises:
         StoreError: The store could not be written; what is left stays where it is.
@@ -280,6 +288,7 @@ def take_in(store: Store, spool: Spool, *, timeout_seconds: float = 5.0) -> int:
             if isinstance(result, StoreError):
                 # The segment is deleted after this, so the line is the last place left.
                 log_homeless(logger, encode(write), result)
+        meanwhile()
 
     return spool.ingest(commit, store.ingested)
 

@@ -248,16 +248,22 @@ class Runtime:
     # Exit
 
     def flush(self) -> None:
-        """Write what is only in memory; gives up at once where the store does not answer."""
+        """Write what is only in memory; gives up at once where the store does not answer, and in time where the spool holds much."""
         if not self.records:
             return
+        deadline = time.monotonic() + self.settings.exit_timeout_seconds
+
+        def meanwhile() -> None:
+            if time.monotonic() >= deadline:
+                raise TimeoutError("the process ends")
+
         self.journal.group.flush()
         loose = self.collector.take_loose(self.process_id)
         while loose:
             self.journal.write(loose)
             loose = self.collector.take_loose(self.process_id)
         if self.journal.homeless:
-            self.journal.recover()
+            self.journal.recover(meanwhile)
 
     def shutdown(self, *, leaves: bool = False) -> None:
         """
