@@ -152,7 +152,6 @@ class Reconciler:
         except StoreError:
             self.store_was_away()
             raise
-        self._forget_nonces()
         totals = {"attempt": 0, "outer": 0, "span": 0}
         for process, classification, death in dead:
             self._close(process, classification, death, totals, advanced)
@@ -160,6 +159,7 @@ class Reconciler:
         gone = [process.process_id for process, _, _ in dead if identity.is_here(process)]
         if gone:
             self._commit([ReleaseClaims(gone)])
+        self._forget_nonces()
         return Reconciled(totals["attempt"], totals["outer"], totals["span"], ingested, len(dead))
 
     def store_was_away(self) -> None:
@@ -171,7 +171,13 @@ class Reconciler:
             return
         self._next_forgetting = time.monotonic() + NONCE_SECONDS / 24
         before = nonce_at(self._store.now_unix_ns() - int(NONCE_SECONDS * 1e9))
-        self._store.commit([ForgetNonces(before)], durable=False, timeout_seconds=5.0)
+        while True:
+            [forgotten] = self._store.commit([ForgetNonces(before)], durable=False, timeout_seconds=5.0)
+            if isinstance(forgotten, StoreError):
+                raise forgotten
+            if not forgotten:  # else there may be more, though another reconciler was at the same ones
+                return
+            self._meanwhile()
 
     def _find(self, deaths: Mapping[int, Death] | None) -> tuple[int, list[tuple[ProcessRow, str, Death | None]]]:
         """Take the spool in and give the dead: those that were dead before it was read, so that all they wrote is in."""

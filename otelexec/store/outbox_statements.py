@@ -92,9 +92,11 @@ def retry_parked(tx: Transaction, _: RetryParked) -> int:
         moved += len(rows)
 
 
-def forget_nonces(tx: Transaction, write: ForgetNonces) -> None:
-    """Forget what nobody repeats any more."""
-    tx.execute("DELETE FROM written WHERE nonce < ?", (write.before,))
+def forget_nonces(tx: Transaction, write: ForgetNonces) -> int:
+    """Forget some of what nobody repeats any more."""
+    step = "SELECT nonce FROM written WHERE nonce < ? ORDER BY nonce LIMIT ?"
+    [last] = tx.execute(f"SELECT MAX(nonce) FROM ({step}) AS step", (write.before, write.limit)).fetchone()
+    return 0 if last is None else tx.execute("DELETE FROM written WHERE nonce <= ?", (last,)).rowcount
 
 
 APPLY: dict[type, Callable[[Transaction, Any], object]] = {

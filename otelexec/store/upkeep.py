@@ -79,13 +79,15 @@ class RetryParked:
 @dataclass(frozen=True, slots=True)
 class ForgetNonces:
     """
-    Forget the nonces of writes that nobody repeats any more. Gives None.
+    Forget nonces of writes that nobody repeats any more. Gives how many.
 
     Attributes:
         before: Nonces that sort before this text; they sort by time.
+        limit: At most so many: others wait no longer than that takes.
     """
 
     before: str
+    limit: int = 5_000
 
 
 @dataclass(frozen=True, slots=True)

@@ -70,6 +70,14 @@ class OutboxContract:
         write(store, ForgetNonces("0002"), AddSpans(b"plain", 1, nonce="0001"))
         assert outbox(store) == [b"plain", b"a ended", b"b ended", b"plain"]
 
+    def test_nonces_are_forgotten_in_steps(self, store: Store) -> None:
+        write(store, *(AddSpans(b"plain", 1, nonce=f"000{number}") for number in range(1, 6)))
+        assert write(store, ForgetNonces("0004", limit=2)) == [2]
+        assert write(store, ForgetNonces("0004", limit=2)) == [1]
+        assert write(store, ForgetNonces("0004", limit=2)) == [0]
+        write(store, AddSpans(b"plain", 1, nonce="0003"), AddSpans(b"plain", 1, nonce="0004"))
+        assert len(outbox(store)) == 6
+
     def test_the_children_of_a_close_that_lost_are_written_once(self, store: Store) -> None:
         row = opening()
         opened(store, row)

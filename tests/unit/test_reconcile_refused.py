@@ -7,14 +7,17 @@ import logging
 import sqlite3
 import subprocess
 import sys
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from otelexec.reconcile import Reconciler
 from otelexec.store.spool import Spool
 from otelexec.store.sqlite import SqliteStore
+from otelexec.store.writes import ForgetNonces, Write
 from otelexec.testing import rows
 from tests.servers import ROOT
 
@@ -61,3 +64,23 @@ def test_a_spooled_record_that_the_store_refuses_is_a_line_of_the_log_although_t
     (line,) = [record.getMessage() for record in caplog.records]
     assert json.loads(line)["record"]["attempt"]["execution"]["execution_id"] == "\ud800"
     store.close()
+
+
+def test_the_nonces_of_a_long_time_are_forgotten_in_steps(tmp_path: Path) -> None:
+    """Nobody has reconciled for days: one statement for all would keep others waiting, and on a server be given up every time."""
+    steps: list[object] = []
+
+    class Noting(SqliteStore):
+        def commit(self, writes: Sequence[Write], **more: Any) -> list[object]:
+            results = super().commit(writes, **more)
+            steps.extend(result for write, result in zip(writes, results, strict=True) if isinstance(write, ForgetNonces))
+            return results
+
+    with closing(Noting(tmp_path / "store.db")) as store:
+        rows.write(store)
+        with closing(sqlite3.connect(store.path)) as connection:
+            connection.executemany("INSERT INTO written (nonce) VALUES (?)", [(f"{number:012x}",) for number in range(12_000)])
+            connection.commit()
+            Reconciler(store, Spool(store.spool_folder, lambda: store.processes()[0])).run_once()
+            assert connection.execute("SELECT COUNT(*) FROM written").fetchone() == (0,)
+    assert steps == [5_000, 5_000, 2_000, 0]
