@@ -21,6 +21,7 @@ _PROCESS_IS_IDLE: Final = """heartbeat_unix_ns < ?
                     AND a.outer_token IS NOT NULL AND a.outer_outcome IS NULL)
     AND NOT EXISTS (SELECT 1 FROM open_span s WHERE s.process_id = process.process_id)
     AND process_id NOT IN (SELECT owner FROM claim)"""
+_LANE_IS_EMPTY: Final = "NOT EXISTS (SELECT 1 FROM run r WHERE r.lane = run_lane.lane AND r.pending = 1)"
 _BATCH_IS_EMPTY: Final = "created_unix_ns < ? AND NOT EXISTS (SELECT 1 FROM run r WHERE r.batch_id = run_batch.batch_id)"
 
 # By table: its key, and what makes a row old. Executions first, since others may go only once these are gone.
@@ -28,6 +29,7 @@ _TABLES: Final[Mapping[str, tuple[str, str]]] = {
     "execution": ("seq", ""),
     "process": ("process_id", _PROCESS_IS_IDLE),
     "run_batch": ("batch_id", _BATCH_IS_EMPTY),
+    "run_lane": ("lane", _LANE_IS_EMPTY),
     "run_key": ("name", "expires_unix_ns < ?"),
     "run_packet": ("name", "at_unix_ns < ?"),
     "ingested": ("segment", "at_unix_ns < ?"),
@@ -68,7 +70,7 @@ def prune(tx: Transaction, write: Prune) -> Pruned:
     if last is None:
         return Pruned(0, None)
     deleted = tx.execute(
-        f"DELETE FROM {write.table} WHERE {key} > ? AND {key} <= ? AND {is_old}", (after, last, write.before_unix_ns)
+        f"DELETE FROM {write.table} WHERE {key} > ? AND {key} <= ? AND {is_old}", (after, last, *[write.before_unix_ns] * is_old.count("?"))
     ).rowcount
     return Pruned(deleted, last)
 

@@ -77,10 +77,9 @@ def _is_hopeless(tx: Transaction, execution_id: str) -> bool:
 
 
 def _is_full(tx: Transaction, lane: str, limit: int, but: str) -> bool:
-    if tx.lock:
-        # Held until the commit, so that two that open runs of one lane count one after the other.
+    # Held until the commit, so that two that open runs of one lane count one after the other. A prune may take it away meanwhile.
+    while tx.lock and tx.execute(f"SELECT 1 FROM run_lane WHERE lane = ? {tx.lock}", (lane,)).fetchone() is None:
         tx.execute("INSERT INTO run_lane (lane) VALUES (?) ON CONFLICT (lane) DO NOTHING", (lane,))
-        tx.execute(f"SELECT 1 FROM run_lane WHERE lane = ? {tx.lock}", (lane,))
     row = tx.execute(f"WITH {AT_WORK} SELECT COUNT(*) FROM at_work WHERE lane = ? AND execution_id <> ?", (lane, but)).fetchone()
     return int(row[0]) >= limit
 

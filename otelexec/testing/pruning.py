@@ -93,7 +93,7 @@ class PruningContract:
         write(store, *(PutPacket(f"packet{number}", "x", "text/plain") for number in range(3)))
         write(store, *(CreateBatch(f"b{number}", 1, "{}", (RunKey(f"k{number}", 1),)) for number in range(3)))
         write(store, *(Ingested(f"segment{number}", 7) for number in range(3)))
-        for table in TABLES[1:]:
+        for table in set(TABLES) - {"execution", "run_lane"}:  # lanes have rows where two can open at once
             (first,) = write(store, Prune(2**62, table, limit=2))
             assert isinstance(first, Pruned)
             assert (first.deleted, isinstance(first.last, str)) == (2, True)

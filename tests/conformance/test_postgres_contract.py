@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import psycopg
 import pytest
 
 from otelexec.store.base import Store
 from otelexec.store.postgres import PostgresStore
+from otelexec.store.runs import ForgetRuns
 from otelexec.testing import StoreContract
 from otelexec.testing.model import check_against_model
-from otelexec.testing.rows import OpenStore
+from otelexec.testing.queueing import enqueue, exclusive, run_row
+from otelexec.testing.rows import OpenStore, closing, opened, opening, pruned, write
 from tests.postgres_servers import PASSWORD, Server, at, debian, running_pgbouncer, running_server
+from tests.records import until
+
+BLOCKED = "SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
+
+
+def lanes(store: Store) -> list[str]:
+    """Give the lanes that have a row."""
+    return [row[0] for row in store.read(lambda tx: tx.execute("SELECT lane FROM run_lane ORDER BY lane").fetchall())]
 
 
 class TestPostgresStore(StoreContract):
@@ -38,6 +50,30 @@ class TestPostgresStore(StoreContract):
     @pytest.fixture
     def store(self, other_store: OpenStore) -> Store:
         return other_store()
+
+    def test_prune_deletes_lanes_in_which_nothing_waits_or_runs(self, store: Store) -> None:
+        """A concurrency key may be a customer's or an order's, of which there are more every day."""
+        for name, lane in (("ended", "ended"), ("running", "one"), ("waiting", "one")):
+            enqueue(store, run_row(name, lane=lane))
+        for name in ("ended", "running"):
+            opened(store, exclusive(f"t-{name}", f"e-{name}"))
+        write(store, closing(opening("t-ended", "e-ended")), ForgetRuns(("e-ended",)))
+        assert lanes(store) == ["ended", "one"]
+        pruned(store, 1)
+        assert lanes(store) == ["one"]
+
+    def test_an_open_holds_its_lane_also_when_prune_has_just_deleted_that(self, store: Store, database: str) -> None:
+        enqueue(store, run_row("first", lane="lane"))
+        opened(store, exclusive("t", "e-first"))
+        write(store, closing(opening("t", "e-first")))
+        enqueue(store, run_row("second", lane="lane"))
+        with psycopg.connect(database) as pruning, ThreadPoolExecutor() as pool:
+            pruning.execute("DELETE FROM otelexec.run_lane")
+            opening_it = pool.submit(opened, store, exclusive("t", "e-second"))
+            until(lambda: store.read(lambda tx: tx.execute(BLOCKED).fetchall()), 30)
+            pruning.commit()
+            assert opening_it.result(30).number == 1
+        assert lanes(store) == ["lane"]
 
 
 class TestDebiansServer(TestPostgresStore):
