@@ -133,7 +133,7 @@ def _patch_worker(patches: Patches) -> None:
     _patch_workers(patches, "fork_work_horse", GUARD.after(worker.on_horse_started))
     _patch_workers(patches, "wait_for_horse", worker.wrap_wait_for_horse)
     _patch_workers(patches, "kill_horse", worker.wrap_kill_horse)
-    _patch_workers(patches, "request_force_stop", GUARD.before(worker.on_force_stop))
+    _patch_workers(patches, "request_force_stop", worker.wrap_force_stop)
     _patch_workers(patches, "register_birth", GUARD.after(worker.on_worker_started))
     _patch_workers(patches, "register_death", GUARD.after(worker.on_worker_ended))
     patches.replace(StartedJobRegistry, "cleanup", unrun.wrap_cleanup)

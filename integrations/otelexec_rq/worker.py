@@ -61,7 +61,7 @@ class Horse:
     def stop(self) -> None:
         """Stop it as `stop-job` does."""
         pid = self.delivery.pid
-        if MAIN.horse is not self or pid is None:
+        if MAIN.watch(self.worker).horse is not self or pid is None:
             return
         with suppress(ProcessLookupError):  # it has ended
             # Not by the worker's `kill_horse`: it asks for the group of whatever `horse_pid` is by then, and that is this
@@ -75,19 +75,41 @@ class Horse:
             os.killpg(pid, signal.SIGKILL)
 
 
-class Main:
+class Watch:
     """
-    What the parent process of work horses has.
+    What the parent of work horses knows of one worker: several may run in threads of one process.
+
+    Args:
+        worker: The worker.
 
     Attributes:
+        pid: The parent; a forked horse has a copy that is not its own.
         horse: The horse that works; None while none does.
-        shutting_down: Whether a cold shutdown was asked for.
+        shutting_down: Whether a cold shutdown is under way.
     """
 
-    def __init__(self) -> None:
+    __slots__ = ("_worker", "horse", "pid", "shutting_down")
+
+    def __init__(self, worker: Any) -> None:
+        self._worker = worker  # held, since it is known by its id
+        self.pid = os.getpid()
         self.horse: Horse | None = None
         self.shutting_down = False
+
+
+class Main:
+    """What the parent process of work horses has: a watch for each worker, and one supervisor for all."""
+
+    def __init__(self) -> None:
+        self._watches: dict[int, Watch] = {}
         self._supervisor: Supervisor | None = None
+
+    def watch(self, worker: Any) -> Watch:
+        """Give what is known of a worker of this very process."""
+        found = self._watches.get(id(worker))
+        if found is None or found.pid != os.getpid():
+            found = self._watches[id(worker)] = Watch(worker)
+        return found
 
     @property
     def supervisor(self) -> Supervisor | None:
@@ -102,9 +124,18 @@ class Main:
             found = self._supervisor = Supervisor()
         return found
 
+    def leave(self, worker: Any) -> Supervisor | None:
+        """Forget a worker; gives the supervisor when that was the last one of this process."""
+        self._watches.pop(id(worker), None)
+        if any(watch.pid == os.getpid() for watch in list(self._watches.values())):
+            return None
+        found, self._supervisor = self.supervisor, None
+        return found
+
     def forget(self) -> None:
         """Be as in the beginning."""
-        self.horse, self.shutting_down, self._supervisor = None, False, None
+        self._watches.clear()
+        self._supervisor = None
 
 
 MAIN = Main()
@@ -130,7 +161,7 @@ def on_horse_started(worker: Any, job: Any, *_: Any) -> None:
     """Learn which process runs a job."""
     if not worker.horse_pid or worker.is_horse:
         return
-    horse = MAIN.horse = Horse(worker, job, consume.execution_id_of(worker))
+    horse = MAIN.watch(worker).horse = Horse(worker, job, consume.execution_id_of(worker))
     MAIN.supervise().started(worker.horse_pid, horse.delivery)
 
 
@@ -148,10 +179,10 @@ def wrap_wait_for_horse(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _on_horse_ended(worker: Any, result: Any) -> None:
-    horse, supervisor = MAIN.horse, MAIN.supervisor
-    if horse is None or supervisor is None or horse.worker is not worker or horse.delivery.pid is None:
+    watch, supervisor = MAIN.watch(worker), MAIN.supervisor
+    horse, watch.horse = watch.horse, None
+    if horse is None or supervisor is None or horse.delivery.pid is None:
         return
-    MAIN.horse = None
     pid, status = result[0], result[1]
     code = os.waitstatus_to_exitcode(status) if pid and status is not None else None
     if code == 0:
@@ -170,12 +201,13 @@ def on_kill_horse(worker: Any, sig: int = signal.SIGKILL, *_: Any) -> None:
         run.stopped = True
         run.execution.cancelled_by(Cancellation(time.time_ns(), terminate=False))
         return
-    horse = MAIN.horse
-    if horse is None or horse.worker is not worker or sig != signal.SIGKILL or horse.delivery.ending is not None:
+    watch = MAIN.watch(worker)
+    horse = watch.horse
+    if horse is None or sig != signal.SIGKILL or horse.delivery.ending is not None:
         return
     if stopped == horse.job.id:
         _stopped(horse)
-    elif MAIN.shutting_down:
+    elif watch.shutting_down:
         horse.delivery.ending = Ending(CANCELLED, INTERRUPTED, INTERRUPTED, "killed by a cold shutdown of the worker")
     elif _is_overdue(horse):
         horse.delivery.ending = endings.overdue(horse.job.timeout)
@@ -208,24 +240,34 @@ def _stopped(horse: Horse) -> None:
         delivery.execution(_runtime.get()).cancelled_by(Cancellation(time.time_ns(), terminate=True))
 
 
-def on_force_stop(*_: Any, **__: Any) -> None:
-    """Learn of a cold shutdown, which kills the horse."""
-    MAIN.shutting_down = True
+def wrap_force_stop(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `request_force_stop`, which kills the horse, or ignores a signal that comes too soon after the first."""
+
+    @functools.wraps(original)
+    def request_force_stop(self: Any, *args: Any, **kwargs: Any) -> Any:
+        watch = MAIN.watch(self)
+        watch.shutting_down = True
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            watch.shutting_down = False
+
+    return request_force_stop
 
 
 # --- Workers -----------------------------------------------------------------------------------------------------
 
 
-def on_worker_started(_: Any) -> None:
+def on_worker_started(worker: Any) -> None:
     """Relay and reconcile here for the horses, and have the store open before the first of them."""
+    MAIN.watch(worker)
     metrics.instruments()
     _runtime.get().attend()
 
 
-def on_worker_ended(_: Any) -> None:
-    """Report what is left when the worker stops."""
-    supervisor = MAIN.supervisor
+def on_worker_ended(worker: Any) -> None:
+    """Report what is left when the last worker of this process stops."""
+    supervisor = MAIN.leave(worker)
     if supervisor is not None:
         supervisor.look()
         supervisor.stop(STOP_SECONDS)
-    MAIN.forget()

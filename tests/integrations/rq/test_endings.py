@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Callable
 from typing import Any
@@ -446,8 +447,6 @@ def test_a_stopped_job_of_a_worker_without_horses_is_told(fresh: Fresh) -> None:
 
 
 def test_a_cold_shutdown_interrupts(fresh: Fresh) -> None:
-    import signal
-
     stage = fresh()
     worker = stage.worker("cold")
     mark = stage.mark()
@@ -460,3 +459,17 @@ def test_a_cold_shutdown_interrupts(fresh: Fresh) -> None:
     worker.process.wait(20)
     seen = stage.ended(job.id, "cancelled")
     assert (seen.attempt.classification, seen.record.state) == ("interrupted", "cancelled")
+
+
+def test_a_second_signal_that_rq_ignores_is_no_cold_shutdown(fresh: Fresh) -> None:
+    stage = fresh()
+    worker = stage.worker("twice", "Killing", monitor=1)
+    mark = stage.mark()
+    job = stage.queue.enqueue(jobs.sleep, 60, mark)
+    stage.wait_for_run(mark)
+    worker.process.send_signal(signal.SIGINT)
+    until(lambda: "warm" in worker.text().lower(), 10)
+    worker.process.send_signal(signal.SIGINT)
+    seen = stage.ended(job.id, "lost", seconds=LOST_SECONDS)
+    assert seen.attempt.classification == "killed"
+    assert worker.process.wait(20) == 0

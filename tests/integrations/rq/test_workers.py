@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import threading
 import time
@@ -16,6 +17,8 @@ from typing import Any
 import pytest
 from opentelemetry import baggage, context
 from rq import Queue, Repeat
+from rq.command import send_stop_job_command
+from rq.job import Job
 
 import otelexec
 from otelexec import semconv
@@ -45,6 +48,30 @@ def send(stage: Stage) -> dict[str, Any]:
         finally:
             context.detach(token)
     return sent
+
+
+def test_workers_in_threads_of_one_process_do_not_answer_for_each_others_horses(fresh: Fresh) -> None:
+    stage = fresh()
+    stage.worker("threads", "Threaded", threads=2)
+
+    def stop(job: Job, _: int) -> None:
+        send_stop_job_command(stage.connection, job.id)
+
+    def kill(_: Job, horse: int) -> None:
+        os.kill(horse, signal.SIGKILL)
+
+    def ask(job: Job, _: int) -> None:
+        otelexec.request_cancel(until(lambda: stage.look(job.id)).record.execution_id)
+
+    for end, state in ((stop, "cancelled"), (kill, "lost"), (ask, "cancelled")):
+        mark = stage.mark()
+        job = stage.queue.enqueue(jobs.sleep, 60, mark)
+        horse = stage.wait_for_run(mark)
+        assert stage.result(stage.queue.enqueue(jobs.give, 1)) == 1  # by the other one, meanwhile
+        end(job, horse)
+        seen = stage.ended(job.id, state)
+        assert (seen.record.state, seen.attempt.finalized_by) == (state, "parent")
+    stage.check_agreement()
 
 
 @pytest.mark.parametrize("cls", CLASSES)

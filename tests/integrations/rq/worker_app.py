@@ -7,12 +7,14 @@ import logging
 import os
 import signal
 import sys
+import threading
 from typing import Any
 
 import rq
 from redis import Redis
 from rq import worker as rq_worker
 from rq.serializers import JSONSerializer
+from rq.timeouts import TimerDeathPenalty
 
 import otelexec
 from tests.measuring import measure
@@ -23,9 +25,35 @@ OPTIONS = "OTELEXEC_TEST_WORKER"
 """
 The variable with what a worker is made with, as JSON: `json` for the serializer, `pool` for a pool's size, `scheduler`,
 `monitor` for RQ's interval of looking after a horse, `configure` for otelexec's own settings, `provider` for a tracer provider
-of the user's own, `measure` for a folder to export what is measured to, `job_class` for the path of a class of jobs, and `early` to have
-every horse killed before it does anything.
+of the user's own, `measure` for a folder to export what is measured to, `job_class` for the path of a class of jobs, `threads` for how many
+workers there are, each in a thread, and `early` to have every horse killed before it does anything.
 """
+
+
+class Killing(rq.Worker):
+    """Kills its horse by itself, as one that limits memory does, once a second signal to stop has been ignored."""
+
+    ignored = False
+
+    def request_force_stop(self, *arguments: Any) -> None:
+        """Note the signal."""
+        super().request_force_stop(*arguments)
+        self.ignored = True
+
+    def maintain_heartbeats(self, *arguments: Any) -> None:
+        """Kill the horse."""
+        super().maintain_heartbeats(*arguments)
+        if self.ignored:
+            self.kill_horse()
+
+
+class Threaded(rq.Worker):
+    """Can run beside others in a thread."""
+
+    death_penalty_class = TimerDeathPenalty
+
+    def _install_signal_handlers(self) -> None:
+        pass
 
 
 def main(url: str, name: str, *queues: str) -> None:
@@ -47,12 +75,17 @@ def main(url: str, name: str, *queues: str) -> None:
 
         WorkerPool(list(queues), connection=connection, num_workers=options.get("pool", 2)).start()
         return
-    cls: Any = getattr(rq, name, None) or getattr(rq_worker, name)
+    cls: Any = globals().get(name) or getattr(rq, name, None) or getattr(rq_worker, name)
     more: dict[str, Any] = {"serializer": JSONSerializer} if options.get("json") else {}
     if "job_class" in options:
         more["job_class"] = options["job_class"]
     if options.get("early"):
         cls.main_work_horse = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    for number in range(options.get("threads", 0)):
+        each = cls(list(queues), connection=Redis.from_url(url), name=f"{options['name']}-{number}")
+        threading.Thread(target=each.work, kwargs={"logging_level": "INFO"}).start()
+    if "threads" in options:
+        return
     worker = cls(list(queues), connection=connection, name=options["name"], **more)
     worker.job_monitoring_interval = options.get("monitor", worker.job_monitoring_interval)
     worker.work(with_scheduler=options.get("scheduler", False), logging_level="INFO")
