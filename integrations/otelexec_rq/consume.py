@@ -46,6 +46,9 @@ CONTEXT = "_otelexec_context"
 CANCELLED_HERE = "_otelexec_cancelled"
 """Attribute of a job that RQ is told of a cancellation that is recorded already."""
 
+DONE = "_otelexec_done"
+"""Attribute of a worker: a byte of memory that it shares with the horses it forks, which each sets once it has closed what it ran."""
+
 RUNNING: dict[str, Run] = {}
 """The runs in this process, by job id: what a command from another thread is about."""
 
@@ -188,6 +191,8 @@ def wrap_perform_job(original: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return _perform(functools.partial(original, self, job, queue, *args, **kwargs), self, job, execution)
         finally:
+            if DONE in vars(self):
+                vars(self)[DONE][0] = 1
             GUARD.call(_leave)
 
     return perform_job

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import mmap
 import os
 import signal
 import time
@@ -181,16 +182,28 @@ def wrap_wait_for_horse(original: Callable[..., Any]) -> Callable[..., Any]:
 def _on_horse_ended(worker: Any, result: Any) -> None:
     watch, supervisor = MAIN.watch(worker), MAIN.supervisor
     horse, watch.horse = watch.horse, None
+    done = _said_done(worker)
     if horse is None or supervisor is None or horse.delivery.pid is None:
         return
     pid, status = result[0], result[1]
     code = os.waitstatus_to_exitcode(status) if pid and status is not None else None
     if code == 0:
         supervisor.ended(horse.delivery)
+        if not done:  # its function left by `os._exit(0)`, or it is one that was spawned
+            supervisor.died(horse.delivery.pid, code, {})
         return
     if worker._stopped_job_id == horse.job.id:  # noqa: SLF001 (RQ keeps it nowhere else)
         _stopped(horse)
     supervisor.died(horse.delivery.pid, code)
+
+
+def _said_done(worker: Any) -> bool:
+    """Tell whether the last horse said that it had closed what it ran, and forget it."""
+    done = vars(worker).get(consume.DONE)
+    if done is None or not done[0]:
+        return False
+    done[0] = 0
+    return True
 
 
 def on_kill_horse(worker: Any, sig: int = signal.SIGKILL, *_: Any) -> None:
@@ -261,6 +274,7 @@ def wrap_force_stop(original: Callable[..., Any]) -> Callable[..., Any]:
 def on_worker_started(worker: Any) -> None:
     """Relay and reconcile here for the horses, and have the store open before the first of them."""
     MAIN.watch(worker)
+    setattr(worker, consume.DONE, mmap.mmap(-1, 1))
     metrics.instruments()
     _runtime.get().attend()
 

@@ -140,6 +140,11 @@ def leave(code: int) -> None:
     sys.exit(code)
 
 
+def vanish() -> None:
+    """End the process as if all were well."""
+    os._exit(0)
+
+
 def ask_again(mark: str, times: int) -> Any:
     """Return a `Retry` in the first so many runs."""
     return Retry(max=times) if count(mark) < times else "done"

@@ -120,6 +120,20 @@ def test_a_horse_killed_before_it_opens_its_attempt_is_lost_all_the_same(fresh: 
     stage.check_agreement()
 
 
+@pytest.mark.parametrize("cls", ["Worker", "SpawnWorker"])
+def test_a_horse_that_leaves_with_code_0_in_the_middle_of_its_job_is_lost(fresh: Fresh, cls: str) -> None:
+    """Its worker says so: nobody else reconciles here."""
+    stage = fresh()
+    worker = stage.worker("left", cls)
+    jobs_left = [stage.queue.enqueue(each) for each in (jobs.give, jobs.vanish, jobs.give)]
+    first, left, last = (stage.ended(job.id, seconds=LOST_SECONDS) for job in jobs_left)
+    assert [seen.states for seen in (first, left, last)] == [["succeeded"], ["lost"], ["succeeded"]]
+    assert "exited with code 0" in (left.attempt.error_message or "")
+    assert worker.stop() == 0
+    worker.check_log()
+    stage.check_agreement()
+
+
 @pytest.mark.memory
 def test_a_horse_that_the_kernel_kills_for_its_memory_is_lost_and_says_so(fresh: Fresh) -> None:
     stage = fresh()
