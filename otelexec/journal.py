@@ -76,8 +76,8 @@ class Journal:
         store.announce = self._announce
         self.group = GroupCommit(store)
         self.spool = Spool(spool_folder(runtime.settings, store), lambda: runtime.process)
-        self.spooling = before is not None and before.spooling
-        self.said_away = before is not None and before.said_away
+        self.spooling: bool = before is not None and before.spooling
+        self.said_away: bool = before is not None and before.said_away
         self._backlog: deque[Write] = deque()
         self._backlog_lock = threading.Lock()
         self._recovery_lock = threading.Lock()

@@ -125,7 +125,7 @@ class Runtime:
         self.relay: Relay | None = None
         if self.store is not None:  # else there is no journal, which is what `records` tells
             same = parent is not None and parent.records and parent.settings.store == settings.store
-            self.journal = Journal(self, self.store, parent.journal if parent is not None and same else None)
+            self.journal: Journal = Journal(self, self.store, parent.journal if parent is not None and same else None)
 
     def _recording_provider(self, parent: Runtime | None) -> TracerProvider:
         """Give the provider whose spans are committed with their records."""

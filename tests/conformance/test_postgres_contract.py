@@ -14,8 +14,8 @@ from otelexec.store.postgres import PostgresStore
 from otelexec.store.runs import ForgetRuns
 from otelexec.testing import StoreContract
 from otelexec.testing.model import check_against_model
-from otelexec.testing.queueing import enqueue, exclusive, run_row
 from otelexec.testing.rows import OpenStore, closing, opened, opening, pruned, write
+from otelexec.testing.runs import enqueue, exclusive, run_row
 from tests.postgres_servers import PASSWORD, Server, at, debian, running_pgbouncer, running_server
 from tests.records import until
 

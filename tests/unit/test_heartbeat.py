@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
+from functools import partial
 
 import pytest
 
@@ -85,9 +86,12 @@ def test_neither_signs_of_life_nor_cancellations_wait_for_an_ingestion(records: 
         own = runtime.get()
         own.journal.spooling = spooling
         own.heartbeat.nudge()
+
+        def alive_after(unix_ns: int) -> bool:
+            return other.processes()[0].heartbeat_unix_ns > unix_ns
+
         for _ in range(3):
-            [before] = other.processes()
-            until(lambda before=before: other.processes()[0].heartbeat_unix_ns > before.heartbeat_unix_ns, 30)
+            until(partial(alive_after, other.processes()[0].heartbeat_unix_ns), 30)
         other.commit([RequestCancel(run.id, Cancellation(time.time_ns(), terminate=None))], durable=False, timeout_seconds=5)
         until(lambda: run.cancel_requested, 30)
         endless.set()

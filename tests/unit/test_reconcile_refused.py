@@ -17,7 +17,8 @@ import pytest
 from otelexec.reconcile import Reconciler
 from otelexec.store.spool import Spool
 from otelexec.store.sqlite import SqliteStore
-from otelexec.store.writes import ForgetNonces, Write
+from otelexec.store.upkeep import ForgetNonces
+from otelexec.store.writes import Write
 from otelexec.testing import rows
 from tests.servers import ROOT
 

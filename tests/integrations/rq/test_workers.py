@@ -61,7 +61,9 @@ def test_workers_in_threads_of_one_process_do_not_answer_for_each_others_horses(
         os.kill(horse, signal.SIGKILL)
 
     def ask(job: Job, _: int) -> None:
-        otelexec.request_cancel(until(lambda: stage.look(job.id)).record.execution_id)
+        seen = until(lambda: stage.look(job.id))
+        assert seen is not None
+        otelexec.request_cancel(seen.record.execution_id)
 
     for end, state in ((stop, "cancelled"), (kill, "lost"), (ask, "cancelled")):
         mark = stage.mark()
