@@ -175,7 +175,7 @@ def test_a_cleanup_that_raises_for_the_garbage_collector_is_failed_and_waits_for
     made = stream()
     next(made)
     with monkeypatch.context() as patch:
-        patch.setattr(runtime.get().journal, "commit", None)  # what waits goes this way
+        patch.setattr(runtime.get().journal.group, "commit", None)  # what waits goes this way
         patch.setattr(sys, "unraisablehook", lambda _: None)
         del made
     assert (records.attempt().state, records.attempt().error_message) == ("failed", "disk")
