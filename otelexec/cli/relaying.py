@@ -16,6 +16,7 @@ from otelexec.errors import StoreError
 from otelexec.reconcile import dead_relays, take_in
 from otelexec.relay import Relay
 from otelexec.settings import MAX_SECONDS
+from otelexec.store.outbox_statements import last_parked
 from otelexec.store.upkeep import RetryParked
 from otelexec.store.writes import Heartbeat
 
@@ -70,12 +71,20 @@ def relay(
         opened.announce()
         work = _Relaying(opened)
         if retry_parked:
-            [count] = opened.commit([RetryParked()])
+            count = _retry_parked(opened)
             console.say(f"{console.plural(count, 'parked row')} will be sent again.")
         if drain:
             work.drain(DRAIN_SECONDS if timeout is None else timeout)
         else:
             work.serve()
+
+
+def _retry_parked(opened: Opened) -> int:
+    """Put all that is parked at this time back into the outbox, step by step, and give how many rows that were."""
+    count, upto = 0, opened.store.read(last_parked)
+    while upto is not None and (moved := opened.commit([RetryParked(upto)])[0]):
+        count += moved
+    return count
 
 
 class _Relaying:

@@ -77,19 +77,26 @@ def release_claims(tx: Transaction, write: ReleaseClaims) -> int:
     return sum(tx.execute("DELETE FROM claim WHERE owner = ?", (owner,)).rowcount for owner in write.owners)
 
 
-def retry_parked(tx: Transaction, _: RetryParked) -> int:
-    """Put parked rows back at the end of the outbox; of two that do so at once, each takes what the other has not."""
-    moved = 0
-    while True:
-        rows = tx.execute(
-            "DELETE FROM parked WHERE id IN (SELECT id FROM parked ORDER BY id LIMIT ?) RETURNING id, request, count, execution_id",
-            (MAX_PARAMETERS,),
-        ).fetchall()
-        if not rows:
-            return moved
-        for _id, request, count, execution_id in sorted(rows, key=lambda row: row[0]):
-            add_row(tx, bytes(request), count, execution_id)
-        moved += len(rows)
+def last_parked(tx: Transaction) -> int | None:
+    """Give the greatest id of a parked row; None where none is parked."""
+    [last] = tx.execute("SELECT MAX(id) FROM parked").fetchone()
+    return None if last is None else int(last)
+
+
+def retry_parked(tx: Transaction, write: RetryParked) -> int:
+    """Put some parked rows back at the end of the outbox; of two that do so at once, each takes what the other has not."""
+    rows = tx.execute(
+        f"SELECT o.id FROM parked o WHERE o.id <= ? ORDER BY o.id LIMIT ? {tx.skip_locked}",
+        (write.upto if write.upto is not None else 2**62, write.limit),
+    ).fetchall()
+    for among, ids in chunks(tx, [row[0] for row in rows]):
+        tx.execute(
+            f"""INSERT INTO outbox (request, count, execution_id, written_unix_ns)
+                SELECT request, count, execution_id, ? FROM parked WHERE id {among} ORDER BY id""",
+            (tx.now_unix_ns(), *ids),
+        )
+        tx.execute(f"DELETE FROM parked WHERE id {among}", ids)
+    return len(rows)
 
 
 def forget_nonces(tx: Transaction, write: ForgetNonces) -> int:

@@ -73,7 +73,16 @@ class ReleaseClaims:
 
 @dataclass(frozen=True, slots=True)
 class RetryParked:
-    """Let parked rows go out again. Gives how many there were."""
+    """
+    Let parked rows go out again, the oldest first. Gives how many.
+
+    Attributes:
+        upto: Only rows with this id or a smaller one: those that are parked anew meanwhile have greater ones. None: any.
+        limit: At most so many: others wait no longer than that takes.
+    """
+
+    upto: int | None = None
+    limit: int = 500
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from otelexec.store.base import Store
+from otelexec.store.outbox_statements import last_parked
 from otelexec.store.upkeep import ClaimOutbox, ForgetNonces, ReleaseClaims, RetryParked, SettleOutbox
 from otelexec.store.writes import AddSpans
 from otelexec.testing.rows import (
@@ -143,6 +144,18 @@ class OutboxContract:
         assert write(store, RetryParked()) == [0]
         assert outbox(store) == [b"good", b"bad"]
         assert store.statistics().parked == []
+
+    def test_parked_rows_are_retried_in_steps_and_those_that_are_parked_anew_are_not(self, store: Store) -> None:
+        fill(store, *(b"%d" % number for number in range(5)))
+        park_all(store)
+        upto = store.read(last_parked)
+        assert write(store, RetryParked(upto, limit=2)) == [2]
+        park_all(store)
+        assert [write(store, RetryParked(upto, limit=2)) for _ in range(3)] == [[2], [1], [0]]
+        assert outbox(store) == [b"2", b"3", b"4"]
+        deliver_all(store)
+        assert write(store, RetryParked()) == [2]
+        assert store.read(last_parked) is None
 
     def test_an_id_is_never_given_twice(self, store: Store) -> None:
         fill(store, b"0", b"1")
