@@ -193,8 +193,9 @@ def _parked(found: Statistics) -> Check:
         return Check("parked", "none", data=data)
     reasons = Counter(console.clean(row.reason) for row in found.parked)
     said = "; ".join(f"{count} x {reason}" if count > 1 else reason for reason, count in reasons.most_common(5))
-    spans = console.plural(sum(row.count for row in found.parked), "span")
-    finding = f"{spans} in {console.plural(len(data), 'row')} that the endpoint refused for good: {said}"
+    spans = console.plural(found.parked_spans, "span")
+    which = f"of the oldest {len(data)}, " if found.parked_rows > len(data) else ""
+    finding = f"{spans} in {console.plural(found.parked_rows, 'row')} that the endpoint refused for good: {which}{said}"
     return Check("parked", finding, "correct the cause at the endpoint, then run `otelexec relay --drain --retry-parked`", data)
 
 

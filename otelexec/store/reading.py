@@ -221,6 +221,7 @@ class SqlReader(ABC):
             states = tx.execute("SELECT state, COUNT(*) FROM execution GROUP BY state ORDER BY state").fetchall()
             rows, spans, oldest = tx.execute("SELECT COUNT(*), COALESCE(SUM(count), 0), MIN(written_unix_ns) FROM outbox").fetchone()
             parked = tx.execute("SELECT id, count, reason, parked_unix_ns FROM parked ORDER BY id LIMIT 100").fetchall()
+            parked_rows, parked_spans = tx.execute("SELECT COUNT(*), COALESCE(SUM(count), 0) FROM parked").fetchone()
             unseen = tx.execute(
                 """SELECT c.execution_id FROM cancellation c JOIN execution e ON e.execution_id = c.execution_id
                    WHERE c.terminate = 1 AND e.state = 'running' ORDER BY c.execution_id LIMIT 100"""
@@ -233,6 +234,8 @@ class SqlReader(ABC):
                 outbox_oldest_unix_ns=oldest,
                 claimed_rows=tx.execute("SELECT COUNT(*) FROM claim").fetchone()[0],
                 parked=[ParkedRow(*row) for row in parked],
+                parked_rows=parked_rows,
+                parked_spans=int(parked_spans),
                 processes=tx.execute("SELECT COUNT(*) FROM process WHERE ended = 0").fetchone()[0],
                 queued_oldest_unix_ns=tx.execute("SELECT MIN(queued_unix_ns) FROM execution WHERE state = 'queued'").fetchone()[0],
                 unseen_cancellations=[row[0] for row in unseen],

@@ -139,7 +139,9 @@ class Statistics:
         outbox_spans: Spans in them.
         outbox_oldest_unix_ns: When the oldest of them was written; None when there is none.
         claimed_rows: How many of them a relay has in hand.
-        parked: Rows that go out only on request.
+        parked: Rows that go out only on request: the oldest of them.
+        parked_rows: How many there are.
+        parked_spans: Spans in them.
         processes: How many processes have not said goodbye.
         queued_oldest_unix_ns: Since when the oldest execution that nobody has begun is queued; None without one.
         unseen_cancellations: Executions that go on although somebody asked for their termination.
@@ -153,6 +155,8 @@ class Statistics:
     outbox_oldest_unix_ns: int | None
     claimed_rows: int
     parked: Sequence[ParkedRow]
+    parked_rows: int
+    parked_spans: int
     processes: int
     queued_oldest_unix_ns: int | None
     unseen_cancellations: Sequence[str]

@@ -145,6 +145,12 @@ class OutboxContract:
         assert outbox(store) == [b"good", b"bad"]
         assert store.statistics().parked == []
 
+    def test_all_parked_rows_are_counted_and_the_oldest_named(self, store: Store) -> None:
+        fill(store, *(b"%d" % number for number in range(120)))
+        park_all(store)
+        found = store.statistics()
+        assert (found.parked_rows, found.parked_spans, len(found.parked)) == (120, 120, 100)
+
     def test_parked_rows_are_retried_in_steps_and_those_that_are_parked_anew_are_not(self, store: Store) -> None:
         fill(store, *(b"%d" % number for number in range(5)))
         park_all(store)

@@ -17,7 +17,7 @@ import termios
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from fcntl import ioctl
 from pathlib import Path
@@ -698,6 +698,16 @@ def test_doctor_finds_spool_endpoint_and_unseen_cancellation(worked: Cli) -> Non
     text = worked("doctor", COLUMNS="80").stdout
     assert text.count("WRONG") == 4
     assert max(map(len, text.splitlines())) <= 92  # the last line is one sentence and is not cut
+
+
+def test_doctor_counts_all_that_is_parked(worked: Cli) -> None:
+    with closing(sqlite3.connect(worked.path)) as connection, connection:
+        connection.execute(
+            """WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 1500)
+               INSERT INTO parked (id, request, count, reason, parked_unix_ns) SELECT i, x'00', 2, 'HTTP 400', 1 FROM n"""
+        )
+    text = " ".join(worked("doctor", COLUMNS="300").stdout.split())
+    assert "3,000 spans in 1,500 rows that the endpoint refused for good: of the oldest 100, 100 x HTTP 400" in text
 
 
 def test_doctor_reports_a_store_that_is_locked_or_damaged(worked: Cli, receiver: OtlpReceiver) -> None:
