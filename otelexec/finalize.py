@@ -146,7 +146,6 @@ def _lost_race(
 def closing(runtime: Runtime, execution: RunningExecution, ending: Ending, ended_ns: int) -> CloseAttempt | CloseOuter:
     """Make the write that closes an attempt or, where a core had taken it over, the executor around that."""
     children = runtime.collector.take_children(execution, runtime.process_id)
-    row = execution.attempt_row
     if execution.cores.begun:
         return CloseOuter(
             execution_id=execution.id,
@@ -158,7 +157,7 @@ def closing(runtime: Runtime, execution: RunningExecution, ending: Ending, ended
     depends = ending.depends_on_cancellation and not execution.cancel_requested
     if_cancelled = replace(ending, state=CANCELLED, classification=None) if depends else None
     return CloseAttempt(
-        attempt=row,
+        attempt=execution.attempt_row,
         number=execution.number,
         frozen=freeze(execution, ending, ended_ns),
         if_cancelled=None if if_cancelled is None else freeze(execution, if_cancelled, ended_ns, sticky=True),

@@ -40,7 +40,6 @@ _EARLY_SECONDS: Final = 0.5
 _SENDING: Final = {"_dispatch_callbacks_and_chain", "_retry_publish", "apply_async", "maybe_signature"}
 """What a tracer calls for callbacks and the next task of a chain, in the versions that are supported."""
 
-
 _HANDLERS: Final = {"on_success", "after_return"}
 """What a tracer calls of a task's own."""
 

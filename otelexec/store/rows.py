@@ -119,7 +119,7 @@ class Outcome:
     Attributes:
         state: One of the terminal attempt states.
         ended_unix_ns: When; the span carries the same number.
-        finalized_by: Which path closed it: executor, spool, fallback, reconciler, parent.
+        finalized_by: Which path closed it: executor, reject, publisher, spool, fallback, reconciler, parent.
         classification: What kind of `state` it is, where that says more; None otherwise.
         error_type: Fully qualified class of the exception, or the reason of a rejection.
         error_message: Its text.

@@ -1,10 +1,11 @@
 """
 `otelexec demo`: webhooks and a schedule come in, workers run them, one is killed, and every record has its span.
 
-Around it stand `stories.py` (what should come of it), `jobs.py` (what a user writes), `process.py` (the web
-process and the workers), `own_queue.py` (the queue between them), `crew.py` (starts and ends the processes) and
-`view.py` (the table). With `--backend celery`, `rq` or `trigger` the jobs, the processes and the crew are
-those of `celery_*.py`, `rq_*.py` or `trigger_*.py`.
+Around it stand `stories.py` (what should come of it), `jobs.py` (what a user writes; `work.py` is what the jobs of all
+demos do), `process.py` (the web process and the workers), `own_queue.py` (the queue between them), `crew.py` (starts and
+ends the processes), `result.py` and `view.py` (the end, and the table in it) and `postgres.py` (a server of the demo's
+own). With `--backend celery`, `rq` or `trigger` the jobs, the processes and the crew are those of `celery_*.py`, `rq_*.py`
+or `trigger_*.py`.
 """
 
 from __future__ import annotations
