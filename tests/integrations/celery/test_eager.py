@@ -52,10 +52,12 @@ def test_an_error_that_celery_knows_is_kept_as_far_as_the_setting_says(
 ) -> None:
     monkeypatch.setenv("OTELEXEC_MAX_ERROR_CHARS", "64")
 
+    register: Any = app.task
+
     def slow() -> None:
         raise SoftTimeLimitExceeded("x" * 100)
 
-    assert app.task(name="slow")(slow).apply().state == "FAILURE"
+    assert register(name="slow")(slow).apply().state == "FAILURE"
     [attempt] = records.one().attempts
     assert (attempt.state, len(attempt.error_message or "")) == ("timed_out", 64)
 
