@@ -18,7 +18,7 @@ from opentelemetry.sdk.trace import ReadableSpan
 from otelexec import otlp, semconv
 from otelexec.endings import describe, is_interrupted, raised_by_signal_handler
 from otelexec.spans import lost_members
-from otelexec.store.rows import CANCELLED, FAILED, LOST, PAUSED, REJECTED, TIMED_OUT, Frozen, Outcome
+from otelexec.store.rows import CANCELLED, FAILED, LOST, PAUSED, REJECTED, SPOOL, TIMED_OUT, Frozen, Outcome
 from otelexec.store.writes import CloseAttempt, OpenAttempt, RecordObserved, Write
 
 if TYPE_CHECKING:
@@ -204,8 +204,11 @@ def for_spool(runtime: Runtime, execution: RunningExecution | None, write: Write
         return replace(write, repeated=True)
     if isinstance(write, CloseAttempt):
         attempt = replace(write.attempt, repeated=True)
-        outcome = replace(write.frozen.outcome, finalized_by="spool")
         seen = None if execution is None else observed(runtime, execution, write.frozen)
-        # What the process knew when it wrote this decides: a cancellation asked for later came too late.
-        return replace(write, attempt=attempt, frozen=Frozen(outcome, write.frozen.request), if_cancelled=None, observed=seen)
+        cancelled = None if write.if_cancelled is None else _spooled(write.if_cancelled)
+        return replace(write, attempt=attempt, frozen=_spooled(write.frozen), if_cancelled=cancelled, observed=seen)
     return write
+
+
+def _spooled(frozen: Frozen) -> Frozen:
+    return Frozen(replace(frozen.outcome, finalized_by=SPOOL), frozen.request)

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from otelexec.store import run_admission
 from otelexec.store.outbox_statements import add_row
-from otelexec.store.rows import CANCELLED, ENDED_STATES, LOST, PAUSED, RETRYING, RUNNING, SUCCEEDED, Cancellation, Outcome
+from otelexec.store.rows import CANCELLED, ENDED_STATES, LOST, PAUSED, RETRYING, RUNNING, SPOOL, SUCCEEDED, Cancellation, Outcome
 from otelexec.store.schema import Transaction
 from otelexec.store.span_statements import add_spans, columns_of, record_open
 from otelexec.store.writes import (
@@ -167,8 +167,11 @@ def close_attempt(tx: Transaction, write: CloseAttempt) -> Closed:
     execution_id, token = write.attempt.execution.execution_id, write.attempt.token
     frozen = write.frozen
     _lock(tx, execution_id)
-    if write.if_cancelled is not None and _cancellation(tx, execution_id) is not None:
-        frozen = write.if_cancelled
+    if write.if_cancelled is not None:
+        wish = _cancellation(tx, execution_id)
+        # What waited in the spool may be taken in long after the end, and after wishes that came too late for it.
+        if wish is not None and (frozen.outcome.finalized_by != SPOOL or wish.requested_unix_ns <= frozen.outcome.ended_unix_ns):
+            frozen = write.if_cancelled
     outcome = frozen.outcome
     parameters = (*_closing_values(outcome), write.nonce, execution_id, token)
     row = tx.execute(_CLOSE_ATTEMPT, parameters).fetchone()

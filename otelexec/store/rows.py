@@ -25,6 +25,9 @@ RETRYING = "retrying"
 ENDED_STATES = frozenset({SUCCEEDED, FAILED, TIMED_OUT, CANCELLED, REJECTED, LOST})
 """Execution states with an end time; `paused` and `retrying` go on."""
 
+SPOOL = "spool"
+"""The path that closed an attempt whose close waited in the spool."""
+
 
 @dataclass(frozen=True, slots=True)
 class ProcessRow:

@@ -155,6 +155,7 @@ class Spool:
         self._process = process
         self._lock = threading.RLock()
         self._own: list[Path] = []
+        self._sealed = False
         self._said: set[Path] = set()
         self.left: dict[str, tuple[int, int]] = {}
 
@@ -179,6 +180,8 @@ class Spool:
         with self._lock, self._segment() as descriptor:
             start = os.fstat(descriptor).st_size
             data = line if start else _frame(encode(writes.Heartbeat(self._process()))) + line
+            # A segment is as old as its last line, and a wish must be in before another process's end that it is about.
+            self._sealed = isinstance(write, writes.RequestCancel)
             try:
                 _write_all(descriptor, data)
                 if durable:
@@ -193,7 +196,7 @@ class Spool:
         """Give a segment of this process under its lock; the newest one, unless it is full or being taken in."""
         fresh = False
         while True:
-            new = fresh or not self._own or not self._own[-1].exists()
+            new = fresh or self._sealed or not self._own or not self._own[-1].exists()
             if new:
                 # A name that was never used: how far a segment was taken in is remembered by name.
                 path = self.folder / f"{uuid.uuid4().hex}{SUFFIX}"

@@ -133,7 +133,8 @@ class CloseAttempt:
         attempt: The open row.
         number: What `Opened` said; None when it never got an answer.
         frozen: Outcome and span as they are if nobody asked to cancel, or if it makes no difference.
-        if_cancelled: The same if a cancellation stands in the store, where that changes the outcome; else None.
+        if_cancelled: The same if a cancellation stands in the store, where that changes the outcome; else None. To a close from the
+            spool one counts that was asked for before the attempt ended.
         nonce: Names this very close, so that a repeated commit is not taken for another's.
         spans: Child spans that go with it, whoever wins.
         observed: What to record if the attempt has been called lost; None when the caller sees to it.

@@ -16,6 +16,7 @@ from otelexec.store.rows import (
     REJECTED,
     RETRYING,
     RUNNING,
+    SPOOL,
     SUCCEEDED,
     TIMED_OUT,
     Cancellation,
@@ -206,6 +207,15 @@ class AttemptContract:
         other = opening("t2", "e2")
         opened(store, other)
         assert closed(store, closing(other, SUCCEEDED, if_asked=True)).state == SUCCEEDED
+
+    def test_to_a_close_from_the_spool_a_cancellation_counts_that_was_asked_for_before_the_end(self, store: Store) -> None:
+        for execution_id, asked, state in (("early", 7, CANCELLED), ("late", 11, FAILED)):
+            row = opening(f"t {execution_id}", execution_id)
+            opened(store, row)
+            write(store, RequestCancel(execution_id, Cancellation(asked, None)))
+            close = closing(row, FAILED, if_asked=True)
+            close.frozen.outcome.finalized_by = SPOOL
+            assert closed(store, close).state == record(store, execution_id).state == state
 
     def test_a_wish_to_cancel_waits_for_the_attempt_and_only_grows_stronger(self, store: Store) -> None:
         assert write(store, RequestCancel("e", Cancellation(7, None))) == [None]

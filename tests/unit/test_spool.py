@@ -20,11 +20,11 @@ import otelexec
 from otelexec import runtime
 from otelexec.reconcile import Reconciler
 from otelexec.store import spool
-from otelexec.store.rows import ProcessRow
+from otelexec.store.rows import SPOOL, Cancellation, ProcessRow
 from otelexec.store.spool import Spool
 from otelexec.store.sqlite import SqliteStore
 from otelexec.store.upkeep import ForgetNonces
-from otelexec.store.writes import AddSpans, Heartbeat, NameMessage, ReadContributions, Write
+from otelexec.store.writes import AddSpans, Heartbeat, NameMessage, ReadContributions, RequestCancel, Write
 from otelexec.testing import rows
 from tests.records import Records, until
 
@@ -92,6 +92,26 @@ def test_what_only_a_newer_version_can_read_waits_for_it_and_so_does_all_behind_
     outbox = rows.outbox(store)
     assert (outbox[0], outbox[2:4]) == (b"before", [b"succeeded t", b"behind"])
     assert rows.record(store, "own").state == "lost"
+    store.close()
+
+
+def test_a_wish_is_taken_in_before_an_end_that_came_after_it_in_another_process(tmp_path: Path) -> None:
+    """Also where the process that wrote the wish goes on writing."""
+    store = SqliteStore(tmp_path / "store.db")
+    attempt = rows.opening()
+    rows.write(store, attempt)
+    parent, child = (Spool(tmp_path / "spool", lambda: rows.process("r")) for _ in range(2))
+    close = rows.closing(attempt, "failed", if_asked=True)
+    close.frozen.outcome.finalized_by = SPOOL
+    appended = (parent, RequestCancel("e", Cancellation(5, terminate=True))), (child, close), (parent, AddSpans(b"later", 1))
+    for second, (own, write) in enumerate(appended):
+        before = {path: path.read_bytes() for path in own.segments()}
+        own.append(write, durable=False)
+        [changed] = [path for path in own.segments() if path.read_bytes() != before.get(path)]
+        os.utime(changed, (second, second))  # however coarse the file system's times are
+    Reconciler(store, child).run_once()
+    assert rows.record(store).state == "cancelled"
+    assert rows.outbox(store) == [b"cancelled t", b"later"]
     store.close()
 
 

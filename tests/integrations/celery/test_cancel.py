@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 
+import psutil
 import pytest
 from celery.exceptions import TaskRevokedError
 
 import otelexec
 from tests.integrations.celery.conftest import Fresh
 from tests.integrations.celery.stage import Stage
+from tests.integrations.stage import each_open
+from tests.records import until
 
 TERMINATED_SECONDS = 20.0
 RESULT_SECONDS = 20.0
@@ -60,6 +65,27 @@ def test_with_terminate_the_worker_stops_it_as_revoke_does(common: Stage, task: 
     with pytest.raises(TaskRevokedError):
         result.get(timeout=RESULT_SECONDS)
     assert common.runs(mark) == 1
+
+
+def test_a_task_that_is_terminated_while_the_store_is_away_is_cancelled(fresh: Fresh) -> None:
+    """The main process knows that somebody asked, and the child how it ended: both stand in the spool."""
+    stage = fresh()
+    worker = stage.worker(
+        "away", "prefork", 2, environment={"OTELEXEC_OPEN_TIMEOUT_SECONDS": "0.2", "OTELEXEC_FINALIZE_TIMEOUT_SECONDS": "0.5"}
+    )
+    mark, after = stage.mark(), stage.mark()
+    result = stage.task("sleep").delay(60, mark)
+    child = stage.wait_for_run(mark)
+    until(lambda: len(list(each_open(stage))) == 1)
+    with closing(sqlite3.connect(stage.path, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        result.revoke(terminate=True)
+        until(lambda: not psutil.pid_exists(child))
+        stage.task("sleep").delay(0, after)
+        stage.wait_for_run(after)  # so that the main process has written more by then
+    seen = stage.ended(result.id, "cancelled")
+    assert (seen.record.state, seen.attempt.classification, seen.attempt.finalized_by) == ("cancelled", None, "spool")
+    assert worker.stop() == 0
 
 
 def test_a_task_that_has_succeeded_stays_so(common: Stage) -> None:
