@@ -103,7 +103,11 @@ def test_a_wish_is_taken_in_before_an_end_that_came_after_it_in_another_process(
     parent, child = (Spool(tmp_path / "spool", lambda: rows.process("r")) for _ in range(2))
     close = rows.closing(attempt, "failed", if_asked=True)
     close.frozen.outcome.finalized_by = SPOOL
-    appended = (parent, RequestCancel("e", Cancellation(5, terminate=True))), (child, close), (parent, AddSpans(b"later", 1))
+    appended: tuple[tuple[Spool, Write], ...] = (
+        (parent, RequestCancel("e", Cancellation(5, terminate=True))),
+        (child, close),
+        (parent, AddSpans(b"later", 1)),
+    )
     for second, (own, write) in enumerate(appended):
         before = {path: path.read_bytes() for path in own.segments()}
         own.append(write, durable=False)
