@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import functools
+import inspect
 import threading
 import time
 import types
@@ -30,7 +31,7 @@ async def test_a_coroutine_is_recorded_before_its_await_returns(records: Records
         assert otelexec.current_execution().id is not None
         return value
 
-    assert asyncio.iscoroutinefunction(run)
+    assert inspect.iscoroutinefunction(run)
     assert await run(3) == 3
     assert records.query("SELECT state FROM attempt") == [("succeeded",)]
     assert not otelexec.current_execution()
