@@ -12,6 +12,7 @@ import contextlib
 import functools
 import logging
 import os
+import pickle
 import sys
 import threading
 import time
@@ -320,7 +321,7 @@ def _make(settings: Settings | None, provider: TracerProvider | None) -> Runtime
         if settings is None:
             if _current is not None:
                 return _current
-            settings, provider = _template or (_settings.load(), None)
+            settings, provider = _template or (_handed_down() or _settings.load(), None)
         before, _current = _current, None
         if before is not None:
             before.shutdown()
@@ -359,7 +360,26 @@ def configure(
     given: object = tracer_provider
     if given is not None and not isinstance(given, trace.TracerProvider):
         raise SettingsError(f"tracer_provider: must be a TracerProvider of OpenTelemetry, not {type(given).__name__}")
-    _make(_settings.load(service_name=service_name, store=store, otlp_endpoint=otlp_endpoint, **settings), tracer_provider)
+    chosen = _settings.load(service_name=service_name, store=store, otlp_endpoint=otlp_endpoint, **settings)
+    _make(chosen, tracer_provider)
+    _hand_down(chosen)
+
+
+def _hand_down(settings: Settings) -> None:
+    """Let children of `multiprocessing` that start afresh, as they do by default from Python 3.14 on, have what forked ones inherit."""
+    from multiprocessing import process
+
+    current: Any = process.current_process()
+    current._config["otelexec"] = pickle.dumps(settings)  # noqa: SLF001 (what all descendants get, on every start method; no public way)
+
+
+def _handed_down() -> Settings | None:
+    """Give the settings that an ancestor of this child of `multiprocessing` was configured with."""
+    process: Any = sys.modules.get("multiprocessing.process")
+    if process is None or process.parent_process() is None:
+        return None
+    data = process.current_process()._config.get("otelexec")  # noqa: SLF001 (as above)
+    return None if data is None else pickle.loads(data)  # noqa: S301 (ours, from the parent)
 
 
 def settings() -> Settings:

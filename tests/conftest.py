@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import hypothesis
 import pytest
@@ -73,6 +74,8 @@ def _forget() -> None:
     """End the runtime and make the process as it was before the first import: no settings, no global provider."""
     runtime.shutdown()
     runtime._template = None
+    current: Any = multiprocessing.current_process()
+    current._config.pop("otelexec", None)
     _warned.clear()
     # As opentelemetry-test-utils does it: there is no public way to take a global provider back.
     trace._TRACER_PROVIDER_SET_ONCE = Once()

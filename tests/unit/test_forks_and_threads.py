@@ -353,6 +353,50 @@ def test_what_a_multiprocessing_worker_has_in_memory_is_written_when_it_ends(rec
     )
 
 
+@pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
+def test_a_multiprocessing_worker_has_the_settings_of_its_parent(records: Records, tmp_path: Path, method: str) -> None:
+    """A forked one inherits them; the default from Python 3.14 on starts afresh. One that configures itself has its own."""
+    (tmp_path / "work.py").write_text("""
+import multiprocessing
+import sys
+import otelexec
+
+@otelexec.execution("job")
+def job():
+    return otelexec.runtime.settings().max_error_chars
+
+def configured():
+    otelexec.configure(store=sys.argv[2], max_error_chars=88)
+    return job()
+
+def nested():
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(job)
+
+def run(function, queue):
+    queue.put(function())
+
+if __name__ == "__main__":
+    context = multiprocessing.get_context(sys.argv[1])
+    otelexec.configure(store=sys.argv[2], signing_key="secret", max_error_chars=77)
+    found = []
+    for function in (job, configured, nested):
+        queue = context.SimpleQueue()
+        process = context.Process(target=run, args=(function, queue))
+        process.start()
+        found.append(queue.get())
+        process.join()
+        assert process.exitcode == 0
+    print(*found)
+""")
+    command = [sys.executable, str(tmp_path / "work.py"), method, f"sqlite:///{records.path}"]
+    environment = os.environ | {"OTELEXEC_STORE": f"sqlite:///{tmp_path / 'environment.db'}"}
+    done = subprocess.run(command, env=environment, check=False, timeout=100, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "77 88 77\n"), done.stderr
+    assert [(record.name, record.state) for record in records.all()] == 3 * [("job", "succeeded")]
+    assert not (tmp_path / "environment.db").exists()
+
+
 async def test_a_thousand_tasks_leak_no_context_into_the_next_job(records: Records) -> None:
     """Must-hold row 7."""
 
