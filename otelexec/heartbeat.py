@@ -8,6 +8,7 @@ the store is back, closes the attempts of dead workers, and starts the relay.
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import logging
 import queue
 import threading
@@ -85,7 +86,8 @@ class HeartbeatThread:
         self._relay_from = now + RELAY_DELAY_SECONDS
         thread = threading.Thread(target=self._serve, name="otelexec-heartbeat", daemon=True)
         try:
-            thread.start()
+            # Not in the context of whoever needs it first: threads inherit it with `thread_inherit_context`, the default without a GIL.
+            contextvars.Context().run(thread.start)
         except RuntimeError:  # the interpreter is shutting down
             return
         self._thread = thread

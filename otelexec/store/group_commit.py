@@ -14,6 +14,7 @@ can split, and whoever leads next goes on where the one before was stopped.
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import logging
 import threading
 import time
@@ -446,7 +447,7 @@ class GroupCommit:
             if self._committer is None:
                 thread = threading.Thread(target=self._serve, name="otelexec-committer", daemon=True)
                 with contextlib.suppress(RuntimeError):  # the interpreter is shutting down
-                    thread.start()
+                    contextvars.Context().run(thread.start)  # as in the heartbeat
                     self._committer = thread
 
     def _serve(self) -> None:

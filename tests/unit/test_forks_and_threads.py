@@ -397,6 +397,42 @@ if __name__ == "__main__":
     assert not (tmp_path / "environment.db").exists()
 
 
+def test_threads_of_ours_have_no_context_of_whoever_needed_them_first(records: Records) -> None:
+    """From Python 3.14 on threads can inherit it, and do so without a GIL: what they log or query would be of that request for ever."""
+    code = """
+import asyncio
+import threading
+from opentelemetry import context
+import otelexec
+from otelexec.heartbeat import Heartbeat
+from otelexec.store.group_commit import GroupCommit
+
+found, both = {}, threading.Event()
+
+def watched(inner):
+    def serve(self):
+        found[threading.current_thread().name] = dict(context.get_current())
+        if len(found) == 2:
+            both.set()
+        inner(self)
+    return serve
+
+Heartbeat._serve, GroupCommit._serve = watched(Heartbeat._serve), watched(GroupCommit._serve)
+
+@otelexec.execution("job")
+async def job():
+    pass
+
+with otelexec.correlate(source="web"):
+    asyncio.run(job())
+assert both.wait(60)
+assert found == {"otelexec-heartbeat": {}, "otelexec-committer": {}}, found
+"""
+    command = [sys.executable, "-X", "thread_inherit_context=1", "-c", code]
+    done = subprocess.run(command, check=False, timeout=100, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 async def test_a_thousand_tasks_leak_no_context_into_the_next_job(records: Records) -> None:
     """Must-hold row 7."""
 
