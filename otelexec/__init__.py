@@ -5,7 +5,7 @@ from otelexec.decorators import execution, wrap_executor
 from otelexec.endings import Ending, was_finalized
 from otelexec.envelope import Extraction, extract, inject
 from otelexec.errors import CarrierError, CorrelationError, ExecutionCancelled, OtelexecError, SettingsError, StoreError
-from otelexec.execution import Execution, NoExecution, current_execution
+from otelexec.handle import Execution, NoExecution, current_execution
 from otelexec.logs import structlog_processor
 from otelexec.lookup import find_execution
 from otelexec.propagation import extract_env, extract_headers, inject_env, inject_headers

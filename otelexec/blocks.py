@@ -14,7 +14,7 @@ from otelexec import runtime as _runtime
 from otelexec.context import detach
 from otelexec.drivers import AsyncDriver, advance, drop, expect, stoppable
 from otelexec.errors import ExecutionError
-from otelexec.execution import handle_of
+from otelexec.handle import handle_of
 from otelexec.running import RunningExecution
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ from otelexec.blocks import Block
 from otelexec.drivers import call_async, call_either, iterate_async, iterate_sync
 from otelexec.endings import Classifier
 from otelexec.errors import SettingsError
-from otelexec.execution import Execution
+from otelexec.handle import Execution
 from otelexec.lifecycle import Steps, lifecycle
 from otelexec.options import Options
 

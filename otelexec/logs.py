@@ -9,7 +9,7 @@ from typing import Any
 from opentelemetry import trace
 
 from otelexec import semconv
-from otelexec.execution import current_execution
+from otelexec.handle import current_execution
 
 
 def fields() -> dict[str, str]:

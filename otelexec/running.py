@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from otelexec.correlation import Correlation
     from otelexec.endings import Ending
-    from otelexec.execution import Execution
+    from otelexec.handle import Execution
     from otelexec.options import Options
     from otelexec.runtime import Runtime
     from otelexec.store.rows import Cancellation

@@ -26,6 +26,12 @@ def test_all_is_complete() -> None:
     assert imported - {"annotations"} == set(otelexec.__all__)
 
 
+def test_no_module_has_the_name_of_something_public() -> None:
+    """One that is imported later than the package, as with lazy imports (Python 3.15), is put in place of that."""
+    modules = {path.stem for path in Path(otelexec.__file__).parent.iterdir()}
+    assert modules & set(otelexec.__all__) == set()
+
+
 def test_star_import_gives_exactly_that() -> None:
     names: dict[str, Any] = {}
     exec("from otelexec import *", names)

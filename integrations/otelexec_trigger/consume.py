@@ -29,7 +29,7 @@ from otelexec.correlation import with_ids
 from otelexec.drivers import call_async, call_sync
 from otelexec.endings import Classifier, Ending, describe, raised_by_signal_handler
 from otelexec.errors import ExecutionBusy, ExecutionCancelled, OtelexecError
-from otelexec.execution import handle_of
+from otelexec.handle import handle_of
 from otelexec.lifecycle import lifecycle
 from otelexec.options import Options
 from otelexec.propagation import incoming

@@ -28,7 +28,7 @@ import otelexec
 from otelexec import runtime
 from otelexec.endings import describe
 from otelexec.errors import ExecutionError, SettingsError
-from otelexec.execution import NoExecution
+from otelexec.handle import NoExecution
 from otelexec.store.sqlite import SqliteStore
 from tests.records import Records
 from tests.servers import ROOT
