@@ -369,8 +369,8 @@ def _hand_down(settings: Settings) -> None:
     """Let children of `multiprocessing` that start afresh, as they do by default from Python 3.14 on, have what forked ones inherit."""
     from multiprocessing import process
 
-    current: Any = process.current_process()
-    current._config["otelexec"] = pickle.dumps(settings)  # noqa: SLF001 (what all descendants get, on every start method; no public way)
+    # What all descendants get, on every start method; there is no public way. A Python that has it no more is none the worse.
+    vars(process.current_process()).setdefault("_config", {})["otelexec"] = pickle.dumps(settings)
 
 
 def _handed_down() -> Settings | None:
@@ -378,7 +378,7 @@ def _handed_down() -> Settings | None:
     process: Any = sys.modules.get("multiprocessing.process")
     if process is None or process.parent_process() is None:
         return None
-    data = process.current_process()._config.get("otelexec")  # noqa: SLF001 (as above)
+    data = vars(process.current_process()).get("_config", {}).get("otelexec")
     return None if data is None else pickle.loads(data)  # noqa: S301 (ours, from the parent)
 
 
