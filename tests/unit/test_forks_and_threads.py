@@ -404,7 +404,7 @@ import asyncio
 import threading
 from opentelemetry import context
 import otelexec
-from otelexec.heartbeat import Heartbeat
+from otelexec.heartbeat import HeartbeatThread
 from otelexec.store.group_commit import GroupCommit
 
 found, both = {}, threading.Event()
@@ -417,7 +417,7 @@ def watched(inner):
         inner(self)
     return serve
 
-Heartbeat._serve, GroupCommit._serve = watched(Heartbeat._serve), watched(GroupCommit._serve)
+HeartbeatThread._serve, GroupCommit._serve = watched(HeartbeatThread._serve), watched(GroupCommit._serve)
 
 @otelexec.execution("job")
 async def job():
