@@ -35,14 +35,14 @@ class Killing(rq.Worker):
 
     ignored = False
 
-    def request_force_stop(self, *arguments: Any) -> None:
+    def request_force_stop(self, signum: int, frame: Any) -> None:
         """Note the signal."""
-        super().request_force_stop(*arguments)
+        super().request_force_stop(signum, frame)
         self.ignored = True
 
-    def maintain_heartbeats(self, *arguments: Any) -> None:
+    def maintain_heartbeats(self, job: Any, *args: Any, **kwargs: Any) -> None:
         """Kill the horse."""
-        super().maintain_heartbeats(*arguments)
+        super().maintain_heartbeats(job, *args, **kwargs)
         if self.ignored:
             self.kill_horse()
 
