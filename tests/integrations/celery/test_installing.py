@@ -143,7 +143,7 @@ def test_the_links_of_a_chords_body_are_not_asked_for_where_the_store_is_away(
     def commit(*_: Any, **__: Any) -> None:
         raise StoreBusy("locked")
 
-    monkeypatch.setattr(runtime.journal, "commit", commit)
+    monkeypatch.setattr(runtime.journal.group, "commit", commit)
     assert consume._links({carrier.JOINS: "body"}, runtime) == ()
     assert not runtime.journal.spool.filled
 
