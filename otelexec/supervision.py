@@ -50,6 +50,13 @@ How long before a child's death the kernel may have killed it for want of memory
 The kernel counts such kills for the whole machine, so older ones were others'; and a large process takes a while to exit.
 """
 
+GRACE_SECONDS = 1.0
+"""
+How long a child must have been at its work to be stopped.
+
+One whose execution was cancelled in the queue refuses it by itself, and may be at the next work before its parent has heard of that.
+"""
+
 RETRY_SECONDS = 1.0
 """How long a report waits for a store that is away before it is tried again."""
 
@@ -67,6 +74,7 @@ class Delivery:
 
     Attributes:
         pid: The child that runs it; None as long as none does.
+        since: When that began, on the monotonic clock.
         accepted: Whether its attempt was opened here.
         ending: What the parent made of it, such as that it was stopped at a limit; None when it did nothing.
     """
@@ -82,6 +90,7 @@ class Delivery:
         "ending",
         "options",
         "pid",
+        "since",
         "stop_by_default",
         "stopped",
     )
@@ -105,6 +114,7 @@ class Delivery:
         self.stop_by_default = stop_by_default
         self.options = options
         self.pid: int | None = None
+        self.since = 0.0
         self.accepted = False
         self.ending: Ending | None = None
         self.stopped = False
@@ -117,7 +127,7 @@ class Delivery:
         first had opened its attempt and died before it could say so.
         """
         with self._lock:
-            self.pid = pid
+            self.pid, self.since = pid, time.monotonic()
             if not self._may_move:
                 return
             token = run_token(self._token, pid)
@@ -321,7 +331,8 @@ class Supervisor:
 
     def _pass_wishes_on(self) -> None:
         runtime = _runtime.get()
-        running = list(self._running.values())
+        begun = time.monotonic() - GRACE_SECONDS
+        running = [delivery for delivery in list(self._running.values()) if delivery.since <= begun]
         if runtime.store is None or runtime.journal.spooling or not running:
             return
         try:

@@ -20,6 +20,7 @@ from billiard.process import active_children
 from celery import current_app
 from celery.concurrency.prefork import TaskPool as PreforkPool
 from celery.worker import request as celery_request
+from celery.worker import state as worker_state
 from opentelemetry import context as otel_context
 from opentelemetry.context import Context
 
@@ -291,9 +292,14 @@ def wrap_create_request_cls(original: Callable[..., Any]) -> Callable[..., Any]:
 def _terminate(request: Any) -> None:
     """Stop a request as `revoke(terminate=True)` does, in the loop that acknowledges."""
     consumer = MAIN.consumer
+
+    def terminate() -> None:
+        if request in worker_state.active_requests:  # else its child may be at the next one by now
+            logger.info("otelexec.celery.terminate: %s[%s]", request.name, request.id)
+            request.terminate(consumer.pool)
+
     if consumer is not None:
-        logger.info("otelexec.celery.terminate: %s[%s]", request.name, request.id)
-        consumer.call_soon(request.terminate, consumer.pool)
+        consumer.call_soon(terminate)
 
 
 # --- Messages without a request: `celery.worker.consumer.Consumer` ---------------------------------------------------

@@ -33,9 +33,6 @@ logger = logging.getLogger("otelexec.rq")
 STOP_SECONDS: Final = 5.0
 """How long the parent waits at its end for what it has to report."""
 
-GRACE_SECONDS: Final = 1.0
-"""How old a horse must be to be stopped: one whose job was cancelled in the queue refuses it, and tells RQ so."""
-
 OVERDUE_SECONDS: Final = 60
 """How long after its timeout the parent kills a horse: RQ's own, in `monitor_work_horse`."""
 
@@ -67,8 +64,8 @@ class Horse:
         with suppress(ProcessLookupError):  # it has ended
             # Not by the worker's `kill_horse`: it asks for the group of whatever `horse_pid` is by then, and that is this
             # process's own before the horse has left it, and once the horse is done.
-            if os.getpgid(pid) != pid or time.monotonic() - self.started < GRACE_SECONDS:
-                self.delivery.stopped = False  # asked again at the next poll; a wish from before its start it sees itself
+            if os.getpgid(pid) != pid:
+                self.delivery.stopped = False  # asked again at the next poll
                 return
             logger.info("otelexec.rq.stop: job %s", self.job.id)
             self.worker._stopped_job_id = self.job.id  # noqa: SLF001 (as RQ's own command does)

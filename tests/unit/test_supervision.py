@@ -6,6 +6,7 @@ import os
 import sqlite3
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -151,6 +152,22 @@ def test_a_wish_to_terminate_is_passed_on_once(records: Records, supervisor: Sup
     supervisor.ended(work)
     supervisor.stop(10)
     assert stopped == [1]
+    work.close(Ending(CANCELLED), asked=True)
+
+
+def test_a_child_that_has_just_begun_is_not_stopped_by_a_wish_that_it_sees_itself(
+    records: Records, supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It refuses the work, and would be hit in the middle of the next one."""
+    monkeypatch.setenv("OTELEXEC_CANCEL_POLL_SECONDS", "0.05")
+    stopped: list[float] = []
+    work = delivery(stop=lambda: stopped.append(time.monotonic()))
+    otelexec.request_cancel("m1", terminate=True)
+    supervisor.started(os.getpid(), work)
+    begun = time.monotonic()
+    until(lambda: stopped, 10)
+    assert stopped[0] - begun > 0.9
+    supervisor.ended(work)
     work.close(Ending(CANCELLED), asked=True)
 
 
