@@ -96,17 +96,21 @@ def classify(error: BaseException) -> Ending | None:
         error_type, message = _described(error)
         # `revoke(terminate=True, signal="SIGUSR1")` raises it as well, whatever the limit is.
         return Ending(TIMED_OUT, SOFT_LIMIT, error_type, message, error, depends_on_cancellation=True)
-    if isinstance(error, INTERRUPTIONS):
-        return None if is_interrupted(error) else _unasked(error)
+    if isinstance(error, (*INTERRUPTIONS, SystemExit)) and not is_interrupted(error):
+        return _unasked(error)
     return None if isinstance(error, Exception) else _of_greenlets(error)
 
 
 def _unasked(error: BaseException) -> Ending:
-    """Give the ending of what speaks of a cancellation: Celery has none of its own, so where nobody asked for one the task failed."""
+    """
+    Give the ending of an exit, or of what speaks of a cancellation.
+
+    Celery has no cancellation of its own, so where nobody asked for one the task failed. An exit costs it a child, with code 0 as well.
+    """
     error_type, message = _described(error)
     # An execution that was cancelled before it started has no event: nothing was raised in it.
     exception = None if isinstance(error, ExecutionCancelled) else error
-    return Ending(FAILED, None, error_type, message, exception, depends_on_cancellation=True)
+    return Ending(FAILED, None, error_type, message, exception, depends_on_cancellation=not isinstance(error, SystemExit))
 
 
 def after_success(error: BaseException) -> str:

@@ -415,6 +415,7 @@ DEATHS: Mapping[str, tuple[str, tuple[Any, ...], Mapping[str, Any]]] = {
     "killed before the open": ("killed.early", (), {}),
     "core is killed": ("core", ("core is killed",), {}),
     "then is killed": ("core", ("then is killed",), {}),
+    "exit 0": ("leave", (0,), {}),
     "exit 3": ("leave", (3,), {}),
     "hard limit": ("stuck", ("MARK",), {"time_limit": 1}),
     "hard limit, late": ("stuck.late", ("MARK",), {"time_limit": 1}),
@@ -497,8 +498,9 @@ def outer_of(stage: Stage, seen: Seen) -> str | None:
     return None if record is None else record.attempts[0].outer_outcome
 
 
-def test_an_exit_is_one_failed_attempt(common: Stage, deaths: Mapping[str, tuple[Any, str]]) -> None:
-    seen = common.ended(deaths["exit 3"][0].id, seconds=LOST_SECONDS)
+@pytest.mark.parametrize("how", ["exit 0", "exit 3"])
+def test_an_exit_is_one_failed_attempt(common: Stage, deaths: Mapping[str, tuple[Any, str]], how: str) -> None:
+    seen = common.ended(deaths[how][0].id, seconds=LOST_SECONDS)
     assert seen.states == ["failed"]
     assert seen.attempt.error_type == "SystemExit"
 
