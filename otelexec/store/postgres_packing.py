@@ -3,7 +3,8 @@ What every execution writes, packed for one call of a function on the server.
 
 Opens, closes, queued records, spans and markers of a whole group go to the server as a few JSON texts: one statement, one
 round trip, and one pass of the C encoder instead of a statement for each. A write that needs more than its rows as they
-stand (a takeover, a repetition, a cancellation that decides, a second write for the same execution) is not packed.
+stand (a takeover, a repetition, a cancellation that decides) is not packed, and a second write for the same execution not together
+with the first, unless it closes the attempt that this opens.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from __future__ import annotations
 import json
 import re
 from binascii import b2a_base64
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
@@ -59,17 +59,24 @@ def stretches(writes: Sequence[Write]) -> list[tuple[bool, list[int]]]:
     """Give the places of the writes in order, those that can be packed together as one stretch, and whether they can."""
     if len(writes) == 1:
         return [(_is_simple(writes[0]), [0])]
-    # Two writes for one execution keep their order, which a packed group has not.
-    counts = Counter(_subject(write) for write in writes)
     found: list[tuple[bool, list[int]]] = []
+    subjects: dict[str, Write] = {}
     for place, write in enumerate(writes):
-        subject = _subject(write)
-        simple = _is_simple(write) and (subject is None or counts[subject] == 1)
-        if found and simple and found[-1][0]:
+        simple, subject = _is_simple(write), _subject(write)
+        before = None if subject is None else subjects.get(subject)
+        if found and simple and found[-1][0] and (before is None or _closes(before, write)):
             found[-1][1].append(place)
         else:
             found.append((simple, [place]))
+            subjects.clear()
+        if subject is not None:
+            subjects[subject] = write
     return found
+
+
+def _closes(before: Write, write: Write) -> bool:
+    # Two writes for one execution keep their order: in a packed group opens come before closes, whatever theirs is.
+    return isinstance(before, OpenAttempt) and isinstance(write, CloseAttempt) and before.token == write.attempt.token
 
 
 def _is_simple(write: Write) -> bool:

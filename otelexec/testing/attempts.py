@@ -23,7 +23,18 @@ from otelexec.store.rows import (
     Frozen,
     Outcome,
 )
-from otelexec.store.writes import AddSpans, CloseAttempt, Heartbeat, OpenAttempt, RecordProgress, RecordQueued, RefuseQueued, RequestCancel
+from otelexec.store.writes import (
+    AddSpans,
+    CloseAttempt,
+    Closed,
+    Heartbeat,
+    OpenAttempt,
+    Opened,
+    RecordProgress,
+    RecordQueued,
+    RefuseQueued,
+    RequestCancel,
+)
 from otelexec.testing.rows import (
     closed,
     closing,
@@ -360,6 +371,19 @@ class AttemptContract:
         first = opened(store, resumed)
         assert opened(store, changed(resumed, repeated=True)) == first
         assert states(store) == (RUNNING, [PAUSED, RUNNING])
+
+    def test_repeated_opens_and_their_closes_in_one_commit_are_made_once_and_in_their_order(self, store: Store) -> None:
+        """As the spool gives them back."""
+        failed, again, other, bare = (changed(opening(token, token[0]), repeated=True) for token in ("a1", "a2", "b", "c"))
+        opened(store, opening("b", "b"))  # this one had got through
+        whole = (failed, other, closing(failed, FAILED), closing(other), again, failed, closing(again), closing(bare), bare)
+        for _ in range(2):
+            answers = write(store, *whole)
+            assert [answer.number for answer in answers if isinstance(answer, Opened | Closed)] == [1, 1, 1, 1, 2, 1, 2, 1, 1]
+            assert states(store, "a") == (SUCCEEDED, [FAILED, SUCCEEDED])
+            assert states(store, "b") == (SUCCEEDED, [SUCCEEDED])
+            assert states(store, "c") == (SUCCEEDED, [SUCCEEDED])
+            assert sorted(outbox(store)) == [b"failed a1", b"succeeded a2", b"succeeded b", b"succeeded c"]
 
     def test_a_refused_message_is_rejected_unless_it_got_further(self, store: Store) -> None:
         outcome = Outcome(REJECTED, 5, "publisher", error_type="full", error_message="queue is full")

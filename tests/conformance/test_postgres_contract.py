@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import psycopg
 import pytest
 
 from otelexec.store.base import Store
 from otelexec.store.postgres import PostgresStore
+from otelexec.store.postgres_pool import Session
 from otelexec.store.runs import ForgetRuns
+from otelexec.store.writes import Ingested
 from otelexec.testing import StoreContract
 from otelexec.testing.model import check_against_model
 from otelexec.testing.rows import OpenStore, closing, opened, opening, pruned, write
@@ -74,6 +79,22 @@ class TestPostgresStore(StoreContract):
             pruning.commit()
             assert opening_it.result(30).number == 1
         assert lanes(store) == ["lane"]
+
+    def test_what_comes_back_from_the_spool_is_a_few_round_trips(self, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+        """At some milliseconds each, a process with more to write than went in so would never have left the spool."""
+        write(store)
+        trips, wait = Counter[str](), Session.wait
+
+        def counted(*arguments: Any, **keywords: Any) -> Any:
+            trips["wait"] += 1
+            return wait(*arguments, **keywords)
+
+        rows = [replace(opening(f"t{number}", f"e{number}"), repeated=True) for number in range(200)]
+        with monkeypatch.context() as patch:
+            patch.setattr(Session, "wait", counted)
+            write(store, *(each for row in rows for each in (row, closing(row))), Ingested("segment", 1))
+        assert trips["wait"] < 10
+        assert [found.state for found in store.executions(limit=300)] == 200 * ["succeeded"]
 
 
 class TestDebiansServer(TestPostgresStore):

@@ -15,7 +15,7 @@ from otelexec.store.postgres_packing import Packed, stretches
 from otelexec.store.postgres_pool import Place
 from otelexec.store.postgres_tail import MAX_KEPT, Tail
 from otelexec.store.rows import Frozen, Outcome
-from otelexec.store.writes import AddSpans, CloseAttempt, OpenAttempt, RecordQueued, Write
+from otelexec.store.writes import AddSpans, CloseAttempt, OpenAttempt, RecordQueued
 from otelexec.testing.rows import closing, execution, opening, span
 
 
@@ -81,9 +81,14 @@ def test_a_database_that_the_url_leaves_to_libpq_has_a_spool_of_its_own_too(monk
     assert key("postgresql://a@/jobs", PGHOST="one") != key("postgresql://a@/jobs", PGHOST="two")
 
 
-def test_writes_for_one_execution_keep_their_order_outside_the_packed_ones() -> None:
-    writes: list[Write] = [opening("a", "one"), opening("b", "two"), closing(opening("a", "one")), AddSpans(b"x", 1)]
-    assert stretches(writes) == [(False, [0]), (True, [1]), (False, [2]), (True, [3])]
+def test_writes_for_one_execution_keep_their_order() -> None:
+    first, second = opening("a", "one"), opening("b", "one")
+    assert stretches([first, opening("c", "two"), closing(first), AddSpans(b"x", 1)]) == [(True, [0, 1, 2, 3])]
+    assert stretches([first, closing(first), second, closing(second)]) == [(True, [0, 1]), (True, [2, 3])]
+    assert stretches([closing(first), first]) == [(True, [0]), (True, [1])]
+    assert stretches([first, closing(second)]) == [(True, [0]), (True, [1])]
+    assert stretches([first, AddSpans(b"x", 1, execution_id="one"), closing(first)]) == [(True, [0]), (True, [1]), (True, [2])]
+    assert stretches([first, opening("c", "two", takes_over=True), closing(first)]) == [(True, [0]), (False, [1]), (True, [2])]
     assert stretches([opening(takes_over=True)]) == [(False, [0])]
     assert stretches([opening("a", "one"), opening("b", "two")]) == [(True, [0, 1])]
 
