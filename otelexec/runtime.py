@@ -12,7 +12,6 @@ import contextlib
 import functools
 import logging
 import os
-import pickle
 import sys
 import threading
 import time
@@ -321,7 +320,7 @@ def _make(settings: Settings | None, provider: TracerProvider | None) -> Runtime
         if settings is None:
             if _current is not None:
                 return _current
-            settings, provider = _template or (_handed_down() or _settings.load(), None)
+            settings, provider = _template or (_settings.handed_down() or _settings.load(), None)
         before, _current = _current, None
         if before is not None:
             before.shutdown()
@@ -362,24 +361,7 @@ def configure(
         raise SettingsError(f"tracer_provider: must be a TracerProvider of OpenTelemetry, not {type(given).__name__}")
     chosen = _settings.load(service_name=service_name, store=store, otlp_endpoint=otlp_endpoint, **settings)
     _make(chosen, tracer_provider)
-    _hand_down(chosen)
-
-
-def _hand_down(settings: Settings) -> None:
-    """Let children of `multiprocessing` that start afresh, as they do by default from Python 3.14 on, have what forked ones inherit."""
-    from multiprocessing import process
-
-    # What all descendants get, on every start method; there is no public way. A Python that has it no more is none the worse.
-    vars(process.current_process()).setdefault("_config", {})["otelexec"] = pickle.dumps(settings)
-
-
-def _handed_down() -> Settings | None:
-    """Give the settings that an ancestor of this child of `multiprocessing` was configured with."""
-    process: Any = sys.modules.get("multiprocessing.process")
-    if process is None or process.parent_process() is None:
-        return None
-    data = vars(process.current_process()).get("_config", {}).get("otelexec")
-    return None if data is None else pickle.loads(data)  # noqa: S301 (ours, from the parent)
+    _settings.hand_down(chosen)
 
 
 def settings() -> Settings:

@@ -6,7 +6,9 @@ import errno
 import functools
 import logging
 import os
+import pickle
 import stat
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, TypedDict
@@ -317,3 +319,20 @@ def load(**arguments: Any) -> Settings:
         where = name if name in arguments else f"OTELEXEC_{name.upper()}"
         message = str(first["msg"]).removeprefix("Value error, ")
         raise SettingsError(f"{where}: {message}") from None
+
+
+def hand_down(settings: Settings) -> None:
+    """Let children of `multiprocessing` that start afresh, as they do by default from Python 3.14 on, have what forked ones inherit."""
+    from multiprocessing import process
+
+    # What all descendants get, on every start method; there is no public way. A Python that has it no more is none the worse.
+    vars(process.current_process()).setdefault("_config", {})["otelexec"] = pickle.dumps(settings)
+
+
+def handed_down() -> Settings | None:
+    """Give the settings that an ancestor of this child of `multiprocessing` was configured with."""
+    process: Any = sys.modules.get("multiprocessing.process")
+    if process is None or process.parent_process() is None:
+        return None
+    data = vars(process.current_process()).get("_config", {}).get("otelexec")
+    return None if data is None else pickle.loads(data)  # noqa: S301 (ours, from the parent)
