@@ -29,16 +29,16 @@ from otelexec.errors import StoreBusy, StoreError, StoreRejected, StoreUnavailab
 from otelexec.settings import state_home
 from otelexec.store import postgres_schema, sql
 from otelexec.store.base import Receipt
-from otelexec.store.outbox_statements import chunks
 from otelexec.store.postgres_errors import ERRORS, GONE, MOVED, REPEATABLE, ServerChanged, first_line, is_closed, is_refusal
 from otelexec.store.postgres_packing import Packed, stretches, without_nul
 from otelexec.store.postgres_pool import Place, Pool, Session
+from otelexec.store.postgres_repeats import doubtful, looked_up
 from otelexec.store.postgres_schema import NOW, SCHEMA, SERVER_CHANGED, STARTED
 from otelexec.store.postgres_tail import Tail
 from otelexec.store.reading import SqlReader
 from otelexec.store.schema import Cursor, Transaction
 from otelexec.store.upkeep import ClaimOutbox
-from otelexec.store.writes import CloseAttempt, Heartbeat, OpenAttempt, Write
+from otelexec.store.writes import Heartbeat, OpenAttempt, Write
 
 logger = logging.getLogger("otelexec.store")
 
@@ -232,11 +232,9 @@ class PostgresStore(SqlReader):
             raise StoreBusy(f"{self.url}: another thread writes again what the server has lost")
         try:
             server, writes = self._server, self._tail.writes()
-            with self._transaction(session, durable=True) as tx:
-                for write in (*self.announce(), *writes):
-                    self._apart(tx, write)
+            self._announced = False
+            self._commit(session, writes, durable=True)
             self._restored = server
-            self._announced = True
             if writes:
                 logger.warning("otelexec.store.restored: %s was started anew; %d recent writes were made again", self.url, len(writes))
         finally:
@@ -257,8 +255,8 @@ class PostgresStore(SqlReader):
     def _together(self, session: Session, writes: Sequence[Write], *, durable: bool) -> list[object]:
         """Commit the writes in order, packed where they can be; one packed stretch alone is a transaction by itself."""
         results: list[object] = [None] * len(writes)
-        doubtful = len(writes) > 1 and any(isinstance(write, OpenAttempt) and write.repeated for write in writes)
-        pending = [] if doubtful else stretches(writes)
+        in_doubt = len(writes) > 1 and bool(doubtful(writes))
+        pending = [] if in_doubt else stretches(writes)
         if self._announced and len(pending) == 1 and pending[0][0]:
             left = self._call(session, Packed(writes, pending[0][1]), results, durable=durable)
             if not left:
@@ -268,9 +266,11 @@ class PostgresStore(SqlReader):
             if not self._announced:
                 for write in self.announce():
                     sql.apply(tx, write)
-            if doubtful:
-                writes = _looked_up(tx, writes)
-                pending = stretches(writes)
+            if in_doubt:
+                writes, known = looked_up(tx, writes)
+                for place, result in known.items():
+                    results[place] = result
+                pending = stretches(writes, but=known)
             for can_be_packed, places in pending:
                 left = self._call(session, Packed(writes, places), results, durable=durable) if can_be_packed else places
                 for place in left:
@@ -402,28 +402,6 @@ class PostgresStore(SqlReader):
     def close(self) -> None:
         """Close every session; the store may be used again."""
         self._pool.close()
-
-
-def _looked_up(tx: _Transaction, writes: Sequence[Write]) -> list[Write]:
-    """
-    Find out in one question which repeated opens never got through, and give them as first tries, which can be packed.
-
-    What comes back from the spool is full of them.
-    """
-    repeated = {write.execution.execution_id for write in writes if isinstance(write, OpenAttempt) and write.repeated}
-    there: set[tuple[str, str]] = set()
-    for among, ids in chunks(tx, list(repeated)):
-        there.update(map(tuple, tx.execute(f"SELECT execution_id, token FROM attempt WHERE execution_id {among}", ids).fetchall()))
-    found: list[Write] = []
-    for write in writes:
-        attempt = write.attempt if isinstance(write, CloseAttempt) else write
-        if isinstance(attempt, OpenAttempt):
-            key = attempt.execution.execution_id, attempt.token
-            found.append(replace(attempt, repeated=False) if write is attempt and key not in there else write)
-            there.add(key)  # a close makes a row that is missing, too
-        else:
-            found.append(write)
-    return found
 
 
 def _needs_fsync(write: Write) -> bool:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import re
 from binascii import b2a_base64
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from typing import Any, Final
 
 from otelexec.store.attempt_statements import execution_end
@@ -55,13 +55,15 @@ def without_nul(value: Any) -> Any:
     return value.replace("\0", _INSTEAD_OF_NUL) if isinstance(value, str) and "\0" in value else value
 
 
-def stretches(writes: Sequence[Write]) -> list[tuple[bool, list[int]]]:
-    """Give the places of the writes in order, those that can be packed together as one stretch, and whether they can."""
+def stretches(writes: Sequence[Write], *, but: Container[int] = ()) -> list[tuple[bool, list[int]]]:
+    """Give the places of the writes in order, but for some, those that can be packed together as one stretch, and whether they can."""
     if len(writes) == 1:
         return [(_is_simple(writes[0]), [0])]
     found: list[tuple[bool, list[int]]] = []
     subjects: dict[str, Write] = {}
     for place, write in enumerate(writes):
+        if place in but:
+            continue
         simple, subject = _is_simple(write), _subject(write)
         before = None if subject is None else subjects.get(subject)
         if found and simple and found[-1][0] and (before is None or _closes(before, write)):

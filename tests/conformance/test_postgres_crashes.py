@@ -9,6 +9,7 @@ import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import psycopg
 import pytest
@@ -16,7 +17,9 @@ import pytest
 import otelexec
 from otelexec import cli
 from otelexec.receiver import OtlpReceiver
-from otelexec.testing.rows import opening
+from otelexec.store.postgres_pool import Session
+from otelexec.store.writes import RecordQueued
+from otelexec.testing.rows import execution, opening, span
 from tests import stores
 from tests.postgres_servers import Server, at, running_server
 from tests.records import Records, until
@@ -48,6 +51,33 @@ def test_an_exclusive_attempt_outlives_a_crash_of_the_server_at_once(own: Server
     own.kill9()
     own.start()
     until(lambda: stores.rows_or_none(url, "SELECT state FROM attempt") == [("running",)], HOME_SECONDS)
+    store.close()
+
+
+def test_what_a_busy_process_wrote_last_comes_back_in_a_few_round_trips(own: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At some milliseconds each they took longer than a commit may, so that the process never got back to its server."""
+    url = own.new_database()
+    store = stores.opened(url)
+    store.commit([], durable=True, timeout_seconds=HOME_SECONDS)
+    names = [f"e{number}" for number in range(600)]
+    queued = [RecordQueued(execution(name), span(f"queued {name}"), "p", 1) for name in names]
+    opens = [opening(f"t {name}", name) for name in names[:100]]
+    for some in (queued[:300], queued[300:], opens):
+        store.commit(some, durable=False, timeout_seconds=HOME_SECONDS)
+    own.kill9()
+    own.start()
+    trips, wait = Counter[str](), Session.wait
+
+    def counted(*arguments: Any, **keywords: Any) -> Any:
+        trips["wait"] += 1
+        return wait(*arguments, **keywords)
+
+    monkeypatch.setattr(Session, "wait", counted)
+    store.commit([], durable=True, timeout_seconds=HOME_SECONDS)
+    assert trips["wait"] < 40  # a connection and its greeting among them
+    found = {record.execution_id: record.state for record in store.executions(limit=700)}
+    assert found == {name: "running" if number < 100 else "queued" for number, name in enumerate(names)}
+    assert len(stores.rows(url, "SELECT span_id FROM open_span")) == 600
     store.close()
 
 
