@@ -19,11 +19,10 @@ from otelexec.store.writes import CloseAttempt, OpenAttempt, Opened, RecordQueue
 _Made: TypeAlias = tuple[str, str | None]
 """What a write makes: an execution's attempt, by its token, or its queued record, by the id of the PRODUCER span."""
 
-_OPENS = """
-    SELECT a.execution_id, a.token, a.attempt, a.duplicate, e.snapshot, c.requested_unix_ns, c.terminate
-    FROM attempt a JOIN execution e ON e.execution_id = a.execution_id LEFT JOIN cancellation c ON c.execution_id = a.execution_id
-    WHERE a.execution_id """
-_QUEUED = "SELECT execution_id, producer_span_id FROM execution WHERE producer_span_id IS NOT NULL AND execution_id "
+# One table each: without statistics, a join goes through one of them from end to end.
+_EXECUTIONS = "SELECT execution_id, producer_span_id, snapshot FROM execution WHERE execution_id "
+_ATTEMPTS = "SELECT execution_id, token, attempt, duplicate FROM attempt WHERE execution_id "
+_CANCELLATIONS = "SELECT execution_id, requested_unix_ns, terminate FROM cancellation WHERE execution_id "
 
 
 def doubtful(writes: Sequence[Write]) -> list[OpenAttempt | RecordQueued]:
@@ -78,8 +77,17 @@ def _what(write: Write) -> _Made | None:
 def _made_before(tx: Transaction, writes: Sequence[OpenAttempt | RecordQueued]) -> dict[_Made, object]:
     found: dict[_Made, object] = {}
     for among, ids in chunks(tx, list({write.execution.execution_id for write in writes})):
-        for execution_id, token, number, duplicate, snapshot, requested, terminate in tx.execute(_OPENS + among, ids).fetchall():
-            wish = None if requested is None else Cancellation(requested, None if terminate is None else bool(terminate))
-            found[execution_id, token] = Opened(number, bool(duplicate), wish, snapshot)
-        found.update(dict.fromkeys(tx.execute(_QUEUED + among, ids).fetchall()))
+        snapshots: dict[str, str | None] = {}
+        for execution_id, producer_span_id, snapshot in tx.execute(_EXECUTIONS + among, ids).fetchall():
+            snapshots[execution_id] = snapshot
+            if producer_span_id is not None:
+                found[execution_id, producer_span_id] = None
+        if not snapshots:
+            continue
+        wishes = {
+            execution_id: Cancellation(requested, None if terminate is None else bool(terminate))
+            for execution_id, requested, terminate in tx.execute(_CANCELLATIONS + among, ids).fetchall()
+        }
+        for execution_id, token, number, duplicate in tx.execute(_ATTEMPTS + among, ids).fetchall():
+            found[execution_id, token] = Opened(number, bool(duplicate), wishes.get(execution_id), snapshots.get(execution_id))
     return found

@@ -7,6 +7,7 @@ The plans are those of the very statements that the store runs, also inside its 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Final
 
 import pytest
@@ -132,6 +133,13 @@ def _groups(store: Store) -> None:
     write(store, *(_spans(f"xg{number}", f"group{number}") for number in range(32)))
 
 
+def _spooled(store: Store) -> None:
+    opens = [replace(opening(f"s{number}", f"xs{number}", process_id="p1"), repeated=True) for number in range(32)]
+    queued = [RecordQueued(execution(f"xt{number}"), span(f"u{number}"), "p1", 5, repeated=True) for number in range(32)]
+    write(store, *opens[:16], *queued[:16])
+    write(store, *opens, *queued, *map(closing, opens))
+
+
 def _relay(store: Store) -> None:
     (claimed,) = write(store, ClaimOutbox("relay", 60.0, max_rows=100))
     assert isinstance(claimed, list)
@@ -148,6 +156,7 @@ WRITINGS: Final[dict[str, Work]] = {
     "one by one": _lone_writes,
     "a takeover": _takeover,
     "in groups": _groups,
+    "from the spool": _spooled,
     "a relay's": _relay,
     "a heartbeat": lambda store: write(store, Heartbeat(process("p1"))),
     "a step of prune": lambda store: write(store, *(Prune(EPOCH_NS + ROWS // 4 * 1_000_000, table, limit=100) for table in TABLES)),
