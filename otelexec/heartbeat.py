@@ -57,6 +57,7 @@ class HeartbeatThread:
         self._stopping = False
         self._next_beat = 0.0
         self._next_look = 0.0
+        self._away_since: float | None = None
         self._next_loose = 0.0
         self._next_reconcile = 0.0
         self._relay_from = 0.0
@@ -184,19 +185,25 @@ class HeartbeatThread:
         beat = now >= self._next_beat
         if beat:  # at once: a store that can't be read must not be asked without a pause
             self._next_beat = now + runtime.settings.heartbeat
-            away = away or not self._beat()
+            away = away or not self._beat(now)
         self._look_after_executions(now, all_children=beat, away=away)
 
-    def _beat(self) -> bool:
-        """Write a sign of life; gives whether the store is there."""
-        journal = self._runtime.journal
+    def _beat(self, now: float) -> bool:
+        """Write a sign of life; gives whether the store is there. One that is away for as long as an open may wait is said to be so."""
+        runtime = self._runtime
         try:
-            journal.group.commit(Heartbeat(self._runtime.process), durable=False, timeout_seconds=1.0)
+            runtime.journal.group.commit(Heartbeat(runtime.process), durable=False, timeout_seconds=1.0)
         except StoreBusy:
             pass  # an execution may have longer to wait than this
         except StoreError as error:
-            journal.store_failed(error)  # before an execution has to wait for it, here or in a forked child
+            self._away_since = now if self._away_since is None else self._away_since
+            if now >= self._away_since + runtime.settings.open_timeout_seconds:
+                # Before an execution has to wait for it, here or in a forked child.
+                runtime.journal.store_failed(error)
+            else:
+                self._next_beat = now + min(runtime.settings.heartbeat, runtime.settings.cancel_poll_seconds)
             return False
+        self._away_since = None
         return True
 
     def _look_after_executions(self, now: float, *, all_children: bool, away: bool) -> None:

@@ -195,7 +195,8 @@ class PostgresStore(SqlReader):
                     self._restore(session, timeout_seconds)
                     mark = self._tail.mark()
                     results = self._commit(session, writes, durable=durable)
-                    self._tail.committed(writes, mark, durable=durable)
+                    made = [write for write, result in zip(writes, results, strict=True) if not isinstance(result, StoreRejected)]
+                    self._tail.committed(made, mark, durable=durable)
             except ERRORS as error:
                 closed = may_reconnect and is_closed(error)
                 if not left or time.monotonic() >= deadline or not (closed or isinstance(error, REPEATABLE)):
@@ -232,9 +233,9 @@ class PostgresStore(SqlReader):
             raise StoreBusy(f"{self.url}: another thread writes again what the server has lost")
         try:
             server, writes = self._server, self._tail.writes()
-            self._announced = False
-            self._commit(session, writes, durable=True)
+            self._commit(session, [*self.announce(), *writes], durable=True)
             self._restored = server
+            self._announced = True
             if writes:
                 logger.warning("otelexec.store.restored: %s was started anew; %d recent writes were made again", self.url, len(writes))
         finally:
@@ -267,10 +268,10 @@ class PostgresStore(SqlReader):
                 for write in self.announce():
                     sql.apply(tx, write)
             if in_doubt:
-                writes, known = looked_up(tx, writes)
-                for place, result in known.items():
+                found = looked_up(tx, writes)
+                for place, result in found.results.items():
                     results[place] = result
-                pending = stretches(writes, but=known)
+                writes, pending = found.writes, stretches(found.writes, but=found.results, alone=found.executions)
             for can_be_packed, places in pending:
                 left = self._call(session, Packed(writes, places), results, durable=durable) if can_be_packed else places
                 for place in left:

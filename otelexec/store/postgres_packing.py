@@ -55,8 +55,15 @@ def without_nul(value: Any) -> Any:
     return value.replace("\0", _INSTEAD_OF_NUL) if isinstance(value, str) and "\0" in value else value
 
 
-def stretches(writes: Sequence[Write], *, but: Container[int] = ()) -> list[tuple[bool, list[int]]]:
-    """Give the places of the writes in order, but for some, those that can be packed together as one stretch, and whether they can."""
+def stretches(writes: Sequence[Write], *, but: Container[int] = (), alone: Container[str] = ()) -> list[tuple[bool, list[int]]]:
+    """
+    Give the places of writes in order, those that can be packed together as one stretch, and whether they can.
+
+    Args:
+        writes: The writes.
+        but: Places to leave out.
+        alone: Executions whose writes are not packed.
+    """
     if len(writes) == 1:
         return [(_is_simple(writes[0]), [0])]
     found: list[tuple[bool, list[int]]] = []
@@ -64,7 +71,8 @@ def stretches(writes: Sequence[Write], *, but: Container[int] = ()) -> list[tupl
     for place, write in enumerate(writes):
         if place in but:
             continue
-        simple, subject = _is_simple(write), _subject(write)
+        subject = _subject(write)
+        simple = _is_simple(write) and subject not in alone
         before = None if subject is None else subjects.get(subject)
         if found and simple and found[-1][0] and (before is None or _closes(before, write)):
             found[-1][1].append(place)

@@ -8,16 +8,18 @@ an earlier try may have been committed. Those that were are answered, and the ot
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 from otelexec.store.outbox_statements import chunks
+from otelexec.store.postgres_packing import without_nul
 from otelexec.store.rows import Cancellation
 from otelexec.store.schema import Transaction
 from otelexec.store.writes import CloseAttempt, OpenAttempt, Opened, RecordQueued, Write
 
-_Made: TypeAlias = tuple[str, str | None]
-"""What a write makes: an execution's attempt, by its token, or its queued record, by the id of the PRODUCER span."""
+_Made: TypeAlias = tuple[type[Write], str, str | None]
+"""What a write makes: an attempt, by execution and token, or a queued record, by execution and PRODUCER span."""
 
 # One table each: without statistics, a join goes through one of them from end to end.
 _EXECUTIONS = "SELECT execution_id, producer_span_id, snapshot FROM execution WHERE execution_id "
@@ -34,16 +36,29 @@ def doubtful(writes: Sequence[Write]) -> list[OpenAttempt | RecordQueued]:
     ]
 
 
-def looked_up(tx: Transaction, writes: Sequence[Write]) -> tuple[list[Write], Mapping[int, object]]:
+@dataclass(frozen=True, slots=True)
+class LookedUp:
+    """
+    What became of doubtful writes.
+
+    Attributes:
+        writes: All writes, with those that never got through as first tries.
+        results: The results of those that did, by their place.
+        executions: Whose those are. What else is written of them may have got through as well, and has to look by itself.
+    """
+
+    writes: Sequence[Write]
+    results: Mapping[int, object]
+    executions: AbstractSet[str]
+
+
+def looked_up(tx: Transaction, writes: Sequence[Write]) -> LookedUp:
     """
     Find out which doubtful writes got through.
 
     Args:
         tx: The transaction that is to make the others.
         writes: All writes, in order.
-
-    Returns:
-        The writes, with those that never got through as first tries; and the results of those that did, by their place.
     """
     in_doubt = doubtful(writes)
     there = _made_before(tx, in_doubt)
@@ -51,26 +66,29 @@ def looked_up(tx: Transaction, writes: Sequence[Write]) -> tuple[list[Write], Ma
     made: set[_Made] = set()
     found: list[Write] = []
     results: dict[int, object] = {}
+    executions: set[str] = set()
     for place, write in enumerate(writes):
         what = _what(write)
         found.append(write)
         if what is None:
             continue
-        if id(write) in these and what in there:
-            results[place] = there[what]
-        elif id(write) in these and what not in made and isinstance(write, OpenAttempt | RecordQueued):
-            found[place] = replace(write, repeated=False)
+        if id(write) in these and isinstance(write, OpenAttempt | RecordQueued):
+            if what in there:
+                results[place] = there[what]
+                executions.add(write.execution.execution_id)
+            elif what not in made:
+                found[place] = replace(write, repeated=False)
         made.add(what)
-    return found, results
+    return LookedUp(found, results, executions)
 
 
 def _what(write: Write) -> _Made | None:
-    if isinstance(write, OpenAttempt):
-        return write.execution.execution_id, write.token
     if isinstance(write, CloseAttempt):  # it makes a row that is missing
-        return write.attempt.execution.execution_id, write.attempt.token
+        return _what(write.attempt)
+    if isinstance(write, OpenAttempt):
+        return OpenAttempt, without_nul(write.execution.execution_id), without_nul(write.token)
     if isinstance(write, RecordQueued):
-        return write.execution.execution_id, None if write.span is None else write.span.span_id
+        return RecordQueued, without_nul(write.execution.execution_id), None if write.span is None else write.span.span_id
     return None
 
 
@@ -81,7 +99,7 @@ def _made_before(tx: Transaction, writes: Sequence[OpenAttempt | RecordQueued]) 
         for execution_id, producer_span_id, snapshot in tx.execute(_EXECUTIONS + among, ids).fetchall():
             snapshots[execution_id] = snapshot
             if producer_span_id is not None:
-                found[execution_id, producer_span_id] = None
+                found[RecordQueued, execution_id, producer_span_id] = None
         if not snapshots:
             continue
         wishes = {
@@ -89,5 +107,5 @@ def _made_before(tx: Transaction, writes: Sequence[OpenAttempt | RecordQueued]) 
             for execution_id, requested, terminate in tx.execute(_CANCELLATIONS + among, ids).fetchall()
         }
         for execution_id, token, number, duplicate in tx.execute(_ATTEMPTS + among, ids).fetchall():
-            found[execution_id, token] = Opened(number, bool(duplicate), wishes.get(execution_id), snapshots.get(execution_id))
+            found[OpenAttempt, execution_id, token] = Opened(number, bool(duplicate), wishes.get(execution_id), snapshots.get(execution_id))
     return found
