@@ -28,6 +28,7 @@ from otelexec.store.writes import (
     CloseAttempt,
     Closed,
     Heartbeat,
+    Ingested,
     OpenAttempt,
     Opened,
     RecordProgress,
@@ -384,6 +385,22 @@ class AttemptContract:
             assert states(store, "b") == (SUCCEEDED, [SUCCEEDED])
             assert states(store, "c") == (SUCCEEDED, [SUCCEEDED])
             assert sorted(outbox(store)) == [b"failed a1", b"succeeded a2", b"succeeded b", b"succeeded c"]
+
+    def test_an_open_and_its_close_that_come_again_end_no_span_twice(self, store: Store) -> None:
+        row = changed(opening(), repeated=True)
+        # A child has ended below a span that was still open at the end of the attempt; then that one's end.
+        close = closing(row, spans=AddSpans(b"child", 1, opened=(span("above"),), process_id="p", execution_id="e", nonce="n"))
+        ended = AddSpans(recorded=((span("above"), b"above"),), process_id="p")
+        for _ in range(2):
+            write(store, row, close, ended, Ingested("segment", 1))
+            assert sorted(outbox(store)) == [b"above", b"succeeded tchild"]
+            assert store.open_work(["p"], limit=10) == []
+
+    def test_a_repeated_open_is_known_by_a_token_that_not_every_store_can_hold(self, store: Store) -> None:
+        row = changed(opening("t\0x"), repeated=True)
+        for _ in range(2):
+            write(store, row, Ingested("segment", 1))
+        assert states(store) == (RUNNING, [RUNNING])
 
     def test_a_refused_message_is_rejected_unless_it_got_further(self, store: Store) -> None:
         outcome = Outcome(REJECTED, 5, "publisher", error_type="full", error_message="queue is full")
