@@ -72,7 +72,7 @@ def stretches(writes: Sequence[Write], *, but: Container[int] = (), alone: Conta
         if place in but:
             continue
         subject = _subject(write)
-        simple = _is_simple(write) and subject not in alone
+        simple = _is_simple(write) and (subject is None or subject not in alone)
         before = None if subject is None else subjects.get(subject)
         if found and simple and found[-1][0] and (before is None or _closes(before, write)):
             found[-1][1].append(place)
