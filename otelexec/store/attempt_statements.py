@@ -124,7 +124,7 @@ def open_attempt(tx: Transaction, write: OpenAttempt) -> Opened | Busy:
     )
     record_open(tx, write.opened, write.process_id, execution.parent_execution_id)
     # A wish was for what has succeeded since; a redelivery runs as it would without.
-    wish = None if requested is None or duplicate else Cancellation(requested, None if terminate is None else bool(terminate))
+    wish = None if requested is None or duplicate else Cancellation.from_columns(requested, terminate)
     return Opened(number, duplicate, wish, snapshot)
 
 
@@ -159,7 +159,7 @@ def _take_over(tx: Transaction, write: OpenAttempt) -> None:
 
 def _cancellation(tx: Transaction, execution_id: str) -> Cancellation | None:
     row = tx.execute("SELECT requested_unix_ns, terminate FROM cancellation WHERE execution_id = ?", (execution_id,)).fetchone()
-    return None if row is None else Cancellation(row[0], None if row[1] is None else bool(row[1]))
+    return None if row is None else Cancellation.from_columns(row[0], row[1])
 
 
 def close_attempt(tx: Transaction, write: CloseAttempt) -> Closed:

@@ -32,7 +32,7 @@ from otelexec.store.base import Receipt
 from otelexec.store.postgres_errors import ERRORS, GONE, MOVED, REPEATABLE, ServerChanged, first_line, is_closed, is_refusal
 from otelexec.store.postgres_packing import Packed, stretches, without_nul
 from otelexec.store.postgres_pool import Place, Pool, Session
-from otelexec.store.postgres_repeats import doubtful, looked_up
+from otelexec.store.postgres_repeats import is_doubtful, looked_up
 from otelexec.store.postgres_schema import NOW, SCHEMA, SERVER_CHANGED, STARTED
 from otelexec.store.postgres_tail import Tail
 from otelexec.store.reading import SqlReader
@@ -256,7 +256,7 @@ class PostgresStore(SqlReader):
     def _together(self, session: Session, writes: Sequence[Write], *, durable: bool) -> list[object]:
         """Commit the writes in order, packed where they can be; one packed stretch alone is a transaction by itself."""
         results: list[object] = [None] * len(writes)
-        in_doubt = len(writes) > 1 and bool(doubtful(writes))
+        in_doubt = len(writes) > 1 and any(map(is_doubtful, writes))
         pending = [] if in_doubt else stretches(writes)
         if self._announced and len(pending) == 1 and pending[0][0]:
             left = self._call(session, Packed(writes, pending[0][1]), results, durable=durable)

@@ -236,7 +236,7 @@ def _decoded(value: bytes | None) -> str | None:
 
 def _opened(row: Sequence[bytes | None]) -> Opened:
     duplicate, requested, terminate = bool(_number(row[2])), _number(row[4]), _number(row[5])
-    wish = None if requested is None or duplicate else Cancellation(requested, None if terminate is None else bool(terminate))
+    wish = None if requested is None or duplicate else Cancellation.from_columns(requested, terminate)
     return Opened(_number(row[1]), duplicate, wish, _decoded(row[3]))
 
 

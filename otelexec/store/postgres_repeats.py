@@ -7,10 +7,10 @@ an earlier try may have been committed. Those that were are answered, and the ot
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import TypeAlias, TypeGuard
 
 from otelexec.store.outbox_statements import chunks
 from otelexec.store.postgres_packing import without_nul
@@ -27,13 +27,11 @@ _ATTEMPTS = "SELECT execution_id, token, attempt, duplicate FROM attempt WHERE e
 _CANCELLATIONS = "SELECT execution_id, requested_unix_ns, terminate FROM cancellation WHERE execution_id "
 
 
-def doubtful(writes: Sequence[Write]) -> list[OpenAttempt | RecordQueued]:
-    """Give the writes of which an earlier try may have got through; what takes an attempt over looks for it in any case."""
-    return [
-        write
-        for write in writes
-        if isinstance(write, OpenAttempt | RecordQueued) and write.repeated and not (isinstance(write, OpenAttempt) and write.takes_over)
-    ]
+def is_doubtful(write: Write) -> TypeGuard[OpenAttempt | RecordQueued]:
+    """Tell whether an earlier try of a write may have got through; what takes an attempt over looks for it in any case."""
+    if isinstance(write, OpenAttempt):
+        return write.repeated and not write.takes_over
+    return isinstance(write, RecordQueued) and write.repeated
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +58,7 @@ def looked_up(tx: Transaction, writes: Sequence[Write]) -> LookedUp:
         tx: The transaction that is to make the others.
         writes: All writes, in order.
     """
-    in_doubt = doubtful(writes)
-    there = _made_before(tx, in_doubt)
-    these = set(map(id, in_doubt))
+    there = _made_before(tx, {write.execution.execution_id for write in writes if is_doubtful(write)})
     made: set[_Made] = set()
     found: list[Write] = []
     results: dict[int, object] = {}
@@ -72,7 +68,7 @@ def looked_up(tx: Transaction, writes: Sequence[Write]) -> LookedUp:
         found.append(write)
         if what is None:
             continue
-        if id(write) in these and isinstance(write, OpenAttempt | RecordQueued):
+        if is_doubtful(write):
             if what in there:
                 results[place] = there[what]
                 executions.add(write.execution.execution_id)
@@ -92,9 +88,9 @@ def _what(write: Write) -> _Made | None:
     return None
 
 
-def _made_before(tx: Transaction, writes: Sequence[OpenAttempt | RecordQueued]) -> dict[_Made, object]:
+def _made_before(tx: Transaction, executions: Iterable[str]) -> dict[_Made, object]:
     found: dict[_Made, object] = {}
-    for among, ids in chunks(tx, list({write.execution.execution_id for write in writes})):
+    for among, ids in chunks(tx, list(executions)):
         snapshots: dict[str, str | None] = {}
         for execution_id, producer_span_id, snapshot in tx.execute(_EXECUTIONS + among, ids).fetchall():
             snapshots[execution_id] = snapshot
@@ -103,7 +99,7 @@ def _made_before(tx: Transaction, writes: Sequence[OpenAttempt | RecordQueued]) 
         if not snapshots:
             continue
         wishes = {
-            execution_id: Cancellation(requested, None if terminate is None else bool(terminate))
+            execution_id: Cancellation.from_columns(requested, terminate)
             for execution_id, requested, terminate in tx.execute(_CANCELLATIONS + among, ids).fetchall()
         }
         for execution_id, token, number, duplicate in tx.execute(_ATTEMPTS + among, ids).fetchall():

@@ -260,4 +260,4 @@ def _complete(tx: Transaction, rows: Sequence[Any]) -> list[ExecutionRecord]:
 
 def _cancellations(tx: Transaction, among: str, ids: Sequence[Any]) -> dict[str, Cancellation]:
     rows = tx.execute(f"SELECT execution_id, requested_unix_ns, terminate FROM cancellation WHERE execution_id {among}", ids).fetchall()
-    return {row[0]: Cancellation(row[1], None if row[2] is None else bool(row[2])) for row in rows}
+    return {row[0]: Cancellation.from_columns(row[1], row[2]) for row in rows}

@@ -113,6 +113,11 @@ class Cancellation:
     requested_unix_ns: int
     terminate: bool | None
 
+    @classmethod
+    def from_columns(cls, requested_unix_ns: int, terminate: int | None) -> Cancellation:
+        """Give it as it stands in the store, where a truth is a number."""
+        return cls(requested_unix_ns, None if terminate is None else bool(terminate))
+
 
 @dataclass(slots=True)
 class Outcome:
