@@ -1,5 +1,5 @@
 """
-What is measured besides the spans: how long messages waited, and how long their work took.
+What is measured besides the spans: how long messages waited, how long their work took, and what dead processes left.
 
 Instruments of the OpenTelemetry API: they cost next to nothing until somebody sets a meter provider.
 """
@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Mapping
+import os
+import threading
+from collections import Counter
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any, Final
 
@@ -19,7 +22,7 @@ from otelexec.endings import raised_by_signal_handler
 from otelexec.exits import call_within
 
 if TYPE_CHECKING:
-    from opentelemetry.metrics import Histogram
+    from opentelemetry.metrics import CallbackOptions, Histogram, Observation
 
     from otelexec.endings import Ending
 
@@ -56,6 +59,34 @@ def instruments() -> tuple[Histogram, Histogram]:
     )
 
 
+_reconciled = Counter[tuple[str, str, str | None]]()
+_lock = threading.RLock()  # reentrant: a signal handler may fork in the middle
+
+
+def _after_fork_in_child() -> None:
+    _reconciled.clear()
+    _lock.release()
+
+
+os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_after_fork_in_child)
+
+
+@cache
+def _observe_reconciled() -> None:
+    # Observed, since what a synchronous counter holds would be exported again by every child that is forked later.
+    metrics.get_meter(semconv.SCOPE_NAME, schema_url=semconv.SCHEMA_URL).create_observable_counter(
+        semconv.METRIC_RECONCILED, [_reconciled_so_far], unit="{attempt}", description="Attempts closed for processes that died."
+    )
+
+
+def _reconciled_so_far(_: CallbackOptions) -> list[Observation]:
+    with _lock:
+        return [
+            metrics.Observation(count, {semconv.EXECUTION_NAME: name} | _ended(state, error_type))
+            for (name, state, error_type), count in _reconciled.items()
+        ]
+
+
 def waited(seconds: float, name: str, span_attributes: Mapping[str, Any]) -> None:
     """
     Count how long a message waited before its attempt was opened.
@@ -65,7 +96,7 @@ def waited(seconds: float, name: str, span_attributes: Mapping[str, Any]) -> Non
         name: Name of its execution.
         span_attributes: Those of the CONSUMER span, of which the few that don't multiply series are kept.
     """
-    _record(0, seconds, _attributes(name, span_attributes))
+    _guard(lambda: instruments()[0].record(seconds, _attributes(name, span_attributes)))
 
 
 def took(seconds: float, name: str, span_attributes: Mapping[str, Any], ending: Ending) -> None:
@@ -78,15 +109,27 @@ def took(seconds: float, name: str, span_attributes: Mapping[str, Any], ending: 
         span_attributes: As for `waited`.
         ending: How it ended.
     """
-    attributes = {**_attributes(name, span_attributes), semconv.OUTCOME: ending.state}
-    if ending.error_type is not None:
-        attributes[semconv.ERROR_TYPE] = ending.error_type
-    _record(1, seconds, attributes)
+    attributes = _attributes(name, span_attributes) | _ended(ending.state, ending.error_type)
+    _guard(lambda: instruments()[1].record(seconds, attributes))
 
 
-def _record(instrument: int, seconds: float, attributes: Mapping[str, Any]) -> None:
+def reconciled(name: str, state: str, error_type: str | None) -> None:
+    """
+    Count an attempt that this process closed for one that died, and that counts nothing any more.
+
+    Args:
+        name: Name of its execution.
+        state: How it ended.
+        error_type: Type of its error; None without one.
+    """
+    with _lock:
+        _reconciled[name, state, error_type] += 1
+    _guard(_observe_reconciled)
+
+
+def _guard(measure: Callable[[], None]) -> None:
     try:
-        instruments()[instrument].record(seconds, attributes)
+        measure()
     except Exception as error:  # the user's meter provider is not to end the user's work
         if raised_by_signal_handler(error):
             raise
@@ -111,6 +154,10 @@ def flush(timeout_seconds: float) -> None:
             logger.debug("otelexec.metrics.failed: %s", error)
 
     call_within(timeout_seconds, export, "otelexec-metrics")
+
+
+def _ended(state: str, error_type: str | None) -> dict[str, str]:
+    return {semconv.OUTCOME: state} | ({} if error_type is None else {semconv.ERROR_TYPE: error_type})
 
 
 def _attributes(name: str, span_attributes: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 
 from opentelemetry.proto.trace.v1.trace_pb2 import Span as SpanMessage
 
-from otelexec import identity, otlp, semconv
+from otelexec import identity, metrics, otlp, semconv
 from otelexec.endings import Ending
 from otelexec.errors import StoreError
 from otelexec.freeze import outcome_attributes, status_of
@@ -239,18 +239,18 @@ class Reconciler:
             now = self._store.now_unix_ns()
             writes = [_write(item, process, classification, death, seen=seen, now=now) for item in work]
             done = refused = lost = 0
-            for item, result in zip(work, self._commit(writes), strict=True):
+            for item, write, result in zip(work, writes, self._commit(writes), strict=True):
                 if isinstance(result, StoreError):
                     logger.error("otelexec.reconcile.refused: %s %s of process %d: %s", item.kind, item.execution_id, process.pid, result)
                     refused += 1
                 elif item.kind == "span" or result is True:
                     totals[item.kind] += 1
                     done += 1
-                if item.kind == "attempt" and result is True:
+                if isinstance(write, CloseLost) and result is True:
                     lost += 1
+                    state = write.frozen.outcome.state
+                    metrics.reconciled(item.name, state, write.frozen.outcome.error_type)
                     if lost <= MAX_LINES:
-                        ending = _ending_of(item, death)
-                        state = LOST if ending is None else ending.state
                         text = "otelexec.reconcile.lost: execution %s attempt %d of process %d on %s is %s (%s)"
                         logger.warning(text, item.execution_id, item.number, process.pid, process.host, state, classification)
             if lost > MAX_LINES:

@@ -32,6 +32,7 @@ QUEUE_LATENCY: Final = "otelexec.queue_latency_seconds"
 # Metrics, and the attribute that names the execution on them.
 METRIC_QUEUE_LATENCY: Final = "otelexec.queue.latency"
 METRIC_PROCESS_DURATION: Final = "messaging.process.duration"
+METRIC_RECONCILED: Final = "otelexec.reconciled.attempts"
 EXECUTION_NAME: Final = "otelexec.execution.name"
 
 ERROR_TYPE: Final = "error.type"

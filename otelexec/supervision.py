@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from opentelemetry import context as otel_context
 
-from otelexec import identity
+from otelexec import identity, metrics
 from otelexec import runtime as _runtime
 from otelexec.context import EXECUTION_KEY
 from otelexec.correlation import Scope, with_ids
@@ -33,6 +33,7 @@ from otelexec.freeze import end_span
 from otelexec.lifecycle import begin
 from otelexec.reconcile import KILLED, OOM, Death, Reconciler, explain
 from otelexec.store.rows import LOST, Cancellation
+from otelexec.store.writes import Closed
 
 if TYPE_CHECKING:
     from opentelemetry.context import Context
@@ -176,8 +177,15 @@ class Delivery:
         ended_ns = execution.started_unix_ns + time.perf_counter_ns() - execution.clock_started_ns
         run(runtime, finalize(runtime, execution, ending, ended_ns))
 
-    def settle(self, ending: Ending, ended_unix_ns: int) -> None:
-        """Record its end unless its attempt is closed already, whether the child had opened that or not."""
+    def settle(self, ending: Ending, ended_unix_ns: int, *, dead: bool = True) -> None:
+        """
+        Record its end unless its attempt is closed already, whether the child had opened that or not.
+
+        Args:
+            ending: How it ended.
+            ended_unix_ns: When, in nanoseconds since 1970.
+            dead: Whether the process died that had it in hand.
+        """
         runtime = _runtime.get()
         execution = self.execution(runtime)
         execution.closed = True
@@ -185,7 +193,9 @@ class Delivery:
         end_span(execution, ending, ended)
         patience = runtime.settings.finalize_timeout_seconds
         write = closing(runtime, execution, ending, ended)
-        run(runtime, persist(runtime.journal, write, durable=True, patience_seconds=patience))
+        answer = run(runtime, persist(runtime.journal, write, durable=True, patience_seconds=patience))
+        if dead and isinstance(answer, Closed) and answer.won:
+            metrics.reconciled(execution.name, ending.state, ending.error_type)
 
     def stop(self) -> None:
         """Stop the child's work, once."""

@@ -14,6 +14,8 @@ from opentelemetry.sdk.metrics.export import MetricExporter, MetricExportResult,
 
 LATENCY = "otelexec.queue.latency"
 DURATION = "messaging.process.duration"
+RECONCILED = "otelexec.reconciled.attempts"
+UNITS = {LATENCY: "s", DURATION: "s", RECONCILED: "{attempt}"}
 
 
 class _ToFiles(MetricExporter):
@@ -45,5 +47,5 @@ def points(folder: Path, name: str) -> Iterator[dict[str, Any]]:
     for path in folder.glob("*.metrics"):
         for resource in json.loads(path.read_text(encoding="utf-8"))["resource_metrics"]:
             for metric in [metric for scope in resource["scope_metrics"] for metric in scope["metrics"] if metric["name"] == name]:
-                assert metric["unit"] == "s"
+                assert metric["unit"] == UNITS[name]
                 yield from metric["data"]["data_points"]

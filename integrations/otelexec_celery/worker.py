@@ -215,7 +215,7 @@ def _failure_context(request: Any, exc_info: Any, return_ok: bool) -> Context | 
     elif not isinstance(error, _DEATHS):
         # The child lives, and failed outside the tracer: before it, and so nobody but this process knows, or after the close.
         _ended(request)
-        delivery.settle(delivery.ending or classify(delivery.execution(_runtime.get()), error), time.time_ns())
+        delivery.settle(delivery.ending or classify(delivery.execution(_runtime.get()), error), time.time_ns(), dead=False)
     return delivery.context()
 
 

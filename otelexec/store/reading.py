@@ -32,13 +32,15 @@ _ATTEMPTS = """SELECT a.execution_id, a.attempt, a.state, a.duplicate, a.trace_i
 
 _OPEN_WORK = """
 SELECT 'attempt', process_id, execution_id, token, attempt, trace_id, span_id, span_start, started_unix_ns,
-    deadline_unix_ns, last_seen_unix_ns, progress FROM attempt WHERE state = 'running' AND process_id {among}
+    deadline_unix_ns, last_seen_unix_ns, progress,
+    COALESCE((SELECT name FROM execution e WHERE e.execution_id = attempt.execution_id), '')
+    FROM attempt WHERE state = 'running' AND process_id {among}
 UNION ALL
 SELECT 'outer', process_id, execution_id, outer_token, attempt, outer_trace_id, outer_span_id, outer_start,
-    outer_started_unix_ns, NULL, COALESCE(ended_unix_ns, last_seen_unix_ns), NULL FROM attempt
+    outer_started_unix_ns, NULL, COALESCE(ended_unix_ns, last_seen_unix_ns), NULL, '' FROM attempt
     WHERE outer_token IS NOT NULL AND outer_outcome IS NULL AND state <> 'running' AND process_id {among}
 UNION ALL
-SELECT 'span', process_id, COALESCE(execution_id, ''), '', 0, trace_id, span_id, start, 0, NULL, 0, NULL
+SELECT 'span', process_id, COALESCE(execution_id, ''), '', 0, trace_id, span_id, start, 0, NULL, 0, NULL, ''
     FROM open_span WHERE process_id {among}
 LIMIT ?"""
 
@@ -182,6 +184,7 @@ class SqlReader(ABC):
                     deadline_unix_ns=row[9],
                     last_seen_unix_ns=row[10],
                     progress=row[11],
+                    name=row[12],
                 )
                 for row in rows
             ]

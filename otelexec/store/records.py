@@ -104,6 +104,7 @@ class OpenWork:
         deadline_unix_ns: The attempt's deadline; None without one.
         last_seen_unix_ns: Last progress marker or ended child; 0 without one.
         progress: JSON text of the last marker.
+        name: Name of the attempt's execution; empty for the others.
     """
 
     kind: str
@@ -116,6 +117,7 @@ class OpenWork:
     deadline_unix_ns: int | None
     last_seen_unix_ns: int
     progress: str | None
+    name: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -123,6 +123,7 @@ class ReadingContract:
         ]
         attempt, outer, loose = work
         assert (attempt.number, attempt.span, attempt.deadline_unix_ns, attempt.started_unix_ns) == (1, span("t"), 50, 1)
+        assert attempt.name == record(store, "e2").name
         assert (outer.span, outer.started_unix_ns) == (span("oo"), 3)
         assert loose.span == span("s")
         assert [one.kind for one in store.open_work(["p"], limit=1)] == ["attempt"]

@@ -14,7 +14,7 @@ from opentelemetry.semconv._incubating.metrics import messaging_metrics
 
 from otelexec import metrics, semconv
 from otelexec.endings import Ending
-from otelexec.store.rows import FAILED, SUCCEEDED
+from otelexec.store.rows import FAILED, LOST, SUCCEEDED, TIMED_OUT
 
 SPAN_ATTRIBUTES = {
     semconv.MESSAGING_SYSTEM: "celery",
@@ -37,9 +37,12 @@ def reader(monkeypatch: pytest.MonkeyPatch) -> Iterator[InMemoryMetricReader]:
     made = InMemoryMetricReader()
     provider = MeterProvider(metric_readers=[made], shutdown_on_exit=False)
     monkeypatch.setattr(otel_metrics, "get_meter", provider.get_meter)
-    metrics.instruments.cache_clear()
+    for cached in (metrics.instruments, metrics._observe_reconciled):
+        cached.cache_clear()
+    metrics._reconciled.clear()
     yield made
-    metrics.instruments.cache_clear()
+    for cached in (metrics.instruments, metrics._observe_reconciled):
+        cached.cache_clear()
     provider.shutdown()
 
 
@@ -72,6 +75,18 @@ def test_how_long_a_message_waited(reader: InMemoryMetricReader) -> None:
     found = read(reader)["otelexec.queue.latency"]
     (point,) = found.data.data_points
     assert (found.unit, dict(point.attributes), point.sum, point.count) == ("s", KEPT, 0.25, 1)
+
+
+def test_what_dead_processes_left_is_counted(reader: InMemoryMetricReader) -> None:
+    for _ in range(2):
+        metrics.reconciled("invoice.run", LOST, "killed")
+    metrics.reconciled("invoice.run", TIMED_OUT, None)
+    found = read(reader)[semconv.METRIC_RECONCILED]
+    assert (found.unit, found.data.is_monotonic) == ("{attempt}", True)
+    assert {point.value: dict(point.attributes) for point in found.data.data_points} == {
+        2: {semconv.EXECUTION_NAME: "invoice.run", semconv.OUTCOME: LOST, semconv.ERROR_TYPE: "killed"},
+        1: {semconv.EXECUTION_NAME: "invoice.run", semconv.OUTCOME: TIMED_OUT},
+    }
 
 
 def test_the_buckets_are_those_of_seconds(reader: InMemoryMetricReader) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from tests.integrations.celery.conftest import Fresh
 from tests.integrations.celery.tasks import METRICS
-from tests.measuring import DURATION, LATENCY, points
+from tests.measuring import DURATION, LATENCY, RECONCILED, points
 
 WAIT_SECONDS = 20.0
 
@@ -45,3 +45,18 @@ def test_every_attempt_is_measured_once(fresh: Fresh, pool: str, arguments: Sequ
         ("flaky", "failed", "ConnectionError"): 1,
         ("flaky", "succeeded", None): 1,
     }
+
+
+def test_what_was_killed_is_counted_once_by_its_parent(fresh: Fresh) -> None:
+    """Children that are forked after a death inherit what the main process has measured, and don't export it again."""
+    stage = fresh()
+    worker = stage.worker("measured", "prefork", 1, environment={METRICS: str(stage.folder)})
+    for name, *arguments in (("die", stage.mark()), ("die", stage.mark()), ("killed.early",), ("add", 1, 2)):
+        stage.ended(stage.task(name).delay(*arguments).id)
+    assert worker.stop() == 0
+    counted = [(point["attributes"], point["value"]) for point in points(stage.folder, RECONCILED)]
+    ending = {"otelexec.outcome": "lost", "error.type": "killed"}
+    assert sorted(counted, key=str) == [
+        ({"otelexec.execution.name": "die", **ending}, 2),
+        ({"otelexec.execution.name": "killed.early", **ending}, 1),
+    ]

@@ -26,7 +26,7 @@ from tests.integrations.rq import jobs
 from tests.integrations.rq.conftest import Fresh
 from tests.integrations.rq.stage import Stage
 from tests.integrations.rq.worker_app import INSTRUMENT
-from tests.measuring import DURATION, LATENCY, points
+from tests.measuring import DURATION, LATENCY, RECONCILED, points
 from tests.records import until
 from tests.servers import free_ports
 
@@ -236,9 +236,12 @@ def test_without_a_store_a_provider_that_never_gets_an_answer_holds_no_horse_up(
 def test_what_horses_measure_is_exported_once(fresh: Fresh) -> None:
     stage = fresh()
     worker = stage.worker("measured", measure=str(stage.folder))
+    stage.ended(stage.queue.enqueue(jobs.die, stage.mark()).id)
     for job in [stage.queue.enqueue(function) for function in (jobs.give, jobs.give, jobs.fail)]:
         stage.ended(job.id)
     assert worker.stop() == 0
+    (dead,) = points(stage.folder, RECONCILED)
+    assert (dead["value"], dead["attributes"]["otelexec.outcome"], dead["attributes"]["error.type"]) == (1, "lost", "killed")
     works = Counter[str]()
     for point in points(stage.folder, DURATION):
         assert point["attributes"]["messaging.system"] == "rq"
