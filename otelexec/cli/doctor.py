@@ -196,7 +196,8 @@ def _parked(found: Statistics) -> Check:
     spans = console.plural(found.parked_spans, "span")
     which = f"of the oldest {len(data)}, " if found.parked_rows > len(data) else ""
     finding = f"{spans} in {console.plural(found.parked_rows, 'row')} that the endpoint refused for good: {which}{said}"
-    return Check("parked", finding, "correct the cause at the endpoint, then run `otelexec relay --drain --retry-parked`", data)
+    advice = "correct the cause at the endpoint, then run `otelexec relay --drain --retry-parked`; `--discard-parked` gives them up"
+    return Check("parked", finding, advice, data)
 
 
 def _spool(settings: Settings, store: Store) -> Check:

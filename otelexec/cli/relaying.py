@@ -17,11 +17,11 @@ from otelexec.reconcile import dead_relays, take_in
 from otelexec.relay import Relay
 from otelexec.settings import MAX_SECONDS
 from otelexec.store.outbox_statements import last_parked
-from otelexec.store.upkeep import RetryParked
+from otelexec.store.upkeep import DiscardParked, RetryParked
 from otelexec.store.writes import Heartbeat
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from otelexec.cli.options import Opened
     from otelexec.relay import Progress
@@ -53,6 +53,9 @@ def relay(
     retry_parked: Annotated[
         bool, typer.Option("--retry-parked", help="First let the spans go out again that the endpoint refused for good.")
     ] = False,
+    discard_parked: Annotated[
+        bool, typer.Option("--discard-parked", help="First delete the spans that the endpoint refused for good; their records stay.")
+    ] = False,
     store: options.StoreOption = None,
     spool: options.SpoolOption = None,
     otlp_endpoint: options.EndpointOption = None,
@@ -66,24 +69,27 @@ def relay(
     """
     if timeout is not None and not drain:
         raise options.Failure("--timeout: goes with --drain only", 2)
+    if retry_parked and discard_parked:
+        raise options.Failure("--retry-parked, --discard-parked: only one of them", 2)
     settings = options.load(store=store, spool=spool, otlp_endpoint=otlp_endpoint)
     with options.opened(settings, with_spool=True, waits=not drain) as opened:
         opened.announce()
         work = _Relaying(opened)
         if retry_parked:
-            count = _retry_parked(opened)
-            console.say(f"{console.plural(count, 'parked row')} will be sent again.")
+            console.say(f"{console.plural(_each_parked(opened, RetryParked), 'parked row')} will be sent again.")
+        if discard_parked:
+            console.say(f"{console.plural(_each_parked(opened, DiscardParked), 'parked row')} deleted.")
         if drain:
             work.drain(DRAIN_SECONDS if timeout is None else timeout)
         else:
             work.serve()
 
 
-def _retry_parked(opened: Opened) -> int:
-    """Put all that is parked at this time back into the outbox, step by step, and give how many rows that were."""
+def _each_parked(opened: Opened, step: Callable[[int], RetryParked | DiscardParked]) -> int:
+    """Have all that is parked at this time written, step by step, and give how many rows that were."""
     count, upto = 0, opened.store.read(last_parked)
-    while upto is not None and (moved := opened.commit([RetryParked(upto)])[0]):
-        count += moved
+    while upto is not None and (done := opened.commit([step(upto)])[0]):
+        count += done
     return count
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
 
 from otelexec.store.schema import Transaction
-from otelexec.store.upkeep import ClaimOutbox, ForgetNonces, OutboxRow, ReleaseClaims, RetryParked, SettleOutbox
+from otelexec.store.upkeep import ClaimOutbox, DiscardParked, ForgetNonces, OutboxRow, ReleaseClaims, RetryParked, SettleOutbox
 
 MAX_PARAMETERS: Final = 512  # with the others of a statement still below 999, SQLite's limit before 3.32
 
@@ -84,19 +84,33 @@ def last_parked(tx: Transaction) -> int | None:
 
 
 def retry_parked(tx: Transaction, write: RetryParked) -> int:
-    """Put some parked rows back at the end of the outbox; of two that do so at once, each takes what the other has not."""
-    rows = tx.execute(
-        f"SELECT o.id FROM parked o WHERE o.id <= ? ORDER BY o.id LIMIT ? {tx.skip_locked}",
-        (write.upto if write.upto is not None else 2**62, write.limit),
-    ).fetchall()
-    for among, ids in chunks(tx, [row[0] for row in rows]):
+    """Put some parked rows back at the end of the outbox."""
+    found = _oldest_parked(tx, write)
+    for among, ids in chunks(tx, found):
         tx.execute(
             f"""INSERT INTO outbox (request, count, execution_id, written_unix_ns)
                 SELECT request, count, execution_id, ? FROM parked WHERE id {among} ORDER BY id""",
             (tx.now_unix_ns(), *ids),
         )
         tx.execute(f"DELETE FROM parked WHERE id {among}", ids)
-    return len(rows)
+    return len(found)
+
+
+def discard_parked(tx: Transaction, write: DiscardParked) -> int:
+    """Delete some parked rows."""
+    found = _oldest_parked(tx, write)
+    for among, ids in chunks(tx, found):
+        tx.execute(f"DELETE FROM parked WHERE id {among}", ids)
+    return len(found)
+
+
+def _oldest_parked(tx: Transaction, write: RetryParked | DiscardParked) -> list[int]:
+    """Give the ids of some parked rows; of two that ask at once, each gets what the other has not."""
+    rows = tx.execute(
+        f"SELECT o.id FROM parked o WHERE o.id <= ? ORDER BY o.id LIMIT ? {tx.skip_locked}",
+        (write.upto if write.upto is not None else 2**62, write.limit),
+    ).fetchall()
+    return [row[0] for row in rows]
 
 
 def forget_nonces(tx: Transaction, write: ForgetNonces) -> int:
@@ -111,5 +125,6 @@ APPLY: dict[type, Callable[[Transaction, Any], object]] = {
     SettleOutbox: settle_outbox,
     ReleaseClaims: release_claims,
     RetryParked: retry_parked,
+    DiscardParked: discard_parked,
     ForgetNonces: forget_nonces,
 }

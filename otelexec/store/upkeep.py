@@ -86,6 +86,20 @@ class RetryParked:
 
 
 @dataclass(frozen=True, slots=True)
+class DiscardParked:
+    """
+    Delete parked rows, the oldest first. Gives how many.
+
+    Attributes:
+        upto: Only rows with this id or a smaller one. None: any.
+        limit: At most so many: others wait no longer than that takes.
+    """
+
+    upto: int | None = None
+    limit: int = 500
+
+
+@dataclass(frozen=True, slots=True)
 class ForgetNonces:
     """
     Forget nonces of writes that nobody repeats any more. Gives how many.

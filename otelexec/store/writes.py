@@ -14,7 +14,7 @@ from typing import TypeAlias
 
 from otelexec.store.rows import Cancellation, ExecutionRow, Frozen, Outcome, ProcessRow, SpanRow
 from otelexec.store.runs import RunWrite
-from otelexec.store.upkeep import ClaimOutbox, ForgetNonces, Prune, ReleaseClaims, RetryParked, SettleOutbox
+from otelexec.store.upkeep import ClaimOutbox, DiscardParked, ForgetNonces, Prune, ReleaseClaims, RetryParked, SettleOutbox
 
 
 @dataclass(slots=True)
@@ -386,6 +386,7 @@ Write: TypeAlias = (
     | SettleOutbox
     | ReleaseClaims
     | RetryParked
+    | DiscardParked
     | ForgetNonces
     | Prune
     | RunWrite

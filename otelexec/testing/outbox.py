@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from otelexec.store.base import Store
 from otelexec.store.outbox_statements import last_parked
-from otelexec.store.upkeep import ClaimOutbox, ForgetNonces, ReleaseClaims, RetryParked, SettleOutbox
+from otelexec.store.upkeep import ClaimOutbox, DiscardParked, ForgetNonces, ReleaseClaims, RetryParked, SettleOutbox
 from otelexec.store.writes import AddSpans
 from otelexec.testing.rows import (
     OpenStore,
@@ -162,6 +162,16 @@ class OutboxContract:
         deliver_all(store)
         assert write(store, RetryParked()) == [2]
         assert store.read(last_parked) is None
+
+    def test_parked_rows_are_discarded_in_steps(self, store: Store) -> None:
+        fill(store, *(b"%d" % number for number in range(5)))
+        park_all(store)
+        upto = store.read(last_parked)
+        fill(store, b"new")
+        park_all(store)
+        assert [write(store, DiscardParked(upto, limit=3)) for _ in range(3)] == [[3], [2], [0]]
+        assert (store.statistics().parked_rows, outbox(store)) == (1, [])
+        assert write(store, DiscardParked()) == [1]
 
     def test_an_id_is_never_given_twice(self, store: Store) -> None:
         fill(store, b"0", b"1")

@@ -511,6 +511,21 @@ def test_parked_rows_neither_hold_a_drain_up_nor_are_lost(worked: Cli, receiver:
     assert json.loads(worked.ok("doctor", "--json", "--otlp-endpoint", receiver.endpoint))["parked"] == []
 
 
+def test_parked_rows_that_nobody_wants_any_more_can_be_deleted(worked: Cli, receiver: OtlpReceiver) -> None:
+    """They would keep their executions from being pruned, and doctor from being content, for ever."""
+    receiver.poison = lambda span: span.name == "SELECT invoices"
+    assert worked("relay", "--drain", "--otlp-endpoint", receiver.endpoint).returncode == 0
+    known, sent = worked.ok("list", "--json"), len(receiver.spans)
+    both = worked("relay", "--drain", "--retry-parked", "--discard-parked", "--otlp-endpoint", receiver.endpoint)
+    assert both.returncode == 2
+    text = worked.ok("relay", "--drain", "--discard-parked", "--otlp-endpoint", receiver.endpoint)
+    assert text.startswith("2 parked rows deleted.\n")
+    assert json.loads(worked.ok("doctor", "--json", "--otlp-endpoint", receiver.endpoint))["parked"] == []
+    assert (worked.ok("list", "--json"), len(receiver.spans)) == (known, sent)
+    worked.ok("prune", "--older-than", "0s")
+    assert worked.ok("list", "--json", "--state", "succeeded") == ""
+
+
 def test_a_drain_does_not_wait_for_the_lease_of_a_killed_relay(worked: Cli, receiver: OtlpReceiver) -> None:
     """The killed one claimed everything for 600 s."""
     held = spans_in_outbox(worked)
