@@ -30,6 +30,7 @@ from rq.intermediate_queue import IntermediateQueue
 from rq.job import Job
 from rq.queue import Queue
 from rq.registry import StartedJobRegistry
+from rq.worker_pool import WorkerPool
 
 from otelexec.patches import Patches
 from otelexec_rq import callbacks, consume, publish, schedule, spawning, unrun, worker
@@ -130,6 +131,7 @@ def _patch_worker(patches: Patches) -> None:
     spawn_worker = getattr(rq_worker, "SpawnWorker", None)
     if spawn_worker is not None:
         patches.replace(spawn_worker, "fork_work_horse", spawning.wrap_spawn)
+    patches.replace(WorkerPool, "get_worker_process", spawning.wrap_get_worker_process)
     _patch_workers(patches, "fork_work_horse", GUARD.after(worker.on_horse_started))
     _patch_workers(patches, "wait_for_horse", worker.wrap_wait_for_horse)
     _patch_workers(patches, "kill_horse", worker.wrap_kill_horse)

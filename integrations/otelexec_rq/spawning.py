@@ -1,4 +1,4 @@
-"""How the horse of a `SpawnWorker`, a fresh interpreter, is instrumented as its parent is."""
+"""How what starts afresh is instrumented as its parent is: the horse of a `SpawnWorker`, and the worker of a pool that is not forked."""
 
 from __future__ import annotations
 
@@ -69,3 +69,34 @@ def wrap_spawn(original: Callable[..., Any]) -> Callable[..., Any]:
             module.os = inner
 
     return fork_work_horse
+
+
+def wrap_get_worker_process(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `WorkerPool.get_worker_process`: RQ 2 leaves it to `multiprocessing` whether the worker starts afresh."""
+
+    @functools.wraps(original)
+    def get_worker_process(self: Any, *args: Any, **kwargs: Any) -> Any:
+        process = original(self, *args, **kwargs)
+        target = getattr(process, "_target", None)
+        if CHOICES.active and target is not None:
+            process._target = functools.partial(run_instrumented, target, use_span_links=CHOICES.use_span_links)  # noqa: SLF001 (no public name)
+        return process
+
+    return get_worker_process
+
+
+def run_instrumented(target: Callable[..., None], *args: Any, use_span_links: bool | None, **kwargs: Any) -> None:
+    """
+    Run what a process of a pool is to run.
+
+    Args:
+        target: RQ's function.
+        args: For it.
+        use_span_links: As in the parent.
+        kwargs: For it.
+    """
+    from otelexec_rq import RQInstrumentor
+
+    if not RQInstrumentor().is_instrumented_by_opentelemetry:  # a forked child is, and one of opentelemetry-instrument
+        RQInstrumentor().instrument(use_span_links=use_span_links)
+    target(*args, **kwargs)

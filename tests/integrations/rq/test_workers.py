@@ -248,3 +248,13 @@ def test_what_horses_measure_is_exported_once(fresh: Fresh) -> None:
         works[point["attributes"]["otelexec.outcome"]] += point["count"]
     assert works == {"succeeded": 2, "failed": 1}
     assert sum(point["count"] for point in points(stage.folder, LATENCY)) == 3
+
+
+def test_the_workers_of_a_pool_are_instrumented_where_they_start_afresh(fresh: Fresh) -> None:
+    """RQ 2 leaves it to `multiprocessing` how they start, which does not fork by default from Python 3.14 on."""
+    stage = fresh()
+    worker = stage.worker("afresh", "WorkerPool", pool=1, start_method="spawn", configure={"service_name": "pooled"})
+    job = stage.queue.enqueue(jobs.give, 7)
+    assert stage.result(job) == 7
+    assert stage.ended(job.id, "succeeded").attempt.pid != worker.pid
+    assert worker.stop() == 0

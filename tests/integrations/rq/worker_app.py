@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import multiprocessing
 import os
 import signal
 import sys
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import rq
@@ -25,8 +27,8 @@ OPTIONS = "OTELEXEC_TEST_WORKER"
 """
 The variable with what a worker is made with, as JSON: `json` for the serializer, `pool` for a pool's size, `scheduler`,
 `monitor` for RQ's interval of looking after a horse, `configure` for otelexec's own settings, `provider` for a tracer provider
-of the user's own, `measure` for a folder to export what is measured to, `job_class` for the path of a class of jobs, `threads` for how many
-workers there are, each in a thread, and `early` to have every horse killed before it does anything.
+of the user's own, `measure` for a folder to export what is measured to, `start_method` of `multiprocessing`, `job_class` for the path of
+a class of jobs, `threads` for how many workers there are, each in a thread, and `early` to have every horse killed before it does anything.
 """
 
 
@@ -71,9 +73,7 @@ def main(url: str, name: str, *queues: str) -> None:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s %(message)s")
     connection = Redis.from_url(url)
     if name == "WorkerPool":
-        from rq.worker_pool import WorkerPool
-
-        WorkerPool(list(queues), connection=connection, num_workers=options.get("pool", 2)).start()
+        pool(connection, queues, options.get("pool", 2), options.get("start_method"))
         return
     cls: Any = globals().get(name) or getattr(rq, name, None) or getattr(rq_worker, name)
     more: dict[str, Any] = {"serializer": JSONSerializer} if options.get("json") else {}
@@ -89,6 +89,13 @@ def main(url: str, name: str, *queues: str) -> None:
     worker = cls(list(queues), connection=connection, name=options["name"], **more)
     worker.job_monitoring_interval = options.get("monitor", worker.job_monitoring_interval)
     worker.work(with_scheduler=options.get("scheduler", False), logging_level="INFO")
+
+
+def pool(connection: Any, queues: Sequence[str], size: int, start_method: str | None) -> None:
+    from rq.worker_pool import WorkerPool
+
+    multiprocessing.set_start_method(start_method)
+    WorkerPool(list(queues), connection=connection, num_workers=size).start()
 
 
 def provide() -> None:
