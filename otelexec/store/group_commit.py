@@ -438,7 +438,7 @@ class GroupCommit:
             with contextlib.suppress(IndexError):  # emptied by the next leader
                 self._pending[0].nudge()
             return
-        for entry in (*self._group.entries, *self._pending):
+        for entry in (*self._group.entries, *self._pending.copy()):  # in one call: without a GIL others go on filling it
             if not entry.done and entry.nudge():
                 return
 
