@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from opentelemetry import context as otel_context
 from opentelemetry import trace
+from opentelemetry.sdk import trace as sdk_trace
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor, TracerProvider
 from opentelemetry.sdk.trace import Span as SdkSpan
@@ -216,6 +217,29 @@ def test_an_unsampled_execution_is_recorded_with_null_ids_and_without_a_span(
         assert (attempt.trace_id, attempt.span_id, attempt.outer_span_id) == (None, None, None)
     assert [record.state for record in records.all()] == ["succeeded", "failed"]
     assert records.named("core").attempts[0].outer_outcome == "succeeded"
+
+
+def test_what_a_sampler_has_recorded_for_processors_alone_does_not_leave(records: Records, monkeypatch: pytest.MonkeyPatch) -> None:
+    class RecordOnly(Sampler):
+        def should_sample(self, *args: object, **kwargs: object) -> SamplingResult:
+            return SamplingResult(Decision.RECORD_ONLY)
+
+        def get_description(self) -> str:
+            return "record only"
+
+    monkeypatch.setattr(sdk_trace.sampling, "_get_from_env_or_default", RecordOnly)
+    with otelexec.execution("task") as run, trace.get_tracer("app").start_as_current_span("query"):
+        assert trace.get_current_span().is_recording()
+        with otelexec.execution("core", core=True):
+            run.progress("x")
+            with otelexec.publish("next"):
+                otelexec.inject({})
+    with pytest.raises(ValueError, match="x"), otelexec.execution("failed"):
+        raise ValueError("x")
+    runtime.get().flush()
+    assert records.spans() == []
+    attempts = [attempt for record in records.all() for attempt in record.attempts]
+    assert [(attempt.state, attempt.span_id) for attempt in attempts] == [("succeeded", None), ("failed", None)]
 
 
 def test_a_parent_based_sampler_of_theirs_decides_for_ours(records: Records) -> None:
