@@ -45,8 +45,8 @@ _MEMBER: Final = re.compile(rf"{_TOKEN}[ \t]*=[ \t]*{_OCTETS}(?:[ \t]*;[ \t]*{_T
 
 _TRACEPARENT: Final = re.compile(r"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?")
 MAX_TRACEPARENT_CHARS: Final = 512
-MAX_TRACESTATE_CHARS: Final = 512
-"""What a vendor should propagate (Trace Context, section 3.3.1.5); the SDK reads no more either."""
+MAX_TRACESTATE_CHARS: Final = 8_192
+"""As the Python SDK; 512 is the least that is to be propagated (Trace Context, section 3.3.1.5), and several vendors together have more."""
 
 _FLAGS: Final = {f"{flags:02x}": TraceFlags(flags) for flags in range(256)}
 

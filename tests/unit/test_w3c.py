@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from opentelemetry import baggage, trace
 from opentelemetry.baggage.propagation import W3CBaggagePropagator
@@ -130,8 +130,12 @@ class TestCodec:
         st.from_regex(r"[ \t]?[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}(-[a-z0-9-]{0,4})?[ \t]?", fullmatch=True)
         | st.sampled_from(["00", "ff", "01"]).map(lambda version: f"{version}-{'0' * 32}-{'1' * 16}-01")
         | st.text(),
-        st.none() | st.from_regex(r"[a-z]{1,3}=[a-z0-9]{1,3}(,[a-z]{1,3}=[a-z]{1,3}){0,3}", fullmatch=True) | st.text(),
+        st.none()
+        | st.from_regex(r"[a-z]{1,3}=[a-z0-9]{1,3}(,[a-z]{1,3}=[a-z]{1,3}){0,3}", fullmatch=True)
+        | st.integers(0, 40).map(lambda members: ",".join(f"vendor{member}={'x' * 250}" for member in range(members)))
+        | st.text(),
     )
+    @example(f"00-{1:032x}-{1:016x}-01", f"a={'x' * 250},b={'y' * 250},c={'z' * 250}")
     def test_trace_context_is_read_as_the_sdk_reads_it(self, traceparent: str, tracestate: str | None) -> None:
         """The same span context, or none, for any text."""
         carrier = {"traceparent": traceparent} | ({} if tracestate is None else {"tracestate": tracestate})
