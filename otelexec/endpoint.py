@@ -25,6 +25,8 @@ PROTOCOLS: Final = ("http/protobuf", "grpc")
 COMPRESSIONS: Final = ("none", "gzip", "deflate")
 # Well under the relay's claim, so that no other relay sends rows whose answer is still on its way.
 MAX_TIMEOUT_SECONDS: Final = 30.0
+# Targets that gRPC reads itself (gRPC, "Name Resolution"): those that `doctor` can look at, too.
+RESOLVERS: Final = frozenset({"dns", "ipv4", "ipv6", "unix"})
 _TOKEN: Final = frozenset("!#$%&'*+-.^_`|~0123456789abcdefghijklmnopqrstuvwxyz")
 # Of gRPC's metadata keys; one that ends in -bin would have a value of bytes (gRPC over HTTP/2, "Requests").
 _METADATA: Final = frozenset("0123456789abcdefghijklmnopqrstuvwxyz_-.")
@@ -37,7 +39,7 @@ class Endpoint:
 
     Attributes:
         protocol: `http/protobuf` or `grpc`.
-        url: Of the trace service over HTTP; over gRPC the target `host:port`.
+        url: Of the trace service over HTTP; over gRPC the target, `host:port` or a name with a scheme of gRPC's, such as `unix:/path`.
         shown: The same for people and logs, without credentials and query.
         secure: Whether TLS is used.
         headers: Sent with each request; their values are never shown.
@@ -74,9 +76,12 @@ def read(override: str | None = None, environ: Mapping[str, str] | None = None) 
     variables = _Variables(os.environ if environ is None else environ)
     protocol = variables.one_of("PROTOCOL", PROTOCOLS)
     url, name = _url(override, protocol, variables)
-    target, secure = _grpc_target(url, name, variables) if protocol == "grpc" else (url, url.startswith("https"))
-    parts = urlsplit(target if protocol != "grpc" else f"//{target}")
-    host = parts.netloc.rpartition("@")[2]
+    if protocol == "grpc":
+        target, secure = _grpc_target(url, name, variables)
+        shown = target.rpartition("@")[2]
+    else:
+        parts, target, secure = urlsplit(url), url, url.startswith("https")
+        shown = urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
     key, certificate = variables.file("CLIENT_KEY"), variables.file("CLIENT_CERTIFICATE")
     if key and not certificate:
         raise SettingsError("OTEL_EXPORTER_OTLP_CLIENT_KEY: needs OTEL_EXPORTER_OTLP_CLIENT_CERTIFICATE beside it")
@@ -85,7 +90,7 @@ def read(override: str | None = None, environ: Mapping[str, str] | None = None) 
     return Endpoint(
         protocol=protocol,
         url=target,
-        shown=host if protocol == "grpc" else urlunsplit((parts.scheme, host, parts.path, "", "")),
+        shown=shown,
         secure=secure,
         headers=_headers(variables, protocol),
         timeout_seconds=_timeout(variables),
@@ -146,12 +151,15 @@ def _url(override: str | None, protocol: str, variables: _Variables) -> tuple[st
 
 
 def _grpc_target(url: str, name: str, variables: _Variables) -> tuple[str, bool]:
-    """Give `host:port` and whether to use TLS: the scheme decides, and INSECURE where there is none."""
+    """Give the target and whether to use TLS: `http` and `https` decide, and INSECURE where there is neither."""
+    insecure = variables.one_of("INSECURE", ("false", "true")) == "true"
+    resolver, _, named = url.partition(":")
+    if resolver in RESOLVERS and named.strip("/"):
+        return url, not insecure
     scheme, separator, rest = url.partition("://")
     target = (rest if separator else url).partition("/")[0]
     if not target or (separator and scheme not in ("http", "https")):
-        raise SettingsError(f"{name}: must be a URL like http://localhost:4317, or host:port")
-    insecure = variables.one_of("INSECURE", ("false", "true")) == "true"
+        raise SettingsError(f"{name}: must be a URL like http://localhost:4317, host:port, or another target of gRPC's, such as unix:/path")
     return target, scheme == "https" if separator else not insecure
 
 

@@ -305,8 +305,7 @@ def _endpoint(settings: Settings) -> Check:
     where = endpoints.read(settings.otlp_endpoint)
     data: dict[str, Any] = {"url": where.shown, "protocol": where.protocol, "reachable": True, "error": None}
     try:
-        host, port = _address(where)
-        with socket.create_connection((host, port), timeout=CONNECT_SECONDS):
+        with _connected(where):
             pass
     except (OSError, ValueError) as error:
         # ValueError: a host that the resolver's encoding refuses.
@@ -317,7 +316,26 @@ def _endpoint(settings: Settings) -> Check:
     return Check("endpoint", f"{where.shown} ({where.protocol}) can be connected to", data=data)
 
 
-def _address(where: endpoints.Endpoint) -> tuple[str, int]:
-    parts = urlsplit(f"//{where.url}" if where.protocol == "grpc" else where.url)
+def _connected(where: endpoints.Endpoint) -> socket.socket:
+    """Connect to an endpoint; raises OSError or ValueError where that can't be done."""
+    resolver, _, named = where.url.partition(":")
+    if where.protocol == "grpc" and resolver in endpoints.RESOLVERS:
+        if resolver == "unix":
+            return _connected_here(named.removeprefix("//"))
+        target = named.rpartition("/")[2].partition(",")[0]
+    else:
+        target = where.url
+    parts = urlsplit(f"//{target}" if where.protocol == "grpc" else target)
     default = 4317 if where.protocol == "grpc" else 443 if where.secure else 80
-    return parts.hostname or "localhost", parts.port or default
+    return socket.create_connection((parts.hostname or "localhost", parts.port or default), timeout=CONNECT_SECONDS)
+
+
+def _connected_here(path: str) -> socket.socket:
+    connection = socket.socket(socket.AF_UNIX)
+    try:
+        connection.settimeout(CONNECT_SECONDS)
+        connection.connect(path)
+    except OSError:
+        connection.close()
+        raise
+    return connection

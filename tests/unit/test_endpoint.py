@@ -45,10 +45,13 @@ def test_the_http_url_follows_the_exporter_specification(override: str | None, e
         ({"ENDPOINT": "c:4317"}, "c:4317", True),
         ({"ENDPOINT": "c:4317", "INSECURE": "true"}, "c:4317", False),
         ({"ENDPOINT": "https://c:4317", "INSECURE": "true"}, "c:4317", True),
+        ({"ENDPOINT": "unix:/run/otlp.sock", "INSECURE": "true"}, "unix:/run/otlp.sock", False),
+        ({"ENDPOINT": "unix:///run/otlp.sock"}, "unix:///run/otlp.sock", True),
+        ({"ENDPOINT": "dns:///c:4317", "INSECURE": "true"}, "dns:///c:4317", False),
     ],
 )
 def test_the_grpc_target_and_its_security_come_from_the_scheme(environ: dict[str, str], target: str, secure: bool) -> None:
-    """`http` is plain, `https` is TLS; INSECURE counts only where there is no scheme."""
+    """`http` is plain, `https` is TLS; INSECURE counts only where there is neither, also for targets that gRPC reads itself."""
     variables = {f"OTEL_EXPORTER_OTLP_{name}": value for name, value in environ.items()}
     read = endpoint.read(None, {"OTEL_EXPORTER_OTLP_PROTOCOL": "grpc", **variables})
     assert (read.protocol, read.url, read.secure) == ("grpc", target, secure)
@@ -83,6 +86,7 @@ def test_the_variable_for_traces_goes_before_the_general_one(tmp_path: Path) -> 
         ("PROTOCOL", "http/json", "OTEL_EXPORTER_OTLP_PROTOCOL: must be one of http/protobuf, grpc, not 'http/json'"),
         ("TRACES_PROTOCOL", "udp", "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL: must be one of"),
         ("ENDPOINT", "localhost:4318", "OTEL_EXPORTER_OTLP_ENDPOINT: must be a URL like http://localhost:4318"),
+        ("ENDPOINT", "unix:/run/otlp.sock", "OTEL_EXPORTER_OTLP_ENDPOINT: must be a URL like http://localhost:4318"),
         ("ENDPOINT", "ftp://c", "OTEL_EXPORTER_OTLP_ENDPOINT: must be a URL"),
         ("ENDPOINT", "http://[::1", "OTEL_EXPORTER_OTLP_ENDPOINT: must be a URL"),
         ("TRACES_ENDPOINT", "http://c:99999", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT: must be a URL"),

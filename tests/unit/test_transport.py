@@ -21,8 +21,10 @@ from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.trace import SpanContext
 
 from otelexec import endpoint, otlp
+from otelexec.cli.doctor import _endpoint as check_endpoint
 from otelexec.errors import SettingsError
 from otelexec.receiver import Answer, OtlpReceiver
+from otelexec.settings import Settings
 from otelexec.transport import Reply, Verdict, connect
 from tests.patience import PATIENCE
 from tests.servers import missing
@@ -285,20 +287,43 @@ def test_over_grpc_a_certificate_without_its_key_ends_no_process(
     assert (done.returncode, said in done.stdout) == (0, True), done
 
 
-def test_a_request_that_is_too_large_for_grpc_is_refused_and_may_be_divided() -> None:
-    server = grpc.server(ThreadPoolExecutor(1), options=[("grpc.max_receive_message_length", 16)])
-    port = server.add_insecure_port("127.0.0.1:0")
+@contextlib.contextmanager
+def grpc_server(address: str, **options: int) -> Iterator[int]:
+    """Serve the trace service, and accept everything within gRPC's own limits."""
+    server = grpc.server(ThreadPoolExecutor(1), options=[(f"grpc.{name}", value) for name, value in options.items()])
+    port = server.add_insecure_port(address)
     handlers = {"Export": grpc.unary_unary_rpc_method_handler(lambda *_: b"")}
     server.add_generic_rpc_handlers(
         (grpc.method_handlers_generic_handler("opentelemetry.proto.collector.trace.v1.TraceService", handlers),)
     )
     server.start()
     try:
-        reply = sent(f"http://127.0.0.1:{port}", OTEL_EXPORTER_OTLP_PROTOCOL="grpc")
+        yield port
     finally:
         server.stop(None)
+
+
+def test_a_request_that_is_too_large_for_grpc_is_refused_and_may_be_divided() -> None:
+    with grpc_server("127.0.0.1:0", max_receive_message_length=16) as port:
+        reply = sent(f"http://127.0.0.1:{port}", OTEL_EXPORTER_OTLP_PROTOCOL="grpc")
     assert reply.verdict is Verdict.REFUSED
     assert "larger than max" in reply.reason
+
+
+@pytest.mark.parametrize("target", ["unix:{folder}/s", "unix://{folder}/s", "dns:///127.0.0.1:{port}", "ipv4:127.0.0.1:{port}"])
+def test_grpc_s_own_targets_are_reached_and_looked_at(target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The specification: any form that the gRPC client takes."""
+    with grpc_server(f"unix:{tmp_path}/s" if target.startswith("unix") else "127.0.0.1:0") as port:
+        environ = {
+            "OTEL_EXPORTER_OTLP_ENDPOINT": target.format(folder=tmp_path, port=port),
+            "OTEL_EXPORTER_OTLP_PROTOCOL": "grpc",
+            "OTEL_EXPORTER_OTLP_INSECURE": "true",
+        }
+        for name, value in environ.items():
+            monkeypatch.setenv(name, value)
+        assert sent(environ.pop("OTEL_EXPORTER_OTLP_ENDPOINT"), **environ).verdict is Verdict.ACCEPTED
+        assert check_endpoint(Settings(store="none")).problem == ""
+    assert "nothing listens" in check_endpoint(Settings(store="none")).problem
 
 
 @pytest.mark.parametrize("header", ["x-tenant-bin=AA==", "a!b=c"])
