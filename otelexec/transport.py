@@ -144,8 +144,7 @@ class HttpTransport:
         except requests.exceptions.Timeout:
             return Reply(Verdict.FAILED, f"no answer within {timeout:.3g} s")
         except requests.exceptions.RequestException as error:
-            never_sent = isinstance(getattr(error.args[0] if error.args else None, "reason", None), NewConnectionError)
-            return Reply(Verdict.LATER if never_sent else Verdict.FAILED, _named(error))
+            return _unanswered(error)
         except (OSError, ValueError) as error:  # a file of certificates that has gone since it was looked at
             return Reply(Verdict.DENIED, _shortened(type(error).__name__, str(error)))
         return _http_reply(status, response.headers.get("Content-Type", ""), text, response.headers.get("Retry-After"))
@@ -337,6 +336,16 @@ def _named(error: Exception) -> str:
     cause = getattr(cause, "reason", None) or cause
     text = str(cause).rpartition(": ")[2] if isinstance(cause, NewConnectionError) else str(cause)
     return _shortened(type(error).__name__, "" if "://" in text else text)
+
+
+def _unanswered(error: requests.exceptions.RequestException) -> Reply:
+    """Say what it means that there was no answer, or none that is HTTP."""
+    cause = error.args[0] if error.args else None
+    line = getattr((getattr(cause, "args", ()) or (None,))[-1], "line", "")  # of http.client.BadStatusLine
+    if line[:2] == "\0\0" and line[3:4] == "\4":  # the SETTINGS frame that every HTTP/2 server begins with (RFC 9113, section 3.4)
+        return Reply(Verdict.DENIED, "this port speaks gRPC: set OTEL_EXPORTER_OTLP_PROTOCOL=grpc, or name the one for HTTP, usually 4318")
+    never_sent = isinstance(getattr(cause, "reason", None), NewConnectionError)
+    return Reply(Verdict.LATER if never_sent else Verdict.FAILED, _named(error))
 
 
 def _keep_headers(request: requests.PreparedRequest) -> requests.PreparedRequest:

@@ -310,6 +310,14 @@ def test_a_request_that_is_too_large_for_grpc_is_refused_and_may_be_divided() ->
     assert "larger than max" in reply.reason
 
 
+def test_a_port_that_speaks_grpc_blames_no_row_and_says_what_to_set() -> None:
+    """4317 for 4318, with the protocol left at HTTP, is the most common mistake with these variables."""
+    with grpc_server("127.0.0.1:0") as port:
+        reply = sent(f"http://127.0.0.1:{port}")
+    assert reply.verdict is Verdict.DENIED
+    assert "OTEL_EXPORTER_OTLP_PROTOCOL=grpc" in reply.reason
+
+
 @pytest.mark.parametrize("target", ["unix:{folder}/s", "unix://{folder}/s", "dns:///127.0.0.1:{port}", "ipv4:127.0.0.1:{port}"])
 def test_grpc_s_own_targets_are_reached_and_looked_at(target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The specification: any form that the gRPC client takes."""
