@@ -31,7 +31,7 @@ from opentelemetry.sdk.resources import (
 )
 from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor, Tracer, TracerProvider
 from opentelemetry.sdk.trace import Span as SdkSpan
-from opentelemetry.sdk.trace.id_generator import IdGenerator
+from opentelemetry.sdk.trace.id_generator import IdGenerator, RandomIdGenerator
 
 from otelexec import otlp, semconv
 from otelexec.context import EXECUTION_KEY
@@ -69,6 +69,19 @@ class SecureIdGenerator(IdGenerator):
     def is_trace_id_random(self) -> bool:
         """Say that the random flag may be set (W3C Trace Context level 2, section 3.3.2)."""
         return True
+
+
+class _TheirTraceIds(SecureIdGenerator):
+    """Trace ids of the user's own generator, whose form a backend may need (AWS X-Ray); nothing needs a form of span ids."""
+
+    def __init__(self, theirs: IdGenerator) -> None:
+        self._theirs = theirs
+
+    def generate_trace_id(self) -> int:
+        return self._theirs.generate_trace_id()
+
+    def is_trace_id_random(self) -> bool:
+        return getattr(self._theirs, "is_trace_id_random", bool)()  # the SDK asks since 1.42
 
 
 def trace_id_hex(span: trace.Span) -> str:
@@ -351,17 +364,18 @@ def make_provider(
     Args:
         resource: That of this process.
         collector: Gives the current collector.
-        theirs: The user's provider, whose sampler and `on_start` processors are taken over; None without one.
+        theirs: The user's provider, whose sampler, limits, trace ids and `on_start` processors are taken over; None without one.
         collects: Whether the collector takes the spans; else they leave with the provider's resource.
     """
+    sampler, limits, ids = None, None, SecureIdGenerator()
+    processor = CaptureProcessor(collector)
     if isinstance(theirs, TracerProvider):
-        sampler = theirs.sampler
+        sampler, limits = theirs.sampler, getattr(theirs, "_span_limits", None)
+        if type(theirs.id_generator) is not RandomIdGenerator:
+            ids = _TheirTraceIds(theirs.id_generator)
         processor = CaptureProcessor(collector, lambda: getattr(theirs, "_active_span_processor", None))
-    else:
-        sampler = None
-        processor = CaptureProcessor(collector)
     kind = CollectingProvider if collects else TracerProvider
-    provider = kind(resource=resource, sampler=sampler, id_generator=SecureIdGenerator(), shutdown_on_exit=False)
+    provider = kind(resource=resource, sampler=sampler, id_generator=ids, span_limits=limits, shutdown_on_exit=False)
     provider.add_span_processor(processor)
     return provider
 

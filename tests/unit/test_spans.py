@@ -17,10 +17,11 @@ from opentelemetry import context as otel_context
 from opentelemetry import trace
 from opentelemetry.sdk import trace as sdk_trace
 from opentelemetry.sdk.resources import Resource
-from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor, TracerProvider
+from opentelemetry.sdk.trace import ReadableSpan, SpanLimits, SpanProcessor, TracerProvider
 from opentelemetry.sdk.trace import Span as SdkSpan
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, Decision, ParentBased, Sampler, SamplingResult
 
 import otelexec
@@ -99,6 +100,24 @@ def test_a_user_s_provider_lends_resource_sampler_and_processors_and_never_sees_
     assert {span.name for span in records.spans()} == {"job", "send invoices"}
     if how == "global":
         assert trace.get_tracer_provider() is theirs
+
+
+def test_a_user_s_provider_lends_trace_ids_and_limits(records: Records) -> None:
+    """A backend like AWS X-Ray reads the time out of a trace id; and whoever limits spans in code means all of them."""
+
+    class Dated(RandomIdGenerator):
+        def generate_trace_id(self) -> int:
+            return 0x65F1A2B3 << 96 | super().generate_trace_id() & (1 << 96) - 1
+
+    limits = SpanLimits(max_span_attribute_length=100, max_events=1)
+    otelexec.configure(tracer_provider=TracerProvider(id_generator=Dated(), span_limits=limits, shutdown_on_exit=False))
+    with otelexec.execution("job"):
+        for _ in range(2):
+            trace.get_current_span().add_event("row", {"sql": "x" * 200})
+        trace.get_current_span().set_attribute("sql", "x" * 200)
+    span = records.span_named("job")
+    assert span.trace_id.startswith("65f1a2b3")
+    assert (len(span.attributes["sql"]), len(span.events)) == (100, 1)
 
 
 def test_a_processor_that_raises_on_start_alters_nothing(
