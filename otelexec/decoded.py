@@ -1,4 +1,4 @@
-"""OTLP bytes -> spans as a receiver reads them: for the command line, the receiver and tests, never on the hot path."""
+"""OTLP bytes -> spans as a receiver reads them, and a request in halves: never on the hot path."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final
 
 from opentelemetry.sdk.resources import SERVICE_NAME
+
+from otelexec.otlp import wrap
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -112,6 +114,37 @@ def decode(request: bytes) -> list[DecodedSpan]:
     ]
 
 
+def halves(request: bytes) -> tuple[tuple[bytes, int], ...]:
+    """
+    Divide the spans of a request between two, without changing a byte of any.
+
+    Args:
+        request: A request, or several put one after the other.
+
+    Returns:
+        Two requests, each with the number of its spans; none where there is but one span, or nothing that can be read.
+    """
+    try:
+        spans = [
+            (_without(group, 0x12), _without(scoped, 0x12), span)
+            for group in _fields(request, 0x0A)
+            for scoped in _fields(group, 0x12)
+            for span in _fields(scoped, 0x12)
+        ]
+    except IndexError:
+        return ()
+    middle = len(spans) // 2
+    return tuple((_joined(half), len(half)) for half in (spans[:middle], spans[middle:])) if middle else ()
+
+
+def _joined(spans: Iterable[tuple[bytes, bytes, bytes]]) -> bytes:
+    """Make a request of spans, each with the other fields of its ResourceSpans and of its ScopeSpans."""
+    groups: dict[bytes, dict[bytes, list[bytes]]] = {}
+    for resource, scope, span in spans:
+        groups.setdefault(resource, {}).setdefault(scope, []).append(span)
+    return b"".join(wrap(resource, scopes) for resource, scopes in groups.items())
+
+
 @lru_cache(maxsize=1024)
 def service_name(resource: bytes) -> str | None:
     """
@@ -181,18 +214,30 @@ def _span_messages(request: bytes) -> Iterator[bytes]:
 
 def _fields(message: bytes, wanted: int) -> Iterator[bytes]:
     """Give the bodies of a valid message's length-delimited fields with this tag, and skip all others."""
+    for tag, _, body, end in _walk(message):
+        if tag == wanted:
+            yield message[body:end]
+
+
+def _without(message: bytes, left_out: int) -> bytes:
+    """Give a valid message without its fields with this tag."""
+    return b"".join(message[start:end] for tag, start, _, end in _walk(message) if tag != left_out)
+
+
+def _walk(message: bytes) -> Iterator[tuple[int, int, int, int]]:
+    """Give tag, start, start of the value and end of each field of a valid message."""
     at = 0
     while at < len(message):
-        tag, at = _read_varint(message, at)
+        start = at
+        tag, body = _read_varint(message, at)
         if tag & 7 == 0:
-            _, at = _read_varint(message, at)
+            _, at = _read_varint(message, body)
         elif tag & 7 in _FIXED_SIZES:
-            at += _FIXED_SIZES[tag & 7]
+            at = body + _FIXED_SIZES[tag & 7]
         else:
-            size, at = _read_varint(message, at)
-            if tag == wanted:
-                yield message[at : at + size]
-            at += size
+            size, body = _read_varint(message, body)
+            at = body + size
+        yield tag, start, body, at
 
 
 def _read_varint(message: bytes, at: int) -> tuple[int, int]:

@@ -2,7 +2,7 @@
 What an answer does to the rows of its request.
 
     accepted                      deleted; with `rejected_spans` above 0 parked, since OTLP forbids to send them again
-    400, 413, 422                 bisected until the poisoned row is alone; it is parked, the others are delivered
+    400, 413, 422                 bisected until the poisoned row is alone, and then its spans; where some are refused, the row is parked
     500 and the like, cut off     kept and tried again with backoff; see below
     429, Retry-After, no contact  kept and tried again with backoff, or when the endpoint says
     401, 403, 404 and the like    kept and tried again slowly: the configuration is wrong, not the rows
@@ -18,17 +18,18 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
+from otelexec.decoded import halves
 from otelexec.store.upkeep import SettleOutbox
-from otelexec.transport import Verdict
+from otelexec.transport import Reply, Verdict
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from otelexec.store.upkeep import OutboxRow
-    from otelexec.transport import Reply, Transport
+    from otelexec.transport import Transport
 
 logger = logging.getLogger("otelexec.relay")
 
@@ -89,6 +90,7 @@ class Delivery:
         self._suspicions: dict[int, _Suspicion] = {}
         self._patience = _PATIENCE
         self._messages: set[str] = set()
+        self._ended: Callable[[], bool] = bool
 
     def deliver(self, rows: Sequence[OutboxRow], ended: Callable[[], bool]) -> Tally:
         """
@@ -99,6 +101,7 @@ class Delivery:
             ended: Asked before each request; when true the rows left are given back.
         """
         self._tally = tally = Tally()
+        self._ended = ended
         self._queue = queue = deque(_groups(rows))
         try:
             while queue and tally.ended_by is None and not ended():
@@ -116,7 +119,10 @@ class Delivery:
         if reply.verdict is Verdict.ACCEPTED:
             self._accept(reply)
         elif reply.verdict is Verdict.REFUSED:
-            self._split_or_park(reply)
+            if len(self._queue[0]) > 1:
+                self._split_or_park(reply)
+            else:
+                self._divide(reply)
         elif reply.verdict is not Verdict.FAILED:
             self._tally.ended_by = reply
         elif not self._suspect(reply):
@@ -155,13 +161,63 @@ class Delivery:
             middle = len(group) // 2
             self._queue.extendleft((group[middle:], group[:middle]))
             return
-        row = group[0]
-        self._settle(SettleOutbox(self._owner, parked=[(row.id, reply.reason)]))
+        self._park(group[0], reply.reason)
+
+    def _divide(self, reply: Reply) -> None:
+        """
+        Send the spans of a row that is refused as a whole in ever smaller requests; it keeps those that were not accepted.
+
+        An execution's own span is not to be kept back because one of its children is refused, or because all of them
+        together are larger than what the endpoint takes.
+        """
+        row, tally = self._queue[0][0], self._tally
+        left, refused = deque(halves(row.request)), list[tuple[bytes, int]]()
+        reason, waits = reply.reason, None
+        if not left:
+            self._park(row, reason)
+            return
+        while left and not self._ended():
+            part = left.popleft()
+            answer = self._transport.send(part[0])
+            if answer.verdict is Verdict.ACCEPTED:
+                tally.accepted = True
+                if not answer.rejected_spans:
+                    continue
+            elif answer.verdict is not Verdict.REFUSED:
+                left.appendleft(part)
+                waits = answer
+                break
+            elif smaller := halves(part[0]):
+                left.extendleft(reversed(smaller))
+                continue
+            refused.append(part)
+            reason = answer.reason
+        rest = [*refused, *left]
+        if not rest:
+            self._accept(Reply(Verdict.ACCEPTED))
+            return
+        kept = replace(row, request=b"".join(request for request, _ in rest), count=sum(count for _, count in rest))
+        reduced = [(kept.id, kept.request, kept.count)] if kept.count < row.count else []
+        tally.spans += row.count - kept.count
+        failed = waits is not None and waits.verdict is Verdict.FAILED
+        if not left:
+            self._park(kept, f"{kept.count} of {row.count} spans refused: {reason}", reduced)
+        elif waits is not None and failed and row.failures >= SUSPECT:
+            self._park(kept, waits.reason, reduced)
+        else:
+            ids = [row.id]
+            self._settle(SettleOutbox(self._owner, failed=ids if failed else (), released=() if failed else ids, reduced=reduced))
+            self._queue.popleft()
+            tally.ended_by = waits
+
+    def _park(self, row: OutboxRow, reason: str, reduced: Sequence[tuple[int, bytes, int]] = ()) -> None:
+        """Set the foremost row aside, or what is left of it."""
+        self._settle(SettleOutbox(self._owner, parked=[(row.id, reason)], reduced=reduced))
         self._queue.popleft()
         self._tally.parked += 1
         self._suspicions.pop(row.id, None)
         text = "otelexec.relay.parked: a row of %d spans is set aside, and is not sent again by itself: %s"
-        logger.error(text, row.count, reply.reason)
+        logger.error(text, row.count, reason)
 
     def _suspect(self, reply: Reply) -> bool:
         """Take a failure of the foremost group into account; tell whether the round goes on."""

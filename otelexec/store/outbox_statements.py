@@ -51,6 +51,8 @@ def claim_outbox(tx: Transaction, write: ClaimOutbox) -> list[OutboxRow]:
 
 def settle_outbox(tx: Transaction, write: SettleOutbox) -> None:
     """Delete what was accepted, give back what was not, set aside what never will be."""
+    for row_id, request, count in write.reduced:
+        tx.execute("UPDATE outbox SET request = ?, count = ? WHERE id = ?", (request, count, row_id))
     for row_id, reason in write.parked:
         tx.execute(
             """INSERT INTO parked (id, request, count, execution_id, reason, parked_unix_ns)

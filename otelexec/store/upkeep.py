@@ -55,6 +55,7 @@ class SettleOutbox:
         released: Ids that go back, unchanged.
         failed: Ids that go back with one more failure counted.
         parked: (id, reason) of rows that are kept, but not sent again by themselves.
+        reduced: (id, request, count) of rows, among those not delivered, that keep only some of their spans: the others were delivered.
     """
 
     owner: str
@@ -62,6 +63,7 @@ class SettleOutbox:
     released: Sequence[int] = ()
     failed: Sequence[int] = ()
     parked: Sequence[tuple[int, str]] = ()
+    reduced: Sequence[tuple[int, bytes, int]] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -135,6 +135,17 @@ class OutboxContract:
         assert (parked.id, parked.count, parked.reason) == (ids[b"parked"], 1, "poisoned: 400")
         assert parked.parked_unix_ns > 0
 
+    def test_a_row_can_keep_what_was_not_delivered_of_it(self, store: Store) -> None:
+        fill(store, b"parked+", b"released+", b"failed+")
+        rows = claim(store)
+        ids = [row.id for row in rows]
+        reduced = [(row.id, row.request.rstrip(b"+"), 1) for row in rows]
+        write(store, SettleOutbox("relay", released=[ids[1]], failed=[ids[2]], parked=[(ids[0], "no")], reduced=reduced))
+        assert [(row.request, row.count, row.failures) for row in claim(store)] == [(b"released", 1, 0), (b"failed", 1, 1)]
+        write(store, ReleaseClaims(["relay"]))
+        assert write(store, RetryParked()) == [1]
+        assert outbox(store) == [b"released", b"failed", b"parked"]
+
     def test_parked_rows_go_out_again_on_request_only(self, store: Store) -> None:
         fill(store, b"bad", b"good")
         rows = claim(store)

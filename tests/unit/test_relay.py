@@ -19,6 +19,7 @@ from opentelemetry.trace import SpanContext
 from requests.adapters import HTTPAdapter
 
 from otelexec import otlp, relay
+from otelexec.decoded import decode
 from otelexec.errors import SettingsError, StoreRejected, StoreUnavailable
 from otelexec.receiver import Answer, OtlpReceiver
 from otelexec.relay import Relay
@@ -45,6 +46,7 @@ class Outbox:
         self.rows: dict[int, OutboxRow] = {}
         self.claims: dict[int, tuple[str, float]] = {}
         self.parked: dict[int, str] = {}
+        self.kept: dict[int, OutboxRow] = {}
         self.settled: list[SettleOutbox] = []
         self.fault: Callable[[Write], Exception | None] = lambda _: None
         self._lock = threading.Lock()
@@ -73,13 +75,14 @@ class Outbox:
             return len(held)
         assert isinstance(write, SettleOutbox)
         self.settled.append(write)
+        self.rows |= {row_id: OutboxRow(row_id, request, count, self.rows[row_id].failures) for row_id, request, count in write.reduced}
         for row_id in write.delivered:
             del self.rows[row_id]
         for row_id in write.failed:
             row = self.rows[row_id]
             self.rows[row_id] = OutboxRow(row.id, row.request, row.count, row.failures + 1)
         for row_id, reason in write.parked:
-            del self.rows[row_id]
+            self.kept[row_id] = self.rows.pop(row_id)
             self.parked[row_id] = reason
         for row_id in (*write.delivered, *write.released, *write.failed, *(row_id for row_id, _ in write.parked)):
             if self.claims.get(row_id, ("", 0))[0] == write.owner:
@@ -318,6 +321,43 @@ def test_a_poisoned_row_is_parked_and_the_rest_delivered(
     assert all("a span in this request is not acceptable" in reason for reason in outbox.parked.values())
     assert sorted(names(receiver)) == sorted(set(ids) - set(poisoned))
     assert sent_once(receiver)
+
+
+def test_one_span_that_is_refused_keeps_none_of_its_row_back(outbox: Outbox, receiver: OtlpReceiver, make: Callable[..., Relay]) -> None:
+    """An execution's span is in one row with its children: what is wrong with one of them is not its fault."""
+    spans = [span_bytes(f"c{number}") for number in range(6)]
+    children = otlp.wrap(RESOURCE, {b"\x0a\x03\x0a\x01s": spans[:2], b"\x0a\x00": spans[2:5]})
+    outbox.rows[1] = OutboxRow(1, children + otlp.wrap(RESOURCE, {b"\x0a\x00": spans[5:]}), 6)
+    receiver.poison = lambda span: span.name == "c3"
+    assert make().drain(10)
+    assert outbox.parked[1].startswith("1 of 6 spans refused: ")
+    assert (outbox.kept[1].count, [span.encoded for span in decode(outbox.kept[1].request)]) == (1, [spans[3]])
+    assert {span.encoded for span in receiver.spans} == {*spans} - {spans[3]}
+    assert {span.name: span.scope for span in receiver.spans} == {"c0": "s", "c1": "s", "c2": "", "c4": "", "c5": ""}
+    assert {span.resource["service.name"] for span in receiver.spans} == {"tests"}
+    assert sent_once(receiver)
+
+
+def test_a_row_that_nobody_can_read_is_parked_as_it_is(outbox: Outbox, http: OtlpReceiver, make: Callable[..., Relay]) -> None:
+    outbox.rows[1] = OutboxRow(1, b"\x0a", 2)
+    assert make().drain(10)
+    assert outbox.parked[1].startswith("HTTP 400")
+    assert outbox.kept[1].request == b"\x0a"
+
+
+@pytest.mark.parametrize("trouble", [None, Answer(429), Answer(500)])
+def test_a_row_that_is_too_large_goes_in_parts(
+    trouble: Answer | None, outbox: Outbox, http: OtlpReceiver, make: Callable[..., Relay], no_pauses: None
+) -> None:
+    """A gRPC receiver takes 4 MiB, and a proxy perhaps 1 MB. What was accepted is not sent again because the rest has to wait."""
+    outbox.add("a", count=20)
+    outbox.add("b")
+    answers = iter([None, None, trouble])
+    http.answer = lambda spans: Answer(413, "too large") if len(spans) > 3 else next(answers, None)
+    assert make().drain(20)
+    assert not outbox.parked
+    assert sorted(names(http)) == ["a"] * 20 + ["b"]
+    assert sent_once(http)
 
 
 @pytest.mark.parametrize(
