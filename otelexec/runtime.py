@@ -117,7 +117,9 @@ class Runtime:
         if parent is not None and parent.provider is self.provider:
             self.tracer = parent.tracer
         else:
-            self.tracer = self.provider.get_tracer(semconv.SCOPE_NAME, schema_url=semconv.SCHEMA_URL)
+            from otelexec import __version__  # not there yet when this module is imported
+
+            self.tracer = self.provider.get_tracer(semconv.SCOPE_NAME, __version__, schema_url=semconv.SCHEMA_URL)
         self.collector = Collector(self.resource, settings.max_collected_spans, self.heartbeat.nudge, forked=self._forked)
         self._process: ProcessRow | None = None
         self._parent = (0, 0)

@@ -41,7 +41,6 @@ _LATER: Final = frozenset({408, 429})
 _OK: Final = range(200, 300)
 _SERVER_ERROR: Final = 500
 _NEVER_SENT: Final = ("failed to connect", "errors resolving", "dns resolution failed")  # of gRPC's own words
-_HEADERS: Final = {"Content-Type": PROTOBUF, "User-Agent": "otelexec"}
 _ENCODERS: Final = {"gzip": lambda body: gzip.compress(body, 6, mtime=0), "deflate": zlib.compress}
 
 
@@ -92,7 +91,7 @@ class HttpTransport:
         self._session = requests.Session()
         for scheme in ("http://", "https://"):
             self._session.mount(scheme, TimelyAdapter())
-        self._session.headers.update(_HEADERS | dict(endpoint.headers))
+        self._session.headers.update({"Content-Type": PROTOBUF, "User-Agent": _user_agent()} | dict(endpoint.headers))
         certificate, key = endpoint.client_certificate, endpoint.client_key
         # Once, not for every request: it reads all proxy variables. The certificate has to be among the arguments, or
         # REQUESTS_CA_BUNDLE would go before it.
@@ -195,18 +194,26 @@ class GrpcTransport:
         return _accepted(text)
 
     def _open(self, grpc: Any) -> Any:
+        options = (("grpc.primary_user_agent", _user_agent()),)
         compression = {"gzip": grpc.Compression.Gzip, "deflate": grpc.Compression.Deflate}.get(self._endpoint.compression)
         if not self._endpoint.secure:
-            return grpc.insecure_channel(self._endpoint.url, compression=compression)
+            return grpc.insecure_channel(self._endpoint.url, options, compression)
         files = (self._endpoint.certificate, self._endpoint.client_key, self._endpoint.client_certificate)
         credentials = grpc.ssl_channel_credentials(*(None if name is None else _pem(Path(name)) for name in files))
-        return grpc.secure_channel(self._endpoint.url, credentials, compression=compression)
+        return grpc.secure_channel(self._endpoint.url, credentials, options, compression)
 
     def close(self) -> None:
         """Close the connection; it is opened again by the next request."""
         if self._channel is not None:
             self._channel.close()
             self._channel = None
+
+
+def _user_agent() -> str:
+    """Name exporter, version and language (OpenTelemetry Protocol Exporter, "User Agent")."""
+    from otelexec import __version__  # not there yet when the command line imports this module
+
+    return f"otelexec/{__version__} (Python)"
 
 
 def _pem(path: Path) -> bytes:

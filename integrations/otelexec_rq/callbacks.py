@@ -11,8 +11,8 @@ from opentelemetry import context as otel_context
 from opentelemetry import trace
 from opentelemetry.context import Context
 
+from otelexec import __version__, semconv
 from otelexec import runtime as _runtime
-from otelexec import semconv
 from otelexec.context import current_scope
 from otelexec.endings import describe
 from otelexec_rq.consume import CONTEXT
@@ -65,7 +65,7 @@ def _begin(kind: str, name: str, job: Any) -> tuple[trace.Span, Context]:
     """Start the span of a callback; gives the context to call it in as well."""
     try:
         context = _context(job)
-        tracer = _runtime.get().provider.get_tracer(SCOPE, schema_url=semconv.SCHEMA_URL)
+        tracer = _runtime.get().provider.get_tracer(SCOPE, __version__, schema_url=semconv.SCHEMA_URL)
         span = tracer.start_span(f"on_{kind} {name}", context, attributes={semconv.CODE_FUNCTION_NAME: name})
         return span, trace.set_span_in_context(span, context)
     except Exception as error:

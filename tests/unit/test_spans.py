@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from opentelemetry import context as otel_context
 from opentelemetry import trace
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.sdk import trace as sdk_trace
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import ReadableSpan, SpanLimits, SpanProcessor, TracerProvider
@@ -266,6 +267,14 @@ def test_a_parent_based_sampler_of_theirs_decides_for_ours(records: Records) -> 
     with otelexec.execution("job"):
         pass
     assert records.attempt().span_id is None
+
+
+def test_the_scope_names_the_version(records: Records) -> None:
+    with otelexec.execution("job"):
+        pass
+    (request,) = (bytes(row[0]) for row in records.query("SELECT request FROM outbox"))
+    scope = ExportTraceServiceRequest.FromString(request).resource_spans[0].scope_spans[0].scope
+    assert (scope.name, scope.version) == ("otelexec", otelexec.__version__)
 
 
 def test_ids_do_not_come_from_the_random_module() -> None:

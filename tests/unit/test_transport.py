@@ -20,6 +20,7 @@ from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.trace import SpanContext
 
+import otelexec
 from otelexec import endpoint, otlp
 from otelexec.cli.doctor import _endpoint as check_endpoint
 from otelexec.errors import SettingsError
@@ -132,6 +133,13 @@ def test_nobody_listening_is_no_fault_of_the_rows(protocol: str) -> None:
     transport = connect(endpoint.read(None, environ))
     assert transport.send(BODY).verdict is Verdict.LATER
     transport.close()
+
+
+@pytest.mark.parametrize("protocol", ["http", "grpc"])
+def test_the_endpoint_learns_which_version_sends(protocol: str) -> None:
+    with OtlpReceiver(protocol) as receiver:
+        sent(receiver.endpoint, OTEL_EXPORTER_OTLP_PROTOCOL="grpc" if protocol == "grpc" else "http/protobuf")
+    assert receiver.requests[0].headers["user-agent"].startswith(f"otelexec/{otelexec.__version__} (Python)")
 
 
 @pytest.mark.parametrize("protocol", ["http", "grpc"])
