@@ -41,6 +41,9 @@ _LATER: Final = frozenset({408, 429})
 _OK: Final = range(200, 300)
 _SERVER_ERROR: Final = 500
 _NEVER_SENT: Final = ("failed to connect", "errors resolving", "dns resolution failed")  # of gRPC's own words
+# Of gRPC's Go, C and JavaScript; of its Java; of Rust's tonic; of a proxy for HTTP in front of any.
+_TOO_LARGE: Final = ("larger than max", "exceeds maximum size", "message length too large", "status: 413")
+_SAY_TOO_LARGE: Final = frozenset({"RESOURCE_EXHAUSTED", "OUT_OF_RANGE", "UNKNOWN"})
 _ENCODERS: Final = {"gzip": lambda body: gzip.compress(body, 6, mtime=0), "deflate": zlib.compress}
 
 
@@ -266,7 +269,7 @@ def _grpc_reply(error: Any) -> Reply:
     code = error.code().name
     reason = _shortened(code, error.details() or "")
     asked = _retry_info(error)
-    too_large = code == "RESOURCE_EXHAUSTED" and asked is None and "larger than max" in reason.lower()
+    too_large = code in _SAY_TOO_LARGE and asked is None and any(words in reason.lower() for words in _TOO_LARGE)
     if code == "INVALID_ARGUMENT" or too_large:
         return Reply(Verdict.REFUSED, reason)
     if code in ("UNAUTHENTICATED", "PERMISSION_DENIED", "UNIMPLEMENTED", "NOT_FOUND"):

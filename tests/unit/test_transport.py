@@ -31,7 +31,7 @@ from tests.patience import PATIENCE
 from tests.servers import missing
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
 SPAN = otlp.encode_span(ReadableSpan("run", context=SpanContext(1, 2, is_remote=False), start_time=1, end_time=2))
@@ -296,11 +296,11 @@ def test_over_grpc_a_certificate_without_its_key_ends_no_process(
 
 
 @contextlib.contextmanager
-def grpc_server(address: str, **options: int) -> Iterator[int]:
-    """Serve the trace service, and accept everything within gRPC's own limits."""
+def grpc_server(address: str, export: Callable[..., bytes] = lambda *_: b"", **options: int) -> Iterator[int]:
+    """Serve the trace service, and accept everything within gRPC's own limits unless told otherwise."""
     server = grpc.server(ThreadPoolExecutor(1), options=[(f"grpc.{name}", value) for name, value in options.items()])
     port = server.add_insecure_port(address)
-    handlers = {"Export": grpc.unary_unary_rpc_method_handler(lambda *_: b"")}
+    handlers = {"Export": grpc.unary_unary_rpc_method_handler(export)}
     server.add_generic_rpc_handlers(
         (grpc.method_handlers_generic_handler("opentelemetry.proto.collector.trace.v1.TraceService", handlers),)
     )
@@ -316,6 +316,27 @@ def test_a_request_that_is_too_large_for_grpc_is_refused_and_may_be_divided() ->
         reply = sent(f"http://127.0.0.1:{port}", OTEL_EXPORTER_OTLP_PROTOCOL="grpc")
     assert reply.verdict is Verdict.REFUSED
     assert "larger than max" in reply.reason
+
+
+@pytest.mark.parametrize(
+    ("code", "details", "verdict"),
+    [
+        ("RESOURCE_EXHAUSTED", "grpc: received message larger than max (6030458 vs. 4194304)", Verdict.REFUSED),
+        ("RESOURCE_EXHAUSTED", "gRPC message exceeds maximum size 4194304: 6030458", Verdict.REFUSED),
+        ("OUT_OF_RANGE", "Error, decoded message length too large: found 6030458 bytes, the limit is: 4194304 bytes", Verdict.REFUSED),
+        ("UNKNOWN", "Received http2 header with status: 413", Verdict.REFUSED),
+        ("RESOURCE_EXHAUSTED", "too many requests", Verdict.FAILED),
+        ("UNKNOWN", "Received http2 header with status: 415", Verdict.FAILED),
+    ],
+)
+def test_each_server_says_too_large_in_its_own_words(code: str, details: str, verdict: Verdict) -> None:
+    """Else the row counts as one that breaks the endpoint, and is never divided."""
+
+    def refuse(_: bytes, context: grpc.ServicerContext) -> bytes:
+        context.abort(getattr(grpc.StatusCode, code), details)
+
+    with grpc_server("127.0.0.1:0", refuse) as port:
+        assert sent(f"http://127.0.0.1:{port}", OTEL_EXPORTER_OTLP_PROTOCOL="grpc").verdict is verdict
 
 
 def test_a_port_that_speaks_grpc_blames_no_row_and_says_what_to_set() -> None:
