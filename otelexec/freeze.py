@@ -17,7 +17,7 @@ from opentelemetry.sdk.trace import ReadableSpan
 
 from otelexec import otlp, semconv
 from otelexec.endings import describe, is_interrupted, raised_by_signal_handler
-from otelexec.spans import is_exported, lost_members
+from otelexec.spans import is_sampled, lost_members
 from otelexec.store.rows import CANCELLED, FAILED, LOST, PAUSED, REJECTED, SPOOL, TIMED_OUT, Frozen, Outcome
 from otelexec.store.writes import CloseAttempt, OpenAttempt, RecordObserved, Write
 
@@ -115,7 +115,7 @@ def freeze(execution: RunningExecution, ending: Ending, ended_ns: int, *, outer:
         sticky=ending.state == CANCELLED and (sticky or execution.cancel_requested),
     )
     span = execution.span
-    if not is_exported(span):
+    if not isinstance(span, ReadableSpan) or not is_sampled(span):
         return Frozen(outcome, b"")
     attributes = outcome_attributes(ending.state, ending.classification, ending.error_type, outer=outer)
     if not outer and execution.number is not None:
@@ -180,7 +180,7 @@ def minimal(runtime: Runtime, execution: RunningExecution, write: CloseAttempt, 
 def observed(runtime: Runtime, execution: RunningExecution, frozen: Frozen) -> RecordObserved:
     """Make what a lost attempt observed itself: its span under a new id, linked to the one that was written for it."""
     span, row = execution.span, execution.attempt_row
-    if not is_exported(span):
+    if not isinstance(span, ReadableSpan) or not is_sampled(span):
         return RecordObserved(row, Frozen(frozen.outcome, b""), None)
     new_id = runtime.id_generator.generate_span_id()
     outcome = frozen.outcome

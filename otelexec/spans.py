@@ -17,7 +17,7 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any
 
 from opentelemetry import context as otel_context
 from opentelemetry import trace
@@ -94,10 +94,10 @@ def span_id_hex(span: trace.Span) -> str:
     return f"{span.get_span_context().span_id:016x}"
 
 
-def is_exported(span: trace.Span | ReadableSpan) -> TypeGuard[ReadableSpan]:
+def is_sampled(span: trace.Span | ReadableSpan) -> bool:
     """Tell whether a span may leave the process: a sampler can have one recorded for processors alone (`Decision.RECORD_ONLY`)."""
     context = span.get_span_context()
-    return isinstance(span, ReadableSpan) and context is not None and context.trace_flags.sampled
+    return context is not None and context.trace_flags.sampled
 
 
 def row_of(span: trace.Span, members: Mapping[str, str] | None = None) -> SpanRow | None:
@@ -108,7 +108,7 @@ def row_of(span: trace.Span, members: Mapping[str, str] | None = None) -> SpanRo
         span: The span.
         members: The correlation that a span of our own was started with; None for others.
     """
-    if not is_exported(span):
+    if not isinstance(span, ReadableSpan) or not is_sampled(span):
         return None
     return SpanRow(trace_id_hex(span), span_id_hex(span), otlp.encode_start(span, lost_members(span, members)))
 
@@ -202,7 +202,7 @@ class Collector:
             return
         context = span.get_span_context()
         known = self._open.pop(context.span_id, None) if context is not None else None
-        if (known is None and self._forked) or not is_exported(span):
+        if (known is None and self._forked) or not is_sampled(span):
             return
         execution = known.execution if known is not None else None
         if execution is not None and execution.is_open:

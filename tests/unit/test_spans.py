@@ -11,14 +11,14 @@ import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 import pytest
 from opentelemetry import context as otel_context
 from opentelemetry import trace
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
-from opentelemetry.sdk import trace as sdk_trace
 from opentelemetry.sdk.resources import Resource
-from opentelemetry.sdk.trace import ReadableSpan, SpanLimits, SpanProcessor, TracerProvider
+from opentelemetry.sdk.trace import ReadableSpan, SpanLimits, SpanProcessor, TracerProvider, sampling
 from opentelemetry.sdk.trace import Span as SdkSpan
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
@@ -247,7 +247,7 @@ def test_what_a_sampler_has_recorded_for_processors_alone_does_not_leave(records
         def get_description(self) -> str:
             return "record only"
 
-    monkeypatch.setattr(sdk_trace.sampling, "_get_from_env_or_default", RecordOnly)
+    monkeypatch.setattr(sampling, "_get_from_env_or_default", RecordOnly)
     with otelexec.execution("task") as run, trace.get_tracer("app").start_as_current_span("query"):
         assert trace.get_current_span().is_recording()
         with otelexec.execution("core", core=True):
@@ -272,8 +272,8 @@ def test_a_parent_based_sampler_of_theirs_decides_for_ours(records: Records) -> 
 def test_the_scope_names_the_version(records: Records) -> None:
     with otelexec.execution("job"):
         pass
-    (request,) = (bytes(row[0]) for row in records.query("SELECT request FROM outbox"))
-    scope = ExportTraceServiceRequest.FromString(request).resource_spans[0].scope_spans[0].scope
+    ((request,),) = records.query("SELECT request FROM outbox")
+    scope = ExportTraceServiceRequest.FromString(cast("bytes", request)).resource_spans[0].scope_spans[0].scope
     assert (scope.name, scope.version) == ("otelexec", otelexec.__version__)
 
 

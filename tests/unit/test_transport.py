@@ -334,6 +334,7 @@ def test_each_server_says_too_large_in_its_own_words(code: str, details: str, ve
 
     def refuse(_: bytes, context: grpc.ServicerContext) -> bytes:
         context.abort(getattr(grpc.StatusCode, code), details)
+        raise AssertionError
 
     with grpc_server("127.0.0.1:0", refuse) as port:
         assert sent(f"http://127.0.0.1:{port}", OTEL_EXPORTER_OTLP_PROTOCOL="grpc").verdict is verdict
