@@ -17,7 +17,7 @@ from opentelemetry.sdk.trace import ReadableSpan
 
 from otelexec import otlp, semconv
 from otelexec.endings import describe, is_interrupted, raised_by_signal_handler
-from otelexec.spans import is_sampled, lost_members
+from otelexec.spans import end, is_sampled, lost_members
 from otelexec.store.rows import CANCELLED, FAILED, LOST, PAUSED, REJECTED, SPOOL, TIMED_OUT, Frozen, Outcome
 from otelexec.store.writes import CloseAttempt, OpenAttempt, RecordObserved, Write
 
@@ -55,7 +55,7 @@ def end_span(execution: RunningExecution, ending: Ending, ended_ns: int) -> None
             raise
         logger.exception("otelexec.finalize.span")
     if getattr(span, "end_time", None) is None:
-        span.end(end_time=ended_ns)
+        end(span, ended_ns)
     # Not before: a signal handler that raises in here makes the lifecycle repeat it.
     execution.span_ended = True
 

@@ -26,7 +26,7 @@ from otelexec.lifecycle import Call, Steps, begin, execution_row
 from otelexec.options import Options
 from otelexec.propagation import outgoing
 from otelexec.running import RunningExecution
-from otelexec.spans import request_of, row_of
+from otelexec.spans import end, request_of, row_of
 from otelexec.store.rows import CANCELLED, REJECTED, Cancellation, Outcome, SpanRow
 from otelexec.store.writes import AddSpans, NameMessage, RecordQueued, RefuseQueued, RequestCancel
 from otelexec.w3c import clean
@@ -141,7 +141,7 @@ class publish(Block[Message]):  # noqa: N801 (read as a verb: `with publish(...)
             error_type, error_message = describe(raised, runtime.settings.max_error_chars)
             span.set_attribute(semconv.ERROR_TYPE, error_type)
             span.set_status(trace.StatusCode.ERROR, error_message)
-        span.end(ended)
+        end(span, ended)
         refused = isinstance(raised, Exception) and not message.unknown
         if refused and self._retry and (retried := running(base)) is not None:
             retried.mark_retry_refused()

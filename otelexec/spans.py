@@ -121,6 +121,16 @@ def lost_members(span: ReadableSpan, members: Mapping[str, str] | None) -> dict[
     return {name: value for name, value in members.items() if found.get(name) != value}
 
 
+def end(span: trace.Span, ended_unix_ns: int) -> None:
+    """End a span of ours. The SDK passes on what a processor raises; one of the user's must not take the place of their result."""
+    try:
+        span.end(ended_unix_ns)
+    except Exception as error:
+        if raised_by_signal_handler(error):
+            raise
+        logger.exception("otelexec.spans.on_end")
+
+
 def keep_attributes(span: trace.Span, attributes: Mapping[str, Any]) -> None:
     """Set the attributes that a span was started with once more, if a sampler of the user's has left some out."""
     if not isinstance(span, ReadableSpan) or not attributes.keys() <= otlp.attributes_of(span).keys():

@@ -135,6 +135,31 @@ def test_a_processor_that_raises_on_start_alters_nothing(
     assert "otelexec.spans.on_start" in caplog.text
 
 
+@pytest.mark.parametrize("store", ["own", "none"])
+def test_a_processor_that_raises_on_end_alters_nothing(
+    records: Records, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, store: str
+) -> None:
+    """Whoever finds a global provider adds a processor to it; the SDK lets come out of `end()` what that raises."""
+
+    class Raising(SpanProcessor):
+        def on_end(self, span: ReadableSpan) -> None:
+            raise RuntimeError("theirs")
+
+    if store == "none":
+        monkeypatch.setenv("OTELEXEC_STORE", "none")
+    provider = runtime.get().provider
+    provider.add_span_processor(Raising())
+    assert otelexec.execution("job")(lambda: 1)() == 1
+    with pytest.raises(ValueError, match="mine"), otelexec.execution("failing"):
+        raise ValueError("mine")
+    with otelexec.publish("next"):
+        pass
+    assert caplog.text.count("otelexec.spans.on_end") == 3
+    if store == "own":
+        assert [records.named(name).state for name in ("job", "failing", "next")] == ["succeeded", "failed", "queued"]
+        assert {span.name for span in records.spans()} >= {"job", "failing"}
+
+
 def test_without_a_provider_ours_becomes_the_global_one_and_collects_children(records: Records) -> None:
     otelexec.configure(service_name="billing")
     tracer = trace.get_tracer("app")
