@@ -351,8 +351,8 @@ def configure(
         service_name: `service.name` of the resource; None: OTEL_SERVICE_NAME.
         store: `sqlite:///PATH`, `postgresql://...`, or `none`; None: OTELEXEC_STORE, else a file in the user's state folder.
         otlp_endpoint: Where the relay sends spans; None: OTEL_EXPORTER_OTLP_ENDPOINT, else localhost.
-        tracer_provider: Your own provider, whose resource and sampler are taken over; None: the global one, if
-            there is one, else otelexec sets it.
+        tracer_provider: Your own provider, whose resource, sampler, limits and trace ids are taken over; None: the global one,
+            if there is one, else otelexec sets it.
         **settings: Any other field of `Settings` (README, Configuration).
 
     Raises:
