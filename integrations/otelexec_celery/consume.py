@@ -18,8 +18,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import replace
-from types import CellType, FunctionType
-from typing import Any, Final
+from types import CellType, FunctionType, TracebackType
+from typing import Any, Final, Self
 
 from celery import states
 from celery.app import trace as celery_trace
@@ -111,38 +111,40 @@ class Run:
         if latency is not None:
             metrics.waited(latency, task.name, self._attributes)
 
-    def call(self, body: Callable[..., Any], args: Any, kwargs: Any, *, propagates: bool) -> Any:
-        """
-        Call the task's body, and close the attempt with its end.
-
-        Args:
-            body: The body.
-            args: For it.
-            kwargs: For it.
-            propagates: Whether the tracer lets exceptions out to the caller of an eager run, who gets a `Retry` then, and no retry.
-        """
+    def begin(self) -> Context:
+        """Make it current for the task's body, and give the context that the tracer has around it."""
         self.reached_body = True
         around = otel_context.get_current()
         # Not what the tracer left current: another instrumentation may have replaced it in `task_prerun`.
         otel_context.attach(self.context)
+        return around
+
+    def fail(self, error: BaseException, around: Context, *, propagates: bool) -> None:
+        """
+        Close the attempt of a body that raised.
+
+        Args:
+            error: What it raised.
+            around: What `begin` gave.
+            propagates: Whether the tracer lets exceptions out to the caller of an eager run, who gets a `Retry` then, and no retry.
+        """
+        otel_context.attach(around)
+        ending = None
+        if isinstance(error, Retry) and error.is_eager and propagates:
+            ending = replace(classify(self.execution, error), retrying=False)
+        elif isinstance(error, Retry) and error.is_eager and error.sig is not None:
+            self._carry_on(error.sig)
+        self.close(error, ending)
+
+    def succeed(self, around: Context) -> None:
+        """Close the attempt of a body that returned."""
         try:
-            value = body(*args, **kwargs)
             otel_context.attach(around)
-        except BaseException as error:
-            otel_context.attach(around)
-            ending = None
-            if isinstance(error, Retry) and error.is_eager and propagates:
-                ending = replace(classify(self.execution, error), retrying=False)
-            elif isinstance(error, Retry) and error.is_eager and error.sig is not None:
-                self._carry_on(error.sig)
-            self.close(error, ending)
-            raise
-        try:
             self.close(None)
         except BaseException as error:  # a limit that struck on the way: Celery takes it for the task's
+            otel_context.attach(around)
             self.close(error)
             raise
-        return value
 
     def _carry_on(self, signature: Any) -> None:
         """Have the signature of an eager retry, which is not sent, name its execution and this attempt all the same."""
@@ -286,7 +288,14 @@ def wrap_tracer(tracer: Callable[..., Any], task: Any, *, propagates: bool = Fal
         run = _run.get()
         if run is None or run.task is not task or run.reached_body:
             return body(*args, **kwargs)
-        return run.call(body, args, kwargs, propagates=propagates)
+        around = run.begin()
+        try:
+            value = body(*args, **kwargs)
+        except BaseException as error:
+            run.fail(error, around, propagates=propagates)
+            raise
+        run.succeed(around)
+        return value
 
     # Python names the function in the TypeError for arguments that are none: the user's text is to be the user's.
     for name in ("__module__", "__name__", "__qualname__"):
@@ -295,9 +304,15 @@ def wrap_tracer(tracer: Callable[..., Any], task: Any, *, propagates: bool = Fal
 
     @functools.wraps(tracer)
     def trace_task(uuid: str, args: Any, kwargs: Any, request: Any = None) -> Any:
-        if not CHOICES.active:
+        run = _opened(task, uuid, request) if CHOICES.active else None
+        if run is None:
             return tracer(uuid, args, kwargs, request)
-        return _trace(tracer, task, (uuid, args, kwargs, request))
+        if isinstance(run, ExecutionCancelled):
+            return _revoked(task, (uuid, args, kwargs, request), run)
+        with _Tracing(run) as tracing:
+            tracing.make_current()
+            tracing.result = tracer(uuid, args, kwargs, request)
+        return tracing.result
 
     def unwrap() -> Callable[..., Any]:
         cell.cell_contents = body
@@ -331,38 +346,52 @@ def _inside(function: Any) -> Iterator[FunctionType]:
                 found.append(cell.cell_contents)
 
 
-def _trace(tracer: Callable[..., Any], task: Any, call: tuple[str, Any, Any, Any]) -> Any:
-    before = otel_context.get_current()
-    uuid, request = call[0], call[3] if isinstance(call[3], Mapping) else {}
+def _opened(task: Any, uuid: str, request: Any) -> Run | ExecutionCancelled | None:
+    """Give the run of a tracer that is called, or why there is none; None if it is to go on without a record."""
+    found = request if isinstance(request, Mapping) else {}
     try:
-        early = _early.pop(request.get(carrier.DELIVERY, ""), None)
-        if isinstance(early, ExecutionCancelled):
-            raise early
-        run = early or Run(task, uuid, request)
+        return _early.pop(found.get(carrier.DELIVERY, ""), None) or Run(task, uuid, found)
     except ExecutionCancelled as error:
-        return _revoked(task, call, error)
+        return error
     except Exception as error:
         if raised_by_signal_handler(error):
             raise
         logger.exception("otelexec.celery.open: %s[%s] runs without a record", task.name, uuid)
-        return tracer(*call)
-    outer_run, outer_execution = _run.get(), TASK_EXECUTION.get()
-    try:
-        _run.set(run)
-        TASK_EXECUTION.set(run.execution)
-        otel_context.attach(run.context)
-        result = tracer(*call)
-    except BaseException as error:
-        _left(run, error)
-        raise
-    else:
-        _returned(run, result)
-        return result
-    finally:
-        # By value: others may have attached and detached in between, in any order.
-        TASK_EXECUTION.set(outer_execution)
-        _run.set(outer_run)
-        otel_context.attach(before)
+        return None
+
+
+class _Tracing:
+    """What is current while a tracer runs, and what is made of its end."""
+
+    __slots__ = ("_before", "_outer_execution", "_outer_run", "_run_here", "result")
+
+    result: Any
+
+    def __init__(self, run: Run) -> None:
+        self._run_here = run
+        self._before = otel_context.get_current()
+        self._outer_run, self._outer_execution = _run.get(), TASK_EXECUTION.get()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def make_current(self) -> None:
+        """Make the run current; not in `__enter__`, as a signal handler may raise in the middle of it."""
+        _run.set(self._run_here)
+        TASK_EXECUTION.set(self._run_here.execution)
+        otel_context.attach(self._run_here.context)
+
+    def __exit__(self, _: type[BaseException] | None, error: BaseException | None, __: TracebackType | None) -> None:
+        try:
+            if error is None:
+                _returned(self._run_here, self.result)
+            else:
+                _left(self._run_here, error)
+        finally:
+            # By value: others may have attached and detached in between, in any order.
+            TASK_EXECUTION.set(self._outer_execution)
+            _run.set(self._outer_run)
+            otel_context.attach(self._before)
 
 
 def _left(run: Run, error: BaseException) -> None:

@@ -23,7 +23,9 @@ import celery.worker.consumer.consumer
 import celery.worker.request
 import celery.worker.strategy
 import pytest
+from billiard.einfo import ExceptionInfo
 from billiard.exceptions import SoftTimeLimitExceeded, TimeLimitExceeded
+from billiard.reduction import ForkingPickler
 from celery import signals
 from otelexec_celery import CeleryInstrumentor, carrier, consume, worker
 
@@ -127,10 +129,35 @@ def test_a_limit_that_strikes_while_an_attempt_is_closed_leaves_none_open(
         raise SoftTimeLimitExceeded
 
     monkeypatch.setattr(consume.Run, "_contribute", contribute)
+    around = run.begin()
     with pytest.raises(SoftTimeLimitExceeded):
-        run.call(lambda: 7, (), {}, propagates=False)
+        run.succeed(around)
     assert (records.one().state, records.attempt().classification) == ("timed_out", "soft_limit")
     assert not run.is_open
+    app.close()
+
+
+def sent_for(tracer: Any) -> int:
+    """Give how many bytes a child's pool would send of what a tracer lets out."""
+    try:
+        tracer("t-1", (1,), {}, {"id": "t-1"})
+    except SystemExit:
+        return len(ForkingPickler.dumps(ExceptionInfo()))
+    raise AssertionError
+
+
+def test_what_a_child_sends_of_an_exit_leaves_room_in_the_pipe(instrumented: None, records: Records) -> None:
+    """
+    Billiard pickles each frame with the positions of its function's every instruction; Celery's own take most of a pipe of 64 KiB.
+
+    A worker that shuts down may read none of it any more, and then waits for ever for a child whose pipe is full.
+    """
+    app = make_app({"broker_url": "memory://"})
+    task = app.tasks["leave"]
+    build: Any = celery.app.trace.build_tracer
+    own = sent_for(build.__wrapped__(task.name, task, app=app))
+    assert sent_for(build(task.name, task, app=app)) - own < 8 * 1024
+    assert records.one().state == "failed"
     app.close()
 
 
