@@ -250,9 +250,11 @@ def on_terminate(request: Any, *_: Any, **__: Any) -> None:
 
 
 def on_cancel(request: Any, *_: Any, **__: Any) -> None:
-    """Learn that a child is stopped because the connection is gone; its message comes again."""
+    """Learn that a child is stopped, since the worker shuts down or has lost its connection; what isn't acknowledged comes again."""
     if request.time_start and MAIN.supervises:
-        delivery_of(request).ending = Ending(CANCELLED, INTERRUPTED, "interrupted", "the connection was lost", retrying=True)
+        again = bool(request.task.acks_late) and not request.acknowledged
+        text = "stopped by a shutdown, or by a lost connection"
+        delivery_of(request).ending = Ending(CANCELLED, INTERRUPTED, INTERRUPTED, text, retrying=again)
 
 
 def on_revoked(request: Any, _: str, terminated: bool, __: object, expired: bool) -> None:  # noqa: FBT001 # Celery's own

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 
 import pytest
@@ -126,4 +127,27 @@ def test_a_cold_shutdown_leaves_nothing_open(fresh: Fresh) -> None:
         seen = stage.look(result.id)
         assert seen is not None
         assert seen.states in (["lost"], ["cancelled"], ["failed"])
+    stage.check_agreement()
+
+
+def test_a_child_that_dies_ahead_of_a_cold_shutdown_leaves_nothing_to_come_again(fresh: Fresh) -> None:
+    """Celery cancels its task as it does after a lost connection, but a message that was acknowledged early does not come again."""
+    stage = fresh()
+    worker = stage.worker("cold", "prefork", 2)
+    mark = stage.mark()
+    result = stage.task("sleep").delay(60, mark)
+    pid = stage.wait_for_run(mark)
+    active = stage.app.control.inspect([worker.name], timeout=1.0, limit=1).active
+    until(lambda: (active() or {}).get(worker.name), 20)
+    worker.process.send_signal(signal.SIGSTOP)  # so that the death and the shutdown meet
+    os.kill(pid, signal.SIGKILL)
+    worker.process.send_signal(signal.SIGQUIT)
+    worker.process.send_signal(signal.SIGCONT)
+    worker.stop(signal.SIGCONT)
+    worker.check_log()
+    stage.reconcile()
+    seen = stage.look(result.id)
+    assert seen is not None
+    assert seen.states in (["cancelled"], ["lost"])
+    assert seen.record.state == seen.attempt.state
     stage.check_agreement()
