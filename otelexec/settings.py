@@ -255,7 +255,7 @@ def _absolute_sqlite(url: str) -> str:
     except (OSError, RuntimeError) as error:  # links in a circle
         msg = f"its path can't be used: {error}"
         raise ValueError(msg) from error
-    if any(each.is_symlink() for each in (resolved, *resolved.parents)):  # since Python 3.13 such links are left as they stand
+    if any(map(_is_link, (resolved, *resolved.parents))):  # since Python 3.13 such links are left as they stand
         msg = f"its path can't be used: {os.strerror(errno.ELOOP)}"
         raise ValueError(msg)
     return f"sqlite:///{resolved}"
@@ -263,10 +263,17 @@ def _absolute_sqlite(url: str) -> str:
 
 def _is_planted(path: Path) -> bool:
     """Tell whether a path is a link that the kernel would not follow (`fs.protected_symlinks`), whose rule resolving it here evades."""
-    if not path.is_symlink():
+    if not _is_link(path):
         return False
     folder = path.parent.stat()
     return folder.st_mode & _SHARED == _SHARED and path.lstat().st_uid not in (os.geteuid(), folder.st_uid)
+
+
+def _is_link(path: Path) -> bool:
+    try:
+        return path.is_symlink()
+    except PermissionError:  # who may not look there can't open it either, which is no wrong setting
+        return False
 
 
 def _expanded(path: Path) -> Path:

@@ -178,3 +178,19 @@ def test_a_misspelt_variable_is_warned_of_once_and_one_of_somebody_else_is_not(
     settings.load()
     warned = [record.getMessage() for record in caplog.records if "settings.unknown" in record.getMessage()]
     assert warned == ["otelexec.settings.unknown: there is no setting OTELEXEC_LEASE_SECOND; did you mean OTELEXEC_LEASE_SECONDS?"]
+
+
+def test_a_folder_that_this_user_may_not_look_into_is_no_wrong_setting(tmp_path: Path) -> None:
+    """As after a change of user that leaves HOME as it was: supervisord, `celery --uid`. Its records go to the log, its work goes on."""
+    closed = tmp_path / "home"
+    closed.mkdir()
+    closed.chmod(0)
+    mine = os.geteuid()
+    os.seteuid(65534 if mine == 0 else mine)
+    try:
+        with pytest.raises(PermissionError):
+            (closed / "x.db").lstat()
+        assert settings.load(store=f"sqlite:///{closed}/x.db").store == f"sqlite:///{closed}/x.db"
+    finally:
+        os.seteuid(mine)
+        closed.chmod(0o700)
