@@ -145,6 +145,8 @@ class Runtime:
 
         resource = spans.make_resource(self.settings.service_name, self.theirs)
         provider = spans.make_provider(resource, current_collector, self.theirs, collects=False)
+        if os.environ.get("OTEL_TRACES_EXPORTER", "").strip() == "none":  # as the SDK's own set-up reads it
+            return provider
         try:
             provider.add_span_processor(BatchSpanProcessor(_stock_exporter(self.settings)))
         except SettingsError as error:  # as with a store, where the relay says it

@@ -439,6 +439,18 @@ def test_without_a_store_no_ended_span_is_kept_in_memory(monkeypatch: pytest.Mon
         assert len(receiver.wait_for(101)) == 101
 
 
+def test_without_a_store_no_exporter_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in tests without a collector, where each shutdown would wait for one."""
+    monkeypatch.setenv("OTELEXEC_STORE", "none")
+    monkeypatch.setenv("OTEL_TRACES_EXPORTER", "none")
+    with OtlpReceiver() as receiver:
+        otelexec.configure(otlp_endpoint=receiver.endpoint)
+        with otelexec.execution("job"):
+            pass
+        otelexec.shutdown()  # sends what there is to send
+        assert receiver.requests == []
+
+
 def test_the_log_says_which_store_it_is(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Relative paths are made absolute at configure() and named in one INFO line."""
     caplog.set_level(logging.INFO, logger="otelexec")
