@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import logging
 import random
-import time
 from collections.abc import Generator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from otelexec.clock import monotonic
 from otelexec.effects import Block, Commit, Effect, Sleep
 from otelexec.errors import StoreError, StoreReentered, StoreRejected, StoreVersionError
 from otelexec.freeze import end_span, freeze, minimal, observed
@@ -64,15 +64,15 @@ def persist(journal: Journal, write: Write, *, durable: bool, patience_seconds: 
         for an exclusive open, about which the spool can't decide.
     """
     exclusive = isinstance(write, OpenAttempt) and write.exclusive
-    deadline = time.monotonic() + patience_seconds
+    deadline = monotonic() + patience_seconds
     backoff = FIRST_BACKOFF_SECONDS
     # Once something is in the spool all else goes there until it is taken in, so that the order stays.
     while exclusive or not journal.spooling:
-        left = deadline - time.monotonic()
+        left = deadline - monotonic()
         answer = yield Commit(write, durable, max(left, 0.001))
         if not isinstance(answer, StoreError) or isinstance(answer, StoreRejected):
             return answer
-        left = deadline - time.monotonic()
+        left = deadline - monotonic()
         given_up = left <= 0 or isinstance(answer, StoreReentered | StoreVersionError)
         if given_up and exclusive:
             return answer

@@ -12,9 +12,9 @@ import contextvars
 import logging
 import queue
 import threading
-import time
 from typing import TYPE_CHECKING
 
+from otelexec.clock import monotonic
 from otelexec.endings import describe
 from otelexec.errors import OtelexecError, StoreBusy, StoreError
 from otelexec.importing import importing
@@ -81,7 +81,7 @@ class HeartbeatThread:
     def _start(self) -> None:
         if self._thread is not None or self._stopping or not self._runtime.records:
             return
-        now = time.monotonic()
+        now = monotonic()
         self._next_beat = now + self._runtime.settings.heartbeat
         self._next_reconcile = now + min(1.0, self._runtime.settings.reconcile_interval_seconds)
         self._relay_from = now + RELAY_DELAY_SECONDS
@@ -123,13 +123,13 @@ class HeartbeatThread:
 
     def _rest(self) -> None:
         """Wait, whoever asks for a round meanwhile: one that failed left undone what the next one would be due for at once."""
-        over = time.monotonic() + REST_SECONDS
-        while not self._stopping and (left := over - time.monotonic()) > 0:
+        over = monotonic() + REST_SECONDS
+        while not self._stopping and (left := over - monotonic()) > 0:
             with contextlib.suppress(queue.Empty):
                 self._nudges.get(timeout=left)
 
     def _wait(self) -> None:
-        runtime, now = self._runtime, time.monotonic()
+        runtime, now = self._runtime, monotonic()
         wake = min(self._next_beat, self._next_reconcile if runtime.settings.reconcile else self._next_beat)
         # Also while nothing runs: what starts during the wait is to see a cancellation in time.
         wake = min(wake, now + runtime.settings.cancel_poll_seconds)
@@ -145,7 +145,7 @@ class HeartbeatThread:
             pass
 
     def _round(self) -> None:
-        runtime, now = self._runtime, time.monotonic()
+        runtime, now = self._runtime, monotonic()
         journal = runtime.journal
         journal.group.flush()
         if journal.homeless:
@@ -173,7 +173,7 @@ class HeartbeatThread:
         """
         if self._stopping:
             raise TimeoutError("the process ends")
-        now = time.monotonic()
+        now = monotonic()
         if now >= self._next_look:
             with contextlib.suppress(StoreError):  # the next commit of the round says whether the store is away
                 self._show_life(now, away=False)

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self, TextIO
 
 from otelexec import semconv
+from otelexec.clock import monotonic
 from otelexec.decoded import DecodedSpan, decode
 from otelexec.receiver_servers import serve_grpc, serve_http
 
@@ -186,14 +187,14 @@ class OtlpReceiver:
         Raises:
             TimeoutError: It did not come to that; the message says what did arrive.
         """
-        deadline = time.monotonic() + timeout
+        deadline = monotonic() + timeout
         while True:
             with self._changed:
                 seen = self._taken
             # Asked outside the lock, which `spans` and `requests` take themselves.
             if len(self.spans) >= condition if isinstance(condition, int) else condition(self):
                 return self.spans
-            left = deadline - time.monotonic()
+            left = deadline - monotonic()
             if left <= 0:
                 names = [span.name for span in self.spans]
                 raise TimeoutError(f"{len(names)} spans in {seen} requests after {timeout:g} s: {names[-20:]}")

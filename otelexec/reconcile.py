@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import signal
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -18,6 +17,7 @@ from datetime import UTC, datetime
 from opentelemetry.proto.trace.v1.trace_pb2 import Span as SpanMessage
 
 from otelexec import identity, metrics, otlp, semconv
+from otelexec.clock import monotonic
 from otelexec.endings import Ending
 from otelexec.errors import StoreError
 from otelexec.freeze import outcome_attributes, status_of
@@ -130,7 +130,7 @@ class Reconciler:
         self._own = own
         self._meanwhile = meanwhile
         self._unreachable_until: float | None = None
-        self._next_forgetting = time.monotonic()
+        self._next_forgetting = monotonic()
 
     def run_once(self, deaths: Mapping[int, Death] | None = None, *, advanced: Callable[[int], None] = lambda _: None) -> Reconciled:
         """
@@ -164,12 +164,12 @@ class Reconciler:
 
     def store_was_away(self) -> None:
         """Learn that the store can't be reached at this moment: from now on each lease counts anew."""
-        self._unreachable_until = time.monotonic()
+        self._unreachable_until = monotonic()
 
     def _forget_nonces(self) -> None:
-        if time.monotonic() < self._next_forgetting:
+        if monotonic() < self._next_forgetting:
             return
-        self._next_forgetting = time.monotonic() + NONCE_SECONDS / 24
+        self._next_forgetting = monotonic() + NONCE_SECONDS / 24
         before = nonce_at(self._store.now_unix_ns() - int(NONCE_SECONDS * 1e9))
         while True:
             [forgotten] = self._store.commit([ForgetNonces(before)], durable=False, timeout_seconds=5.0)
@@ -213,7 +213,7 @@ class Reconciler:
     def _lease_counts(self, process: ProcessRow, now: int) -> bool:
         # While the store was away nobody could renew a lease, so each gets one whole lease anew.
         since = self._unreachable_until
-        if since is not None and time.monotonic() - since < process.lease_seconds:
+        if since is not None and monotonic() - since < process.lease_seconds:
             return False
         return now - self._store.up_since_unix_ns() >= process.lease_seconds * 1e9
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from otelexec import endpoint as endpoints
+from otelexec.clock import monotonic
 from otelexec.delivery import Delivery
 from otelexec.errors import StoreError, StoreRejected
 from otelexec.store.upkeep import ClaimOutbox, ReleaseClaims, SettleOutbox
@@ -148,8 +149,8 @@ class Relay:
             if not rows:
                 return Progress()
             # No request is begun whose answer could come after the claim.
-            begin_by = time.monotonic() + LEASE_SECONDS - self.endpoint.timeout_seconds - _MARGIN
-            tally = self._delivery.deliver(rows, lambda: stop.is_set() or bool(self._owed) or time.monotonic() >= begin_by)
+            begin_by = monotonic() + LEASE_SECONDS - self.endpoint.timeout_seconds - _MARGIN
+            tally = self._delivery.deliver(rows, lambda: stop.is_set() or bool(self._owed) or monotonic() >= begin_by)
             return self._concluded(tally, len(rows))
 
     def drain(self, timeout: float, stop: threading.Event | None = None) -> bool:
@@ -167,7 +168,7 @@ class Relay:
         """
         ended = stop or threading.Event()
         emptied: list[bool] = []
-        deadline = time.monotonic() + timeout
+        deadline = monotonic() + timeout
         # Not join(): interrupted by a signal handler's exception, Python 3.11's takes a running thread for a stopped one.
         finished = threading.Event()
 
@@ -190,7 +191,7 @@ class Relay:
             progress = self._round(ended)
             if not progress.seen and progress.pause is None and self._is_empty():
                 return True
-            if ended.is_set() or time.monotonic() >= deadline:
+            if ended.is_set() or monotonic() >= deadline:
                 return False
             pause = progress.pause
             if pause is None:
@@ -198,7 +199,7 @@ class Relay:
                 pause = 0.0 if progress.seen else 0.1
             elif not progress.asked:
                 pause = min(pause, _LONGEST_PAUSE)
-            ended.wait(max(0.0, min(pause, deadline - time.monotonic())))
+            ended.wait(max(0.0, min(pause, deadline - monotonic())))
 
     def start(self) -> None:
         """Start the thread of this process."""
@@ -220,7 +221,7 @@ class Relay:
                 way then is waited for as well, at most for OTEL_EXPORTER_OTLP_TIMEOUT: an answer must not fall between
                 exit and deletion.
         """
-        deadline = time.monotonic() + timeout
+        deadline = monotonic() + timeout
         self._stop_by = deadline
         self._stop.set()
         self._news.set()
@@ -236,7 +237,7 @@ class Relay:
                 with contextlib.suppress(StoreError):
                     self._pay()
                     break
-                if time.monotonic() >= deadline:
+                if monotonic() >= deadline:
                     logger.warning("otelexec.relay.unsettled: what became of some rows could not be written: their spans may be sent again")
                     break
                 time.sleep(0.05)
@@ -249,10 +250,10 @@ class Relay:
         Send what is left, in this thread and as long as all goes well.
 
         Args:
-            deadline: When to begin no further request, by `time.monotonic()`, and to wait no longer for one begun here.
+            deadline: When to begin no further request, by `clock.monotonic()`, and to wait no longer for one begun here.
         """
         over = _Deadline(deadline)
-        left = max(_LEAST_TIMEOUT, deadline - time.monotonic())
+        left = max(_LEAST_TIMEOUT, deadline - monotonic())
         self._transport.timeout_seconds = min(self.endpoint.timeout_seconds, left)
         try:
             while not self._refusals and not over.is_set():
@@ -335,9 +336,9 @@ class Relay:
 
     def _free_the_dead(self) -> None:
         """Take back what dead relays had in hand, so that it goes out now and not when their lease ends."""
-        if self._dead is None or time.monotonic() < self._next_look:
+        if self._dead is None or monotonic() < self._next_look:
             return
-        self._next_look = time.monotonic() + self._interval
+        self._next_look = monotonic() + self._interval
         dead = self._dead()
         if dead:
             self._committed(ReleaseClaims(dead))
@@ -365,4 +366,4 @@ class _Deadline(threading.Event):
 
     def is_set(self) -> bool:
         """Tell whether the time has come."""
-        return time.monotonic() >= self._at
+        return monotonic() >= self._at

@@ -14,7 +14,6 @@ import logging
 import os
 import sys
 import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
@@ -25,6 +24,7 @@ from opentelemetry.sdk.trace import TracerProvider
 
 from otelexec import identity, logs, otlp, semconv, spans
 from otelexec import settings as _settings
+from otelexec.clock import monotonic
 from otelexec.context import current_execution
 from otelexec.endings import raised_by_signal_handler
 from otelexec.errors import SettingsError, StoreError
@@ -163,7 +163,7 @@ class Runtime:
             send = self.theirs.force_flush
         else:  # its own exit handler does it; the children of pools leave without any
             return
-        call_within(max(0.0, deadline - time.monotonic()), send, "otelexec-exit")
+        call_within(max(0.0, deadline - monotonic()), send, "otelexec-exit")
 
     @property
     def process(self) -> ProcessRow:
@@ -231,7 +231,7 @@ class Runtime:
 
     def progressed(self, execution: RunningExecution) -> None:
         """Write a progress marker now, or soon if the one before was written just now."""
-        now = time.monotonic()
+        now = monotonic()
         if now - execution.progress_written < self.settings.progress_seconds:
             execution.progress_due = True  # the background thread looks every `cancel_poll_seconds`
             return
@@ -255,10 +255,10 @@ class Runtime:
         """Write what is only in memory; gives up at once where the store does not answer, and in time where the spool holds much."""
         if not self.records:
             return
-        deadline = time.monotonic() + self.settings.exit_timeout_seconds
+        deadline = monotonic() + self.settings.exit_timeout_seconds
 
         def meanwhile() -> None:
-            if time.monotonic() >= deadline:
+            if monotonic() >= deadline:
                 raise TimeoutError("the process ends")
 
         self.journal.group.flush()
@@ -276,7 +276,7 @@ class Runtime:
         Args:
             leaves: Whether the process ends right after this; see `shutdown()`.
         """
-        deadline = time.monotonic() + self.settings.exit_timeout_seconds
+        deadline = monotonic() + self.settings.exit_timeout_seconds
         self.heartbeat.stop(self.settings.exit_timeout_seconds)
         if self.store is None:
             self._send_plain_spans(deadline)
@@ -293,7 +293,7 @@ class Runtime:
             if relay is not None:
                 relay.send_rest(deadline)
         if self.relay is not None:
-            self.relay.stop(max(0.0, deadline - time.monotonic()))
+            self.relay.stop(max(0.0, deadline - monotonic()))
         self._send_plain_spans(deadline)
         self.journal.group.close()
         if leaves:
@@ -395,7 +395,7 @@ def before_send(context: Context) -> None:
 
 def shutdown(*, leaves: bool = False) -> None:
     """
-    Write what is left and stop; the next use starts anew. Runs by itself at exit.
+    Write what is left and stop; the next use starts anew, with the same settings. Runs by itself at exit.
 
     Args:
         leaves: Whether the process ends right after this by `os._exit`. It then leaves its connections to the system: the

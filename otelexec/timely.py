@@ -10,7 +10,6 @@ from __future__ import annotations
 import http.client
 import io
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
@@ -18,6 +17,8 @@ from typing import TYPE_CHECKING, Any, Final
 from requests.adapters import HTTPAdapter
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
+
+from otelexec.clock import monotonic
 
 if TYPE_CHECKING:
     import socket
@@ -31,7 +32,7 @@ def answered_by(deadline: float) -> Iterator[None]:
     Have the answers that this thread waits for in a `with` block end at a time.
 
     Args:
-        deadline: That time, by `time.monotonic()`.
+        deadline: That time, by `clock.monotonic()`.
     """
     _here.deadline = deadline
     try:
@@ -56,7 +57,7 @@ class _Timely(io.RawIOBase):
         """Read what has arrived; raises TimeoutError once it is too late."""
         deadline = getattr(_here, "deadline", None)
         if deadline is not None:
-            left = deadline - time.monotonic()
+            left = deadline - monotonic()
             if left <= 0:
                 raise TimeoutError("timed out")
             self._connection.settimeout(left)

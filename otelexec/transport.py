@@ -23,6 +23,7 @@ import requests
 from opentelemetry import context as otel_context
 from urllib3.exceptions import NewConnectionError
 
+from otelexec.clock import monotonic
 from otelexec.importing import importing
 from otelexec.timely import TimelyAdapter, answered_by
 
@@ -130,7 +131,7 @@ class HttpTransport:
             prepared = self._session.prepare_request(requests.Request("POST", self._endpoint.url, data=data))
             with (
                 _untraced(),
-                answered_by(time.monotonic() + timeout),
+                answered_by(monotonic() + timeout),
                 self._session.send(prepared, timeout=(connect_timeout, timeout), allow_redirects=False, **self._settings) as response,
             ):
                 status = response.status_code

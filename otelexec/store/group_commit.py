@@ -24,6 +24,7 @@ from collections.abc import Callable, Sequence
 from itertools import repeat
 from queue import Empty, SimpleQueue
 
+from otelexec.clock import monotonic
 from otelexec.errors import StoreBusy, StoreError, StoreReentered, StoreUnavailable
 from otelexec.store.base import Receipt, Store
 from otelexec.store.writes import Write
@@ -74,7 +75,7 @@ class Entry:
     def __init__(self, write: Write, *, durable: bool, timeout_seconds: float, notify: Callable[[Entry], None] | None = None) -> None:
         self.write = write
         self.durable = durable
-        self.deadline = time.monotonic() + timeout_seconds
+        self.deadline = monotonic() + timeout_seconds
         self.done = False
         self.result: object = None
         self.error: Exception | None = None
@@ -241,7 +242,7 @@ class GroupCommit:
             entry.wait(_RESCUE_SECONDS)
             if not entry.done:
                 self._rescue_lead()
-            if time.monotonic() > entry.deadline + 2 * SLICE_SECONDS and not entry.done and self._withdraw(entry):
+            if monotonic() > entry.deadline + 2 * SLICE_SECONDS and not entry.done and self._withdraw(entry):
                 entry.settle(None, StoreBusy("The store is busy with other executions; this one did not get its turn."))
 
     def submit(self, write: Write, notify: Callable[[Entry], None], *, durable: bool, timeout_seconds: float, wake: bool = True) -> None:
@@ -355,7 +356,7 @@ class GroupCommit:
 
     def _transact(self, group: _Group, *, wait: bool) -> bool:
         """Commit the group; if that is not possible, its members are answered or stay in hand."""
-        started = time.monotonic()
+        started = monotonic()
         try:
             self.store.commit(
                 [entry.write for entry in group.entries],
@@ -392,7 +393,7 @@ class GroupCommit:
     def _expire(self, group: _Group, error: StoreError, started: float) -> None:
         """Answer those whose time is up; the others stay in hand, and whoever came meanwhile joins them."""
         group.entries.extend(map(deque.popleft, repeat(self._pending, len(self._pending))))
-        now = time.monotonic()
+        now = monotonic()
         for entry in group.entries:
             if entry.deadline <= now:
                 entry.settle(None, error)

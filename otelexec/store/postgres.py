@@ -12,7 +12,6 @@ import contextlib
 import logging
 import os
 import threading
-import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -25,6 +24,7 @@ import psycopg
 from psycopg import errors as pg
 from psycopg.pq import TransactionStatus
 
+from otelexec.clock import monotonic
 from otelexec.errors import StoreBusy, StoreError, StoreRejected, StoreUnavailable
 from otelexec.settings import state_home
 from otelexec.store import postgres_schema, sql
@@ -154,7 +154,7 @@ class PostgresStore(SqlReader):
         return state_home() / f"postgres-{self._place.key}.spool"
 
     def _greet(self, session: Session) -> None:
-        session.give_up_at = time.monotonic() + _READ_SECONDS
+        session.give_up_at = monotonic() + _READ_SECONDS
         [[now, started, delay, encoding]] = session.execute(_GREETING).fetchall()
         if encoding not in _ENCODINGS:
             raise StoreUnavailable(f"{self.url}: the database's encoding is {encoding}; otelexec needs one that was created with UTF8")
@@ -186,7 +186,7 @@ class PostgresStore(SqlReader):
             return receipt.results
         durable = durable or any(map(_needs_fsync, writes))
         patience = max(timeout_seconds, self._patience) if timeout_seconds > 0 else HASTY_PATIENCE_SECONDS
-        deadline = time.monotonic() + patience
+        deadline = monotonic() + patience
         may_reconnect = timeout_seconds > 0
         for left in reversed(range(_TRIES)):
             try:
@@ -199,7 +199,7 @@ class PostgresStore(SqlReader):
                     self._tail.committed(made, mark, durable=durable)
             except ERRORS as error:
                 closed = may_reconnect and is_closed(error)
-                if not left or time.monotonic() >= deadline or not (closed or isinstance(error, REPEATABLE)):
+                if not left or monotonic() >= deadline or not (closed or isinstance(error, REPEATABLE)):
                     raise self._failure(error) from error
                 if closed:  # while it stood idle, maybe: by a restart that is over, a firewall, a timeout of the server's
                     may_reconnect = False
@@ -216,7 +216,7 @@ class PostgresStore(SqlReader):
         """Ask for every right that a worker needs; see `base.Store.check_writable`."""
         try:
             with self._pool.session(timeout_seconds) as session:
-                session.give_up_at = time.monotonic() + _READ_SECONDS
+                session.give_up_at = monotonic() + _READ_SECONDS
                 [[read_only, missing]] = session.execute(_RIGHTS, (SCHEMA,)).fetchall()
         except ERRORS as error:
             raise self._failure(error) from error
@@ -363,7 +363,7 @@ class PostgresStore(SqlReader):
 
     def _begin_reading(self, stack: contextlib.ExitStack) -> tuple[Session, int]:
         session = stack.enter_context(self._pool.session(_READ_SECONDS))
-        session.give_up_at = time.monotonic() + _READ_SECONDS
+        session.give_up_at = monotonic() + _READ_SECONDS
         now, _ = _last(session.execute(_BEGIN_READING + _LOOK))
         return session, now
 

@@ -13,7 +13,6 @@ import itertools
 import logging
 import os
 import threading
-import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Final, TypeVar
@@ -26,6 +25,7 @@ from psycopg.errors import error_from_result
 from psycopg.pq import Conninfo, ExecStatus, TransactionStatus
 from psycopg_pool import ConnectionPool, PoolClosed, PoolTimeout, TooManyRequests
 
+from otelexec.clock import monotonic
 from otelexec.errors import SettingsError, StoreBusy, StoreError, StoreUnavailable
 from otelexec.store.postgres_errors import GaveUp, first_line
 
@@ -61,7 +61,7 @@ class Session(psycopg.Connection[Any]):
     A connection whose waits end.
 
     Attributes:
-        give_up_at: When to wait no longer for an answer, by `time.monotonic()`.
+        give_up_at: When to wait no longer for an answer, by `clock.monotonic()`.
     """
 
     give_up_at = float("inf")
@@ -99,7 +99,7 @@ class Session(psycopg.Connection[Any]):
             while True:
                 ready = yield wanted
                 # psycopg comes by every tenth of a second with nothing in hand.
-                if not ready and time.monotonic() >= self.give_up_at:
+                if not ready and monotonic() >= self.give_up_at:
                     raise GaveUp("the server did not answer in time")
                 wanted = gen.send(ready)
         except StopIteration as stop:
@@ -218,7 +218,7 @@ class Pool:
         self._making = threading.Lock()
         self._here = threading.local()
         self._trouble: Exception | None = None
-        self._taken_at = time.monotonic()
+        self._taken_at = monotonic()
 
     def session(self, timeout_seconds: float) -> Lending:
         """
@@ -268,10 +268,10 @@ class Pool:
             here.inside = before
 
     def _wait(self, pool: ConnectionPool[Session], taken: list[Session], timeout_seconds: float) -> None:
-        deadline = time.monotonic() + timeout_seconds
+        deadline = monotonic() + timeout_seconds
         self._trouble = None
         while not taken:
-            left = deadline - time.monotonic()
+            left = deadline - monotonic()
             try:
                 # One call into C takes the session and notes it, so that no signal handler can raise in between.
                 taken.extend(map(pool.getconn, (max(min(left, _LOOK_SECONDS), 0.001),)))
@@ -279,7 +279,7 @@ class Pool:
                 # The pool waits on although nobody connects any more; why the last one failed is known here.
                 if self._can_not_connect() or left <= _LOOK_SECONDS or isinstance(error, PoolClosed):
                     raise self._explain(pool, timeout_seconds) from None
-        self._taken_at = time.monotonic()
+        self._taken_at = monotonic()
 
     def _can_not_connect(self) -> bool:
         return self._trouble is not None
@@ -290,8 +290,8 @@ class Pool:
             return trouble
         if trouble is not None:
             return StoreUnavailable(f"{self._place.shown}: {first_line(trouble)}")
-        if time.monotonic() - self._taken_at > _STARVED_SECONDS:
-            self._taken_at = time.monotonic()
+        if monotonic() - self._taken_at > _STARVED_SECONDS:
+            self._taken_at = monotonic()
             self.replace(pool)
         return StoreBusy(f"{self._place.shown}: no connection was ready within {waited_seconds:g} s")
 

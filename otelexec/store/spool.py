@@ -29,6 +29,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from otelexec.clock import monotonic
 from otelexec.store import rows, writes
 from otelexec.store.rows import ProcessRow
 from otelexec.store.writes import Ingested, Write
@@ -357,9 +358,9 @@ def _lock_now(descriptor: int) -> bool:
 
 def _lock_soon(descriptor: int) -> None:
     # Whoever has the lock may be suspended, and must not keep others from their heartbeat and their end.
-    deadline = time.monotonic() + PATIENCE_SECONDS
+    deadline = monotonic() + PATIENCE_SECONDS
     while not _lock_now(descriptor):
-        if time.monotonic() >= deadline:
+        if monotonic() >= deadline:
             raise TimeoutError(errno.ETIMEDOUT, "another process has the lock of the spool")
         time.sleep(_POLL_SECONDS)
 

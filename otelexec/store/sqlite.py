@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from otelexec.clock import monotonic
 from otelexec.errors import StoreBusy, StoreRejected, StoreUnavailable
 from otelexec.store import sql
 from otelexec.store.base import Receipt
@@ -185,13 +186,13 @@ class SqliteStore(SqlReader):
     def _begin(self, connection: sqlite3.Connection, timeout_seconds: float) -> None:
         if self._wal is None:  # a rollback journal: COMMIT waits for readers, and must not let go of its PENDING lock
             connection.execute(f"PRAGMA busy_timeout = {max(0, int(timeout_seconds * 1000))}")
-        deadline = time.monotonic() + timeout_seconds
+        deadline = monotonic() + timeout_seconds
         pause = _LEAST_PAUSE_SECONDS
         while True:
             try:
                 connection.execute("BEGIN IMMEDIATE")
             except sqlite3.OperationalError as error:
-                if code(error) not in _LOCKED or time.monotonic() >= deadline:
+                if code(error) not in _LOCKED or monotonic() >= deadline:
                     raise
             else:
                 return
@@ -344,9 +345,9 @@ class SqliteStore(SqlReader):
         writes when the parent, the last one to leave as far as anybody can see, deletes the -wal under it), or wait for
         ever for those of a transaction that goes on in the parent only (https://sqlite.org/howtocorrupt.html, 2.6).
         """
-        deadline = time.monotonic() + _FORK_PATIENCE_SECONDS
+        deadline = monotonic() + _FORK_PATIENCE_SECONDS
         self._quiet = self._write_lock.acquire(timeout=_FORK_PATIENCE_SECONDS)
-        if self._quiet and not self._read_lock.acquire(timeout=max(0.0, deadline - time.monotonic())):
+        if self._quiet and not self._read_lock.acquire(timeout=max(0.0, deadline - monotonic())):
             self._write_lock.release()
             self._quiet = False
         if self._quiet:

@@ -13,6 +13,7 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+from otelexec.clock import monotonic
 from otelexec.errors import StoreNotFound, StoreUnavailable, StoreVersionError
 from otelexec.store import schema
 
@@ -178,12 +179,12 @@ class SqliteFile:
     @staticmethod
     def _use_wal(connection: sqlite3.Connection, timeout_seconds: float) -> None:
         # SQLite refuses at once, whatever the connection's timeout, when another process opens the new file at the same moment.
-        deadline = time.monotonic() + timeout_seconds
+        deadline = monotonic() + timeout_seconds
         while True:
             try:
                 connection.execute("PRAGMA journal_mode = WAL")
             except sqlite3.OperationalError as error:
-                if code(error) != sqlite3.SQLITE_BUSY or time.monotonic() >= deadline:
+                if code(error) != sqlite3.SQLITE_BUSY or monotonic() >= deadline:
                     raise
             else:
                 return

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sqlite3
 import threading
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 
 import otelexec
 from otelexec.decoded import DecodedSpan
-from otelexec.testing import IncrementalIdGenerator, SteppingClock, span_tree
+from otelexec.testing import IncrementalIdGenerator, OtlpReceiver, SteppingClock, span_tree
 from tests.records import Records
 
 
@@ -77,3 +79,30 @@ def test_a_tree_is_made_of_the_sdks_own_spans_too() -> None:
     with pytest.raises(ValueError, match="two spans have the id"):
         span_tree([*spans, spans[0]])
     provider.shutdown()
+
+
+def test_where_a_test_freezes_the_monotonic_clock_a_locked_store_is_given_up_and_spans_are_sent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As freezegun does; a wait that goes by that clock has no end."""
+    store = tmp_path / "store.db"
+    job = otelexec.execution("job")(lambda: 7)
+    with OtlpReceiver() as receiver:
+        otelexec.configure(
+            store=f"sqlite:///{store}",
+            otlp_endpoint=receiver.endpoint,
+            relay=True,
+            open_timeout_seconds=0.1,
+            finalize_timeout_seconds=0.1,
+        )
+        assert job() == 7
+        with closing(sqlite3.connect(store, isolation_level=None)) as other:
+            frozen = time.monotonic()
+            monkeypatch.setattr(time, "monotonic", lambda: frozen)
+            other.execute("BEGIN IMMEDIATE")
+            assert job() == 7
+            other.execute("ROLLBACK")
+        assert len(receiver.wait_for(2)) == 2
+        with pytest.raises(TimeoutError):
+            receiver.wait_for(3, timeout=0.05)
+        otelexec.shutdown()
