@@ -108,7 +108,12 @@ class ExecutionDecorator(Block[Execution]):
     def __call__(self, function: M) -> M: ...
 
     def __call__(self, function: Any) -> Any:
-        """Wrap a function, coroutine function, generator function, method or classmethod; its signature stays."""
+        """
+        Wrap a function, coroutine function, generator function, method or classmethod; its signature stays.
+
+        Raises:
+            SettingsError: This is nothing that can be called: a property, or the coroutine that a call gave.
+        """
         return _decorated(function, self._options)
 
     def _lifecycle(self, runtime: _runtime.Runtime) -> Steps:
@@ -125,6 +130,9 @@ def _decorated(function: Any, options: Options, enabled: Callable[[], bool] | No
         raise SettingsError("A property is read, not called: write @property above @otelexec.execution(...), not below it.")
     if issubclass(type(function), classmethod | staticmethod):  # itself, and no wrapper around one
         return type(function)(_decorated(function.__func__, options, enabled))
+    if not callable(function) and not hasattr(type(function), "__get__"):
+        kind = type(function).__name__
+        raise SettingsError(f"An execution is made of what can be called, not of a {kind}: give it the function, not what a call gave.")
     target: Any = getattr(function, "__func__", function)
     while isinstance(target, functools.partial | functools.partialmethod | functools.singledispatchmethod):
         target = target.func

@@ -678,6 +678,13 @@ job("before")
     assert records.one().state == "succeeded"
 
 
+@pytest.mark.parametrize("given", [None, 7, (each for each in "ab")])
+def test_what_can_not_be_called_is_refused(given: Any) -> None:
+    """`create_task(execution("job")(job()))` ran the coroutine, and recorded nothing."""
+    with pytest.raises(SettingsError, match=f"not of a {type(given).__name__}: give it the function"):
+        otelexec.execution("job")(given)
+
+
 def test_a_property_is_refused_since_reading_it_would_call_nothing(records: Records) -> None:
     for wrong in (property(lambda _: 1), functools.cached_property(lambda _: 1)):
         decorate: Any = otelexec.execution("read")
