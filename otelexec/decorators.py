@@ -145,6 +145,7 @@ def _decorated(function: Any, options: Options, enabled: Callable[[], bool] | No
 
 def _wrapper_for(target: Any, options: Options) -> Callable[..., Any]:
     drive = _driver_for(target)
+    name, path = (str(getattr(target, key, options.name)) for key in ("__name__", "__qualname__"))
 
     def wrapper(wrapped: Any, _: Any, args: Any, kwargs: Any) -> Any:
         try:
@@ -155,7 +156,10 @@ def _wrapper_for(target: Any, options: Options) -> Callable[..., Any]:
             # A finalizer at the interpreter's end, where nothing can be imported any more.
             logger.error("otelexec.exit.unrecorded: %s has no record: the interpreter is shutting down", options.name)  # noqa: TRY400
             return wrapped(*args, **kwargs)
-        return drive(runtime, lifecycle(runtime, options), functools.partial(wrapped, *args, **kwargs), options.timeout)
+        given = drive(runtime, lifecycle(runtime, options), functools.partial(wrapped, *args, **kwargs), options.timeout)
+        if drive is not call_either:  # asyncio and Python's warnings show a coroutine or generator by these
+            given.__name__, given.__qualname__ = name, path
+        return given
 
     return wrapper
 

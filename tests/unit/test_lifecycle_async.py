@@ -332,3 +332,25 @@ async def test_a_finalizer_during_a_commit_may_run_an_execution_of_its_own(
     runtime.get().flush()
     assert sorted((record.name, record.state) for record in records.all()) == [("inner", "succeeded"), *2 * [("outer", "succeeded")]]
     assert not caplog.records
+
+
+def test_a_coroutine_or_generator_has_the_name_of_its_function() -> None:
+    """A coroutine that nobody awaits is named in a warning, and a task's is in what asyncio shows of it."""
+
+    class Engine:
+        @otelexec.execution("run")
+        async def run(self) -> None: ...
+
+        @otelexec.execution("walk")
+        def walk(self) -> Iterator[int]:
+            yield 1
+
+        @otelexec.execution("stream")
+        async def stream(self) -> AsyncIterator[int]:
+            yield 1
+
+    coroutine = Engine().run()
+    made: dict[str, Any] = {"run": coroutine, "walk": Engine().walk(), "stream": Engine().stream()}
+    for name, given in made.items():
+        assert (given.__name__, given.__qualname__) == (name, getattr(Engine, name).__qualname__)
+    coroutine.close()
