@@ -42,11 +42,15 @@ def takes_boundaries() -> bool:
     return "explicit_bucket_boundaries_advisory" in inspect.signature(metrics.Meter.create_histogram).parameters
 
 
+def _meter() -> metrics.Meter:
+    from otelexec import __version__  # not there yet when this module is imported
+
+    return metrics.get_meter(semconv.SCOPE_NAME, __version__, schema_url=semconv.SCHEMA_URL)
+
+
 def _histogram(name: str, description: str, boundaries: tuple[float, ...]) -> Histogram:
     advice: dict[str, Any] = {"explicit_bucket_boundaries_advisory": boundaries} if takes_boundaries() else {}
-    return metrics.get_meter(semconv.SCOPE_NAME, schema_url=semconv.SCHEMA_URL).create_histogram(
-        name, unit="s", description=description, **advice
-    )
+    return _meter().create_histogram(name, unit="s", description=description, **advice)
 
 
 @cache
@@ -74,7 +78,7 @@ os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_i
 @cache
 def _observe_reconciled() -> None:
     # Observed, since what a synchronous counter holds would be exported again by every child that is forked later.
-    metrics.get_meter(semconv.SCOPE_NAME, schema_url=semconv.SCHEMA_URL).create_observable_counter(
+    _meter().create_observable_counter(
         semconv.METRIC_RECONCILED, [_reconciled_so_far], unit="{attempt}", description="Attempts closed for processes that died."
     )
 

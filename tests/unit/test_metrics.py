@@ -12,6 +12,7 @@ from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from opentelemetry.semconv._incubating.metrics import messaging_metrics
 
+import otelexec
 from otelexec import metrics, semconv
 from otelexec.endings import Ending
 from otelexec.store.rows import FAILED, LOST, SUCCEEDED, TIMED_OUT
@@ -50,7 +51,7 @@ def read(reader: InMemoryMetricReader) -> dict[str, Any]:
     data = reader.get_metrics_data()
     assert data is not None
     ((scope,),) = [resource.scope_metrics for resource in data.resource_metrics]
-    assert (scope.scope.name, scope.schema_url) == (semconv.SCOPE_NAME, semconv.SCHEMA_URL)
+    assert (scope.scope.name, scope.scope.version, scope.schema_url) == (semconv.SCOPE_NAME, otelexec.__version__, semconv.SCHEMA_URL)
     return {metric.name: metric for metric in scope.metrics}
 
 
@@ -60,7 +61,9 @@ def test_how_long_work_took_is_the_conventions_metric(reader: InMemoryMetricRead
     found = read(reader)[messaging_metrics.MESSAGING_PROCESS_DURATION]
     reference = InMemoryMetricReader()
     provider = MeterProvider(metric_readers=[reference], shutdown_on_exit=False)
-    messaging_metrics.create_messaging_process_duration(provider.get_meter("otelexec", schema_url=semconv.SCHEMA_URL)).record(1)
+    messaging_metrics.create_messaging_process_duration(
+        provider.get_meter("otelexec", otelexec.__version__, schema_url=semconv.SCHEMA_URL)
+    ).record(1)
     theirs = read(reference)[messaging_metrics.MESSAGING_PROCESS_DURATION]
     provider.shutdown()
     assert (found.unit, found.description, type(found.data)) == (theirs.unit, theirs.description, type(theirs.data))
