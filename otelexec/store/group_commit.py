@@ -20,8 +20,8 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
-from itertools import repeat
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain, count, repeat
 from queue import Empty, SimpleQueue
 
 from otelexec.clock import monotonic
@@ -159,6 +159,13 @@ def _take(waiting: deque[Entry], group: _Group) -> None:
     room = min(len(waiting), MAX_GROUP - len(group.entries))
     with contextlib.suppress(IndexError):  # somebody withdrew
         group.entries.extend(map(deque.popleft, repeat(waiting, room)))
+
+
+def _each(waiting: deque[Entry]) -> Iterator[Entry]:
+    """Give what waits; without a GIL a deque's own iterator raises when others add to it meanwhile."""
+    with contextlib.suppress(IndexError):
+        for place in count():
+            yield waiting[place]
 
 
 class GroupCommit:
@@ -439,7 +446,7 @@ class GroupCommit:
             with contextlib.suppress(IndexError):  # emptied by the next leader
                 self._pending[0].nudge()
             return
-        for entry in (*self._group.entries, *self._pending.copy()):  # in one call: without a GIL others go on filling it
+        for entry in chain(tuple(self._group.entries), _each(self._pending)):
             if not entry.done and entry.nudge():
                 return
 

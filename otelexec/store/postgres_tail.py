@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -43,6 +44,7 @@ class Tail:
 
     def __init__(self) -> None:
         self._kept: deque[tuple[int, float, Write]] = deque(maxlen=MAX_KEPT)
+        self._lock = threading.RLock()  # reentrant: a signal handler may commit in the middle
         self._numbers = count()
         self._seconds = _DELAYS * 0.2 + _SLACK_SECONDS
 
@@ -64,13 +66,16 @@ class Tail:
             durable: Whether it was with fsync.
         """
         now = time.monotonic()
-        with contextlib.suppress(IndexError):  # another thread is at this, too
-            while self._kept[0][1] < now - self._seconds or (durable and self._kept[0][0] < mark):
-                self._kept.popleft()
-        if not durable:
+        with self._lock:
+            with contextlib.suppress(IndexError):  # the last one went
+                while self._kept[0][1] < now - self._seconds or (durable and self._kept[0][0] < mark):
+                    self._kept.popleft()
+            if durable:
+                return
             self._kept.extend((self.mark(), now, write) for write in writes if isinstance(write, _KEPT))
 
     def writes(self) -> list[Write]:
         """Give what to write again, in order; each may be there already."""
-        kept = [write for _, _, write in list(self._kept)]
+        with self._lock:
+            kept = [write for _, _, write in list(self._kept)]
         return [replace(write, repeated=True) if isinstance(write, OpenAttempt | RecordQueued) else write for write in kept]
