@@ -66,7 +66,16 @@ class StoreReentered(StoreBusy):
 
 
 class StoreRejected(StoreError):
-    """The store refused this one write, and would refuse it again."""
+    """
+    The store refused this one write, and would refuse it again.
+
+    Attributes:
+        reason: Why, without naming the store, for whom that does not concern.
+    """
+
+    def __init__(self, message: str | None = None, *, reason: str = "") -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 class StoreVersionError(StoreError):

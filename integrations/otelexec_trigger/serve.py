@@ -370,7 +370,7 @@ def _answered(handler: Handler) -> Handler:
         except (Refused, TriggerError) as error:
             return _error(error.status or 422, str(error))
         except StoreRejected as error:
-            return _error(400, f"this can't be stored: {error}")
+            return _error(400, f"this can't be stored: {error.reason}")
         except StoreError as error:
             logger.warning("otelexec.trigger.store: %s", error)
             return _error(503, "the store can't be reached at the moment")

@@ -299,7 +299,8 @@ class PostgresStore(SqlReader):
             if not is_refusal(error):
                 raise
             tx.execute("ROLLBACK TO apart")
-            result = StoreRejected(f"{self.url} refused {type(write).__name__}: {first_line(error)}")
+            reason = first_line(error)
+            result = StoreRejected(f"{self.url} refused {type(write).__name__}: {reason}", reason=reason)
         tx.execute("RELEASE apart")
         return result
 

@@ -230,7 +230,7 @@ class SqliteStore(SqlReader):
             if not _is_refusal(error):
                 raise
             tx.execute("ROLLBACK TO apart")
-            result = StoreRejected(f"{self.url} refused {type(write).__name__}: {error}")
+            result = StoreRejected(f"{self.url} refused {type(write).__name__}: {error}", reason=str(error))
         tx.execute("RELEASE apart")
         return result
 

@@ -444,6 +444,9 @@ class AttemptContract:
         bad = changed(opening("t2", "bad"), started_unix_ns=2**70)
         results = write(store, opening("t1", "e1"), bad, opening("t3", "e3"), closing(opening("t1", "e1")))
         assert isinstance(results[1], StoreRejected)
+        assert results[1].reason
+        assert results[1].reason in str(results[1])
+        assert store.url not in results[1].reason
         assert not any(isinstance(result, StoreError) for result in (results[0], *results[2:]))
         assert (states(store, "e1")[0], states(store, "e3")[0]) == (SUCCEEDED, RUNNING)
         assert store.execution("bad") is None

@@ -436,3 +436,12 @@ def test_a_server_without_a_key_does_not_start(fresh: Any) -> None:
     process = stage.command("trigger", "serve", "--port", "0", TRIGGER_SECRET_KEY="")
     assert process.returncode == 2
     assert "TRIGGER_SECRET_KEY" in process.stderr
+
+
+def test_what_the_store_refuses_is_answered_without_its_address(client: httpx.Client) -> None:
+    """Whoever has the key may trigger, and need not learn where the store is."""
+    body = b'{"payload": 1, "options": {"idempotencyKey": "\\ud800"}}'
+    answer = client.post("/api/v1/tasks/echo/trigger", content=body, headers={"content-type": "application/json"})
+    assert answer.status_code == 400
+    assert "surrogates not allowed" in answer.text
+    assert "sqlite" not in answer.text
