@@ -47,6 +47,14 @@ def list_executions(
             show_default=False,
         ),
     ] = None,
+    since: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DURATION",
+            help="Only executions that were queued, began or ended within this time: 90m, 12h, 30d, 4w (s, m, h, d, w).",
+            show_default=False,
+        ),
+    ] = None,
     limit: Annotated[
         int | None,
         typer.Option(
@@ -62,6 +70,7 @@ def list_executions(
     A table in local time; with --json one object a line. Ids that are cut off at the end can be given to `show` as they are.
     """
     fields = dict(map(_field, where or ()))
+    age = None if since is None else options.duration("--since", since)
     settings = options.load(store=store)
     with options.opened(settings) as opened:
         find = functools.partial(
@@ -71,6 +80,7 @@ def list_executions(
             request_id=request,
             source=source,
             fields=fields,
+            since_unix_ns=None if age is None else opened.store.now_unix_ns() - int(age * 1e9),
         )
         if as_json:
             for record in find(limit=limit):
@@ -79,7 +89,7 @@ def list_executions(
         rows = TABLE_ROWS if limit is None else limit
         found = list(find(limit=rows + 1))
         if not found:
-            asked = any((state, name, request, source, fields))
+            asked = any((state, name, request, source, fields, since))
             console.say(f"No such execution in {opened.store.url}." if asked else f"No execution in {opened.store.url}.")
             return
         out = console.out()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Final
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
     from otelexec.store.records import ExecutionRecord
     from otelexec.store.rows import ProcessRow
     from otelexec.store.writes import Write
+
+_UNITS: Final = {"s": 1, "m": 60, "h": 3_600, "d": 86_400, "w": 604_800}
+_MOST_SECONDS: Final = 100 * 366 * 86_400
 
 WAIT_SECONDS: Final = 1.0
 """How often a command that stays looks whether a store that was away is back."""
@@ -218,3 +222,21 @@ def find(store: Store, given: str) -> ExecutionRecord:
     if record is None:
         raise Failure(f"no execution {given} in {store.url}; `otelexec list --where KEY=VALUE` finds executions by who asked for them")
     return record
+
+
+def duration(option: str, text: str) -> float:
+    """
+    Read a duration like `30d` or `1.5h` and give its seconds.
+
+    Args:
+        option: Name of the option that has it.
+        text: What was given.
+
+    Raises:
+        Failure: It is none.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smhdw])\s*", text, re.ASCII)
+    seconds = float(match[1]) * _UNITS[match[2]] if match else -1.0
+    if not 0 <= seconds <= _MOST_SECONDS:
+        raise Failure(f"{option}: must be a number and a unit like 90m, 12h, 30d or 4w, not {text!r}", 2)
+    return seconds

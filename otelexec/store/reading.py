@@ -66,6 +66,8 @@ WITH RECURSIVE {_busy("running", "attempt", "state = 'running'")},
 
 
 # Quotes inside a value are escaped, so that this finds nothing but a field. Both stores have REPLACE; neither has the other's INSTR.
+_SINCE = "(queued_unix_ns >= ? OR started_unix_ns >= ? OR ended_unix_ns >= ?)"
+
 _HAS_FIELD = "(correlation <> '{}' AND REPLACE(correlation, ?, '') <> correlation)"
 
 
@@ -105,11 +107,11 @@ class SqlReader(ABC):
             **wanted: Which.
         """
         left = limit
-        fields = wanted.pop("fields", None) or {}
+        fields, since = wanted.pop("fields", None) or {}, wanted.pop("since_unix_ns", None)
         asked = [(f"{column} = ?", value) for column, value in wanted.items() if value is not None]
         asked += [(_HAS_FIELD, _field(*field)) for field in fields.items()]
-        condition = " AND ".join(["seq < ?", *(one for one, _ in asked)])
-        values = [value for _, value in asked]
+        condition = " AND ".join(["seq < ?", *(one for one, _ in asked), *([_SINCE] if since is not None else ())])
+        values = [*(value for _, value in asked), *([since] * _SINCE.count("?") if since is not None else ())]
         while left is None or left > 0:
             page = _PAGE if left is None else min(_PAGE, left)
             with self._reading() as tx:

@@ -19,6 +19,7 @@ class Wanted(TypedDict, total=False):
         request_id: Their request.
         source: Where they come from.
         fields: Fields of their correlation; the message's id is one.
+        since_unix_ns: They were queued, began or ended at this time or later.
     """
 
     state: str | None
@@ -26,6 +27,7 @@ class Wanted(TypedDict, total=False):
     request_id: str | None
     source: str | None
     fields: Mapping[str, str] | None
+    since_unix_ns: int | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -89,6 +89,17 @@ class ReadingContract:
         assert found(fields={"webhook_id": "wh_1", "tenant": "b"}) == []
         assert found(fields={"webhook_id": "wh_"}) == []
 
+    def test_executions_can_be_asked_for_by_when_something_became_of_them(self, store: Store) -> None:
+        for number, ended in enumerate((10, 30, None)):
+            row = opening(f"t{number}", f"e{number}", started=5 * number)
+            opened(store, row)
+            if ended is not None:
+                closed(store, closing(row, ended=ended))
+        write(store, RecordQueued(execution("e3"), None, "p", 12))
+        found = {since: [one.execution_id for one in store.executions(since_unix_ns=since)] for since in (0, 10, 11, 13, 31)}
+        assert found == {0: ["e3", "e2", "e1", "e0"], 10: ["e3", "e2", "e1", "e0"], 11: ["e3", "e1"], 13: ["e1"], 31: []}
+        assert [one.execution_id for one in store.executions(since_unix_ns=11, state=QUEUED)] == ["e3"]
+
     def test_executions_are_known_by_their_request_and_their_message(self, store: Store) -> None:
         for number in range(3):
             row = opening(f"t{number}", f"e{number}")

@@ -241,6 +241,12 @@ def test_list_takes_state_and_limit(worked: Cli) -> None:
     assert "No such execution" in worked.ok("list", "--state", "lost")
 
 
+def test_list_takes_a_time(worked: Cli) -> None:
+    assert worked.records("--since", "1h") == worked.records()
+    assert worked.records("--since", "0s") == []
+    assert "--since" in worked.fails(2, "list", "--since", "yesterday")
+
+
 def test_an_execution_is_found_by_who_asked_for_it(worked: Cli) -> None:
     asked = worked.records("--where", "webhook_id=wh_1", "--where", "tenant=acme", "--source", "webhook")
     found = next(each for each in asked if each["state"] == "succeeded")

@@ -13,8 +13,7 @@ from rich.console import Console
 
 from otelexec import records
 from otelexec.cli import console, options, waterfall
-from otelexec.cli.options import Failure
-from otelexec.cli.pruning import parse_duration
+from otelexec.cli.options import Failure, duration
 from otelexec.cli.table import executions_table
 from otelexec.decoded import DecodedSpan
 from otelexec.errors import StoreUnavailable
@@ -126,13 +125,13 @@ def test_an_escape_sequence_is_defused() -> None:
 
 @pytest.mark.parametrize(("text", "seconds"), [("90m", 5_400), ("12h", 43_200), ("30d", 2_592_000), (" 2 w ", 1_209_600), ("1.5s", 1.5)])
 def test_a_duration_option_takes_a_number_and_a_unit(text: str, seconds: float) -> None:
-    assert parse_duration(text) == seconds
+    assert duration("--older-than", text) == seconds
 
 
 @pytest.mark.parametrize("text", ["", "30", "d", "-1d", "1y", "1d2h", "9" * 400 + "w", "٣d"])
 def test_another_duration_is_one_line_and_exit_2(text: str) -> None:
     with pytest.raises(Failure, match="--older-than: must be") as raised:
-        parse_duration(text)
+        duration("--older-than", text)
     assert raised.value.code == 2
 
 
