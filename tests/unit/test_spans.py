@@ -239,7 +239,8 @@ def test_spans_that_end_in_other_threads_while_the_execution_closes_are_all_ther
             go.wait(10)
         for thread in threads:
             thread.join(10)
-    assert [span.name for span in records.spans()].count("child") == rounds * each * width
+    # The background thread may have some in hand.
+    until(lambda: [span.name for span in records.spans()].count("child") == rounds * each * width)
 
 
 @pytest.mark.parametrize("how", ["carrier", "sampler"])
