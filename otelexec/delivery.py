@@ -38,6 +38,7 @@ _PATIENCE: Final = 3
 _MOST_PATIENCE: Final = 24
 _MAX_NOTES: Final = 4_096
 _MAX_MESSAGES: Final = 64
+_MAX_REFUSALS: Final = 32  # of parts of one row, whose division must end within its claim though each answer takes a second
 
 
 @dataclass(slots=True)
@@ -163,56 +164,66 @@ class Delivery:
             return
         self._park(group[0], reply.reason)
 
-    def _divide(self, reply: Reply) -> None:
+    def _divide(self, refusal: Reply) -> None:
         """
         Send the spans of a row that is refused as a whole in ever smaller requests; it keeps those that were not accepted.
 
         An execution's own span is not to be kept back because one of its children is refused, or because all of them
         together are larger than what the endpoint takes.
         """
-        row, tally = self._queue[0][0], self._tally
+        [row] = self._queue[0]
         left, refused = deque(halves(row.request)), list[tuple[bytes, int]]()
-        reason, waits = reply.reason, None
         if not left:
-            self._park(row, reason)
+            self._park(row, refusal.reason)
             return
-        while left and not self._ended():
-            part = left.popleft()
-            answer = self._transport.send(part[0])
-            if answer.verdict is Verdict.ACCEPTED:
-                tally.accepted = True
-                if not answer.rejected_spans:
-                    continue
-            elif answer.verdict is not Verdict.REFUSED:
-                left.appendleft(part)
-                waits = answer
-                break
-            elif smaller := halves(part[0]):
-                left.extendleft(reversed(smaller))
-                continue
-            refused.append(part)
-            reason = answer.reason
+        answer = self._send_parts(left, refused) or refusal
         rest = [*refused, *left]
         if not rest:
             self._accept(Reply(Verdict.ACCEPTED))
             return
         kept = replace(row, request=b"".join(request for request, _ in rest), count=sum(count for _, count in rest))
-        reduced = [(kept.id, kept.request, kept.count)] if kept.count < row.count else []
-        tally.spans += row.count - kept.count
-        failed = waits is not None and waits.verdict is Verdict.FAILED
+        if kept.count < row.count:
+            self._settle(SettleOutbox(self._owner, reduced=[(kept.id, kept.request, kept.count)]))
+            self._tally.spans += row.count - kept.count
+            self._queue[0] = [kept]
+            self._suspicions.pop(row.id, None)
         if not left:
-            self._park(kept, f"{kept.count} of {row.count} spans refused: {reason}", reduced)
-        elif waits is not None and failed and row.failures >= SUSPECT:
-            self._park(kept, waits.reason, reduced)
-        else:
-            ids = [row.id]
-            self._settle(SettleOutbox(self._owner, failed=ids if failed else (), released=() if failed else ids, reduced=reduced))
-            self._queue.popleft()
-            tally.ended_by = waits
+            self._park(kept, f"{kept.count} of {row.count} spans refused: {answer.reason}")
+        elif answer.verdict not in (Verdict.ACCEPTED, Verdict.REFUSED):
+            self._take(answer)
 
-    def _park(self, row: OutboxRow, reason: str, reduced: Sequence[tuple[int, bytes, int]] = ()) -> None:
-        """Set the foremost row aside, or what is left of it."""
-        self._settle(SettleOutbox(self._owner, parked=[(row.id, reason)], reduced=reduced))
+    def _send_parts(self, left: deque[tuple[bytes, int]], refused: list[tuple[bytes, int]]) -> Reply | None:
+        """
+        Send parts of a row, and halves of those that are refused, the larger ones first.
+
+        Args:
+            left: The parts, each with the number of its spans; what was not answered stays in it.
+            refused: Takes those that are set aside.
+
+        Returns:
+            The last answer that was not to accept all; None where each was.
+        """
+        refusals, last = 0, None
+        while left and not self._ended():
+            request, count = left[0]
+            answer = self._transport.send(request)
+            refused_whole = answer.verdict is Verdict.REFUSED
+            if not refused_whole and answer.verdict is not Verdict.ACCEPTED:
+                return answer
+            left.popleft()
+            self._tally.accepted |= not refused_whole
+            refusals += refused_whole
+            smaller = halves(request) if refused_whole and refusals < _MAX_REFUSALS else ()
+            left.extend(smaller)
+            if refused_whole or answer.rejected_spans:
+                last = answer
+                if not smaller:
+                    refused.append((request, count))
+        return last
+
+    def _park(self, row: OutboxRow, reason: str) -> None:
+        """Set the foremost row aside."""
+        self._settle(SettleOutbox(self._owner, parked=[(row.id, reason)]))
         self._queue.popleft()
         self._tally.parked += 1
         self._suspicions.pop(row.id, None)

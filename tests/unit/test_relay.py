@@ -7,6 +7,7 @@ import random
 import socket
 import threading
 import time
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ from requests.adapters import HTTPAdapter
 
 from otelexec import otlp, relay
 from otelexec.decoded import decode
+from otelexec.delivery import SUSPECT
 from otelexec.errors import SettingsError, StoreRejected, StoreUnavailable
 from otelexec.receiver import Answer, OtlpReceiver
 from otelexec.relay import Relay
@@ -345,12 +347,25 @@ def test_a_row_that_nobody_can_read_is_parked_as_it_is(outbox: Outbox, http: Otl
     assert outbox.kept[1].request == b"\x0a"
 
 
+def test_a_row_of_which_nothing_is_taken_does_not_block_the_others(outbox: Outbox, http: OtlpReceiver, make: Callable[..., Relay]) -> None:
+    """Each of its 400 spans by itself would take longer than a claim holds, and the next claim would begin with the first one again."""
+    outbox.add("poison", count=400)
+    outbox.add("good")
+    http.poison = lambda span: span.name == "poison"
+    assert make().drain(10)
+    assert outbox.parked[1].startswith("400 of 400 spans refused: ")
+    assert (names(http), len(http.requests) < 100) == (["good"], True)
+
+
+@pytest.mark.usefixtures("no_pauses")
+@pytest.mark.parametrize("failures", [0, SUSPECT])
 @pytest.mark.parametrize("trouble", [None, Answer(429), Answer(500)])
 def test_a_row_that_is_too_large_goes_in_parts(
-    trouble: Answer | None, outbox: Outbox, http: OtlpReceiver, make: Callable[..., Relay], no_pauses: None
+    failures: int, trouble: Answer | None, outbox: Outbox, http: OtlpReceiver, make: Callable[..., Relay]
 ) -> None:
     """A gRPC receiver takes 4 MiB, and a proxy perhaps 1 MB. What was accepted is not sent again because the rest has to wait."""
     outbox.add("a", count=20)
+    outbox.rows[1] = replace(outbox.rows[1], failures=failures)  # as after an outage
     outbox.add("b")
     answers = iter([None, None, trouble])
     http.answer = lambda spans: Answer(413, "too large") if len(spans) > 3 else next(answers, None)
