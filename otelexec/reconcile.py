@@ -158,7 +158,8 @@ class Reconciler:
         # A relay whose lease has lapsed elsewhere may yet be sending: its claims lapse by themselves.
         gone = [process.process_id for process, _, _ in dead if identity.is_here(process)]
         if gone:
-            self._commit([ReleaseClaims(gone)])
+            _commit(self._store, [ReleaseClaims(gone)])
+            self._meanwhile()
         self._forget_nonces()
         return Reconciled(totals["attempt"], totals["outer"], totals["span"], ingested, len(dead))
 
@@ -239,7 +240,7 @@ class Reconciler:
             now = self._store.now_unix_ns()
             writes = [_write(item, process, classification, death, seen=seen, now=now) for item in work]
             done = refused = lost = 0
-            for item, write, result in zip(work, writes, self._commit(writes), strict=True):
+            for item, write, result in zip(work, writes, _commit(self._store, writes), strict=True):
                 if isinstance(result, StoreError):
                     logger.error("otelexec.reconcile.refused: %s %s of process %d: %s", item.kind, item.execution_id, process.pid, result)
                     refused += 1
@@ -257,13 +258,9 @@ class Reconciler:
                 text = "otelexec.reconcile.lost: and %d more attempts of process %d on %s; `otelexec list --state lost` has them all"
                 logger.warning(text, lost - MAX_LINES, process.pid, process.host)
             advanced(done)
+            self._meanwhile()  # not before they are counted: it ends the round when the process ends
             if refused == len(work):  # it would be found again for ever; the next round tries once more
                 return
-
-    def _commit(self, writes: Sequence[Write]) -> list[object]:
-        results = _commit(self._store, writes)
-        self._meanwhile()
-        return results
 
 
 def _place(process: ProcessRow) -> tuple[int, int]:

@@ -7,8 +7,12 @@ import sys
 from contextlib import closing
 from typing import TYPE_CHECKING
 
+import pytest
+
+from otelexec import metrics
 from otelexec.decoded import decode
 from otelexec.reconcile import Reconciler
+from otelexec.store.rows import LOST
 from otelexec.store.spool import Spool
 from otelexec.store.sqlite import SqliteStore
 from tests.servers import ROOT
@@ -41,3 +45,20 @@ def test_all_that_one_dead_process_left_ended_at_its_last_sign_of_life(tmp_path:
     (ended,) = {span.end_unix_ns for span in spans.values()} | {attempt.ended_unix_ns for attempt in attempts.values()}
     assert ended is not None
     assert ended > spans["child"].start_unix_ns
+
+
+def test_what_was_closed_when_the_process_ends_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody finds it open any more who could count it."""
+    path = tmp_path / "store.db"
+    assert subprocess.run([sys.executable, "-c", DIES.format(path=path)], cwd=ROOT, check=False).returncode == 9
+    counted: list[str] = []
+    monkeypatch.setattr(metrics, "reconciled", lambda name, *_: counted.append(name))
+
+    def meanwhile() -> None:
+        if any(record.state == LOST for record in store.executions()):
+            raise TimeoutError("the process ends")
+
+    with closing(SqliteStore(path)) as store:
+        with pytest.raises(TimeoutError):
+            Reconciler(store, Spool(store.spool_folder, lambda: store.processes()[0]), meanwhile=meanwhile).run_once()
+        assert {record.name for record in store.executions() if record.state == LOST} == {*counted} == {"parent", "child"}
