@@ -12,7 +12,7 @@ import os
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any, Final
 
 from opentelemetry import metrics
@@ -42,10 +42,10 @@ def takes_boundaries() -> bool:
     return "explicit_bucket_boundaries_advisory" in inspect.signature(metrics.Meter.create_histogram).parameters
 
 
-def _meter() -> metrics.Meter:
+def _meter(**scope: Any) -> metrics.Meter:
     from otelexec import __version__  # not there yet when this module is imported
 
-    return metrics.get_meter(semconv.SCOPE_NAME, __version__, schema_url=semconv.SCHEMA_URL)
+    return metrics.get_meter(semconv.SCOPE_NAME, __version__, schema_url=semconv.SCHEMA_URL, **scope)
 
 
 def _histogram(name: str, description: str, boundaries: tuple[float, ...]) -> Histogram:
@@ -65,10 +65,16 @@ def instruments() -> tuple[Histogram, Histogram]:
 
 _reconciled = Counter[tuple[str, str, str | None]]()
 _lock = threading.RLock()  # reentrant: a signal handler may fork in the middle
+# A child whose parent has the counter takes one of another scope: of the same one, the inherited exporter of deltas would give what the
+# child counts as its difference to what the parent had.
+_scope: dict[str, Any] = {}
 
 
 def _after_fork_in_child() -> None:
     _reconciled.clear()
+    if _observe_reconciled.cache_info().currsize and "attributes" in inspect.signature(metrics.get_meter).parameters:  # not in 1.27
+        _scope["attributes"] = {semconv.PROCESS_PID: os.getpid()}
+        _observe_reconciled.cache_clear()
     _lock.release()
 
 
@@ -78,12 +84,15 @@ os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_i
 @cache
 def _observe_reconciled() -> None:
     # Observed, since what a synchronous counter holds would be exported again by every child that is forked later.
-    _meter().create_observable_counter(
-        semconv.METRIC_RECONCILED, [_reconciled_so_far], unit="{attempt}", description="Attempts closed for processes that died."
+    callback = partial(_reconciled_so_far, _scope.copy())
+    _meter(**_scope).create_observable_counter(
+        semconv.METRIC_RECONCILED, [callback], unit="{attempt}", description="Attempts closed for processes that died."
     )
 
 
-def _reconciled_so_far(_: CallbackOptions) -> list[Observation]:
+def _reconciled_so_far(scope: dict[str, Any], _: CallbackOptions) -> list[Observation]:
+    if scope != _scope:
+        return []
     with _lock:
         return [
             metrics.Observation(count, {semconv.EXECUTION_NAME: name} | _ended(state, error_type))

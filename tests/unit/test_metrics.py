@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from opentelemetry import metrics as otel_metrics
-from opentelemetry.sdk.metrics import MeterProvider
-from opentelemetry.sdk.metrics.export import InMemoryMetricReader
+from opentelemetry.sdk.metrics import MeterProvider, ObservableCounter
+from opentelemetry.sdk.metrics.export import AggregationTemporality, InMemoryMetricReader
 from opentelemetry.semconv._incubating.metrics import messaging_metrics
 
 import otelexec
@@ -90,6 +91,32 @@ def test_what_dead_processes_left_is_counted(reader: InMemoryMetricReader) -> No
         2: {semconv.EXECUTION_NAME: "invoice.run", semconv.OUTCOME: LOST, semconv.ERROR_TYPE: "killed"},
         1: {semconv.EXECUTION_NAME: "invoice.run", semconv.OUTCOME: TIMED_OUT},
     }
+
+
+@pytest.mark.parametrize("temporality", [AggregationTemporality.CUMULATIVE, AggregationTemporality.DELTA])
+def test_a_forked_child_counts_from_zero(
+    temporality: AggregationTemporality, reader: InMemoryMetricReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its exporter goes on where the parent's was: differences to what the parent had counted would be negative."""
+    inherited = InMemoryMetricReader({ObservableCounter: temporality})
+    provider = MeterProvider(metric_readers=[inherited], shutdown_on_exit=False)
+    monkeypatch.setattr(otel_metrics, "get_meter", provider.get_meter)
+
+    def counted() -> list[Any]:
+        data = inherited.get_metrics_data()
+        found: list[Any] = [] if data is None else [scope for resource in data.resource_metrics for scope in resource.scope_metrics]
+        return [point.value for scope in found for metric in scope.metrics for point in metric.data.data_points]
+
+    for _ in range(2):
+        metrics.reconciled("invoice.run", LOST, "killed")
+    assert counted() == [2]
+    child = os.fork()
+    if not child:
+        before = counted()
+        metrics.reconciled("invoice.run", LOST, "killed")
+        os._exit((before, counted()) != ([], [1]))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    provider.shutdown()
 
 
 def test_the_buckets_are_those_of_seconds(reader: InMemoryMetricReader) -> None:
