@@ -234,7 +234,7 @@ def correlate(
         execution_id: The id of the first execution; None mints one. The id of an earlier execution makes a new
             attempt at it.
         request_id: None takes that of the enclosing scope or execution, else mints one.
-        attributes: More fields under free names; their values become text, None is left out.
+        attributes: More fields under free names; their values become text. A value of None is left out.
         trigger_type: How the source was triggered; None when it doesn't matter.
         **fields: The source's own: workflow_id; schedule_id, scheduled_for; webhook_id, path, provider.
 
@@ -242,7 +242,8 @@ def correlate(
         The correlation of the first execution.
 
     Raises:
-        CorrelationError: A field is not one of the source's, a name is reserved, or a value is no text.
+        CorrelationError: A field is not one of the source's, a name is reserved, an id is empty, or a value is neither text nor a
+            number, date or UUID.
     """
     outer = enclosing()
     scope = near_scope()

@@ -21,7 +21,7 @@ class Ending:
     How the code of an attempt ended, before the store had its say.
 
     Attributes:
-        state: A terminal attempt state.
+        state: `succeeded`, `failed`, `timed_out`, `cancelled`, `paused`, `rejected` or `lost`.
         classification: What kind of it, where that says more; None otherwise.
         error_type: Fully qualified class of the exception, or a reason; None when there was no error.
         error_message: Its text.

@@ -4,7 +4,7 @@ Every error that otelexec raises, in one tree.
     OtelexecError
     |-- SettingsError (also ValueError)      a setting can't be used; the command line exits with 2
     |-- CorrelationError (also ValueError)   correlate() got fields that it can't carry
-    |-- CarrierError (also TypeError)        inject() got something that can't carry the context
+    |-- CarrierError (also TypeError)        inject*() got something that can't carry the context
     |-- ExecutionError (also RuntimeError)   a call that the execution's state forbids
     |-- StoreError
     |   |-- StoreNotFound                    a reading command found no store; nothing was created
@@ -12,7 +12,7 @@ Every error that otelexec raises, in one tree.
     |   |   `-- StoreBusy                    another process or thread is writing
     |   |       `-- StoreReentered           this very thread is, and what it does now has interrupted it
     |   |-- StoreRejected                    the store took the transaction but not this write
-    |   `-- StoreVersionError                the schema is newer than this library
+    |   `-- StoreVersionError                the schema is newer than this library, or older and not this process's to upgrade
     |-- ExecutionCancelled                   somebody cancelled the execution before it started; or the function heeds a wish
     `-- ExecutionBusy                        an exclusive attempt found another one running
 

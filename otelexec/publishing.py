@@ -72,8 +72,9 @@ class publish(Block[Message]):  # noqa: N801 (read as a verb: `with publish(...)
     """
     Record that work leaves for a queue: a PRODUCER span, and a `queued` record that is committed before it leaves.
 
-    The block gets a `Message`. Inside, `inject*` carries the message's own execution id and the PRODUCER span. An exception means that
-    the backend refused: the record is closed as `rejected`, and the exception goes on.
+    The block gets a `Message`. Inside, `inject*` carries the message's own execution id and the PRODUCER span. An `Exception` means that
+    the backend refused: the record is closed as `rejected`, and the exception goes on. It stays `queued` after `acceptance_unknown()`,
+    and where an interruption such as KeyboardInterrupt ends the block.
 
     Args:
         name: Name of the execution that the message asks for.
@@ -216,8 +217,8 @@ def request_cancel(execution_id: str, *, terminate: bool | None = None) -> str |
     """
     Ask for an execution to be cancelled, in whatever process it runs or will run.
 
-    The wish is durable when this returns. An attempt that has not started is not called; a running one sees
-    `.cancel_requested`; one that has succeeded stays so, and the request changes nothing.
+    The wish is durable when this returns, in the spool where the store is away. An attempt that has not started is not called; a
+    running one sees `.cancel_requested`; one that has succeeded stays so, and the request changes nothing. Without a store it does nothing.
 
     Args:
         execution_id: Which.
@@ -225,7 +226,7 @@ def request_cancel(execution_id: str, *, terminate: bool | None = None) -> str |
             it; None: the backend's habit, which is to tell it here.
 
     Returns:
-        The execution's state; None when nobody has heard of it yet.
+        The execution's state; None when nobody has heard of it yet, when the wish is in the spool, and without a store.
 
     Raises:
         CorrelationError: This is no execution id.

@@ -350,11 +350,12 @@ def configure(
     Configure otelexec in this process. Optional, and so is every argument.
 
     Args:
-        service_name: `service.name` of the resource; None: OTEL_SERVICE_NAME.
+        service_name: `service.name` of the resource; None: OTELEXEC_SERVICE_NAME, else OTEL_SERVICE_NAME.
         store: `sqlite:///PATH`, `postgresql://...`, or `none`; None: OTELEXEC_STORE, else a file in the user's state folder.
-        otlp_endpoint: Where the relay sends spans; None: OTEL_EXPORTER_OTLP_ENDPOINT, else localhost.
-        tracer_provider: Your own provider, whose resource, sampler, limits and trace ids are taken over; None: the global one,
-            if there is one, else otelexec sets it.
+        otlp_endpoint: Where the relay sends spans; None: OTELEXEC_OTLP_ENDPOINT, else OTEL_EXPORTER_OTLP_(TRACES_)ENDPOINT, else
+            localhost.
+        tracer_provider: Your own provider, whose resource, sampler, limits, trace ids and `on_start` processors are taken over;
+            without a store it is used as it is. None: the global one, if there is one, else otelexec sets it.
         **settings: Any other field of `Settings` (README, Configuration).
 
     Raises:

@@ -99,6 +99,9 @@ class TriggerBackend:
     """
     A Trigger-style backend.
 
+    What its methods name is not all that they raise: any may raise `BackendError` where a server refused or did not answer, and with
+    `LocalBackend` a `StoreError` where the store did not.
+
     Args:
         operations: What it does.
         client: Sends its requests, and is closed with it; None where there are none.
@@ -131,7 +134,7 @@ class TriggerBackend:
         Args:
             task: The task's id.
             payload: What it is called with: text as it is, None for nothing, anything else as JSON.
-            key: Names the work: a call with the key of a run that waits, runs, has succeeded or was cancelled gives that run.
+            key: Names the work, for 30 days: a call with the key of a run that waits, runs, has succeeded or was cancelled gives that run.
                 None: the execution's id is the key, so that only a repetition of this very message finds its run.
             tags: One tag, or up to ten, of up to 128 characters each.
             delay: How long the run waits before it may begin, or until when; None: not at all.

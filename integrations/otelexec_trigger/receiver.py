@@ -106,7 +106,7 @@ class Receiver:
         max_body_bytes: Largest body, in bytes.
 
     Raises:
-        SettingsError: The limit is none.
+        SettingsError: `max_body_bytes` is below 1.
     """
 
     def __init__(

@@ -88,6 +88,9 @@ class TriggerDevAlert:
 
     Args:
         key: The webhook's secret.
+
+    Raises:
+        SettingsError: The key is empty.
     """
 
     provider = "trigger.dev"
@@ -121,7 +124,7 @@ class TimestampedHmac:
         clock: Gives seconds since 1970.
 
     Raises:
-        SettingsError: There is no key, or nothing of one is left.
+        SettingsError: There is no key, or nothing of one but its prefix.
     """
 
     def __init__(
@@ -169,6 +172,9 @@ class QStash:
         url: The URL that QStash was told to deliver to.
         tolerance_seconds: By how much the two clocks may differ.
         clock: Gives seconds since 1970.
+
+    Raises:
+        SettingsError: There is no key, or one is empty.
     """
 
     provider = "qstash"
@@ -226,7 +232,7 @@ class StandardWebhooks:
         clock: Gives seconds since 1970.
 
     Raises:
-        SettingsError: A secret is no base64.
+        SettingsError: There is no secret, or one is empty or no base64.
     """
 
     provider = "standard-webhooks"

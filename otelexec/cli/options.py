@@ -47,7 +47,8 @@ SpoolOption = Annotated[
     str | None,
     typer.Option(
         metavar="FOLDER",
-        help="Where workers left what the store could not take. Default: OTELEXEC_SPOOL, else `FILE.spool/` beside the store.",
+        help="Where workers left what the store could not take. Default: OTELEXEC_SPOOL, else `FILE.spool/` beside "
+        "a SQLite store, or one for each database in the user's state folder.",
         show_default=False,
     ),
 ]
@@ -55,7 +56,8 @@ EndpointOption = Annotated[
     str | None,
     typer.Option(
         metavar="URL",
-        help="Where spans go. Default: OTELEXEC_OTLP_ENDPOINT, else OTEL_EXPORTER_OTLP_(TRACES_)ENDPOINT, else localhost:4318.",
+        help="Where spans go. Default: OTELEXEC_OTLP_ENDPOINT, else OTEL_EXPORTER_OTLP_(TRACES_)ENDPOINT, else localhost:4318, "
+        "over gRPC localhost:4317.",
         show_default=False,
     ),
 ]
