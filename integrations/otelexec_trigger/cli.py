@@ -87,7 +87,7 @@ def worker(
     module: Annotated[str, typer.Option("--app", metavar="MODULE", help="The module that registers the tasks.", show_default=False)],
     concurrency: Annotated[int, typer.Option(metavar="N", min=1, max=1000, help="How many runs it attempts at a time.")] = 2,
     stop_timeout: Annotated[
-        float, typer.Option(metavar="SECONDS", min=0, help="How long tasks may go on after SIGTERM; then they are attempted elsewhere.")
+        float, typer.Option(metavar="SECONDS", min=0, help="How long tasks may go on after SIGTERM; then they are killed.")
     ] = STOP_SECONDS,
     store: options.StoreOption = None,
 ) -> None:
@@ -95,7 +95,8 @@ def worker(
     Attempt the runs in the store, each in one of N processes.
 
     MODULE is imported with the working directory on sys.path; it registers tasks with @otelexec_trigger.task("id"). SIGTERM or SIGINT
-    lets the runs that are being attempted end, a second one does not.
+    lets the runs that are being attempted end, a second one kills their processes. What was killed is attempted once more as far as it
+    has attempts left.
     """
     _configure(store)
     crew = Worker(module, concurrency, stop_seconds=stop_timeout)

@@ -58,7 +58,7 @@ def _root(
     """
     Durable records and spans of background work: look at them, deliver them, close what dead workers left.
 
-    Every command reads OTELEXEC_* variables; its options go before them.
+    Every command reads OTELEXEC_* variables; its options override them.
     """
 
 

@@ -26,8 +26,8 @@ def prune(
     """
     Delete executions that ended long ago, with their attempts.
 
-    What is still open stays, and so does every execution with spans that were not delivered. Workers go on meanwhile. The
-    file does not shrink; its free pages are used again.
+    What is still open stays, and so does every execution with spans that were not delivered. Workers go on meanwhile. A
+    SQLite file does not shrink; its free pages are used again.
     """
     age = options.duration("--older-than", older_than)
     settings = options.load(store=store)

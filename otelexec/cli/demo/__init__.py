@@ -86,7 +86,7 @@ def demo(
     See it all in seconds: webhooks, a schedule, a queue, workers, one of them killed, and every record with its span.
 
     No service is needed. The records go to OTELEXEC_STORE if it is set, else to a new store of the demo's own; with
-    `postgres`, to an embedded PostgreSQL that runs as long as the demo.
+    OTELEXEC_STORE=postgres, to an embedded PostgreSQL that runs as long as the demo.
     """
     install = missing(_CREWS[backend][0].needed)
     if install is not None:
