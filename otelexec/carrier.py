@@ -66,7 +66,7 @@ def _fold(name: object, names: Mapping[str, str]) -> str:
 
 def read_headers(headers: object) -> Carrier:
     """
-    Find our headers in anything: a mapping, pairs, an object with `.items()`, names and values as text or bytes.
+    Find our headers in anything: a mapping, a list or tuple of pairs, an object with `.items()`, names and values as text or bytes.
 
     Args:
         headers: Any object. Names match in any case; a header given several times is joined, as HTTP has it.

@@ -224,8 +224,8 @@ def execution(
         name: Name of the execution and of its span; None means the function's qualified name.
         core: Whether this executor is the job itself: called inside an open execution, it takes over that
             execution's attempt, and its success is final whatever the code around it does then.
-        timeout: Seconds. A coroutine is cancelled after them and raises TimeoutError; anything else has a
-            `.deadline` to look at. None: no limit.
+        timeout: Seconds. A coroutine, an async generator or an `async with` block is cancelled after them and raises
+            TimeoutError; anything else has a `.deadline` to look at. None: no limit.
         kind: The span's kind.
         attributes: Further span attributes.
         links: Further span links.

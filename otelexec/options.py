@@ -25,7 +25,7 @@ class Options:
     Attributes:
         name: Name of the execution and of its span.
         core: Whether this is the job itself, which takes over the attempt of the execution around it.
-        timeout: Seconds after which a coroutine is stopped; for anything else a deadline to look at. None: no limit.
+        timeout: Seconds after which asynchronous code is stopped; for anything else a deadline to look at. None: no limit.
         kind: The span's kind.
         attributes: Further span attributes.
         link_carried: Link to the carried context instead of taking it as the parent; None means as in the settings.

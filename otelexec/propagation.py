@@ -364,7 +364,7 @@ def extract_headers(headers: object, *, trusted: bool = True, message_id: str | 
     Run a `with` block, which may hold asynchronous code, as the work that headers ask for. Never raises by itself.
 
     Args:
-        headers: Any object: a mapping, pairs, something with `.items()`; names match in any case.
+        headers: Any object: a mapping, a list or tuple of pairs, something with `.items()`; text or bytes, names in any case.
         trusted: False for callers from outside: their ids are not used, and their trace is linked.
         message_id: The message's own id, used as the execution's when the headers carry none; None when it has none.
 
