@@ -347,7 +347,7 @@ def configure(
     **settings: Unpack[MoreSettings],
 ) -> None:
     """
-    Configure otelexec in this process. Optional, and so is every argument.
+    Configure otelexec in this process. Optional, and so is every argument. A further call starts anew, with its own arguments alone.
 
     Args:
         service_name: `service.name` of the resource; None: OTELEXEC_SERVICE_NAME, else OTEL_SERVICE_NAME.
