@@ -37,9 +37,8 @@ def reconcile(
     """
     Close the attempts of dead workers as `lost`, with the spans that they could not end.
 
-    Of a process on this machine it is seen whether it lives; any other one counts as dead when its lease is over. What waits in the
-    spool is taken in first. Without --once it stays until SIGINT or SIGTERM, also while the store is
-    away.
+    A dead process of this machine is seen as such at once; any other one counts as dead when its lease is over. What waits in the
+    spool is taken in first. Without --once it stays until SIGINT or SIGTERM, also while the store is away.
     """
     if interval is not None and once:
         raise options.Failure("--interval: goes without --once only", 2)
