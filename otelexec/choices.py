@@ -35,7 +35,7 @@ class Choices:
             What the adapter is to note its changes in; undoing them turns it off, too.
         """
         if arguments.get("tracer_provider") is not None:
-            _runtime.configure(tracer_provider=arguments["tracer_provider"])
+            _runtime.use_provider(arguments["tracer_provider"])
         self.use_span_links = arguments.get("use_span_links")
         self.active = True
         patches = Patches()

@@ -361,12 +361,31 @@ def configure(
     Raises:
         SettingsError: A setting is wrong. A store that can't be reached is no such error: the work goes on.
     """
-    given: object = tracer_provider
-    if given is not None and not isinstance(given, trace.TracerProvider):
-        raise SettingsError(f"tracer_provider: must be a TracerProvider of OpenTelemetry, not {type(given).__name__}")
+    if tracer_provider is not None:
+        _check(tracer_provider)
     chosen = _settings.load(service_name=service_name, store=store, otlp_endpoint=otlp_endpoint, **settings)
     _make(chosen, tracer_provider)
     _settings.hand_down(chosen)
+
+
+def use_provider(tracer_provider: TracerProvider) -> None:
+    """
+    Take a provider over, as `configure` does, with the settings that this process has already.
+
+    Args:
+        tracer_provider: The provider.
+
+    Raises:
+        SettingsError: It is none; or nobody has configured this process, and a variable is wrong.
+    """
+    _check(tracer_provider)
+    found = _settings.handed_down() or _settings.load() if _template is None else _template[0]
+    _make(found, tracer_provider)
+
+
+def _check(tracer_provider: object) -> None:
+    if not isinstance(tracer_provider, trace.TracerProvider):
+        raise SettingsError(f"tracer_provider: must be a TracerProvider of OpenTelemetry, not {type(tracer_provider).__name__}")
 
 
 def settings() -> Settings:

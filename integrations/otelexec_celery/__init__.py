@@ -58,7 +58,7 @@ class CeleryInstrumentor(BaseInstrumentor):  # type: ignore[misc] # untyped in t
 
         Args:
             **kwargs: `use_span_links`: link to the PRODUCER span instead of taking it as the parent; None: as in
-                otelexec's settings. `tracer_provider`: as for `otelexec.configure()`, which is called with it alone.
+                otelexec's settings. `tracer_provider`: as for `otelexec.configure()`, whose settings stay.
         """
         if not _is_supported():
             return

@@ -65,7 +65,7 @@ class RQInstrumentor(BaseInstrumentor):  # type: ignore[misc] # untyped in the v
 
         Args:
             **kwargs: `use_span_links`: link to the PRODUCER span instead of taking it as the parent; None: as in
-                otelexec's settings. `tracer_provider`: as for `otelexec.configure()`, which is called with it alone.
+                otelexec's settings. `tracer_provider`: as for `otelexec.configure()`, whose settings stay.
         """
         if not _is_supported():
             return

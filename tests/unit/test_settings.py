@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from opentelemetry.sdk.trace import TracerProvider
 
 import otelexec
-from otelexec import settings
+from otelexec import runtime, settings
+from otelexec.choices import Choices
 from otelexec.errors import SettingsError
 from otelexec.settings import MoreSettings, Settings
 from tests.servers import missing
@@ -194,3 +196,13 @@ def test_a_folder_that_this_user_may_not_look_into_is_no_wrong_setting(tmp_path:
     finally:
         os.seteuid(mine)
         closed.chmod(0o700)
+
+
+def test_a_provider_that_an_adapter_is_given_leaves_the_settings_as_they_are(tmp_path: Path) -> None:
+    store = f"sqlite:///{tmp_path / 'mine.db'}"
+    otelexec.configure(store=store, service_name="billing")
+    theirs = TracerProvider(shutdown_on_exit=False)
+    Choices().activate({"tracer_provider": theirs}).undo()
+    assert (runtime.get().settings.store, runtime.get().settings.service_name, runtime.get().theirs) == (store, "billing", theirs)
+    with pytest.raises(SettingsError, match=r"^tracer_provider: must be a TracerProvider"):
+        Choices().activate({"tracer_provider": "mine"})
