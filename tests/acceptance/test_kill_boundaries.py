@@ -16,7 +16,7 @@ SHARES = 2
 EVERY = 1 if LENGTH else 3
 """Which of the distinct lines: all where sweeps are long, as in CI, else every third. The statements are always all of them."""
 
-MISSED = 0.03
+MISSED = 0.06
 """Share of the points that a run may pass less often than the dry run did: threads take turns as they like."""
 
 
