@@ -121,7 +121,7 @@ class Delivery:
             self._accept(reply)
         elif reply.verdict is Verdict.REFUSED:
             if len(self._queue[0]) > 1:
-                self._split_or_park(reply)
+                self._split()
             else:
                 self._divide(reply)
         elif reply.verdict is not Verdict.FAILED:
@@ -155,14 +155,11 @@ class Delivery:
         for row_id in ids:
             self._suspicions.pop(row_id, None)
 
-    def _split_or_park(self, reply: Reply) -> None:
-        group = self._queue[0]
-        if len(group) > 1:
-            self._queue.popleft()
-            middle = len(group) // 2
-            self._queue.extendleft((group[middle:], group[:middle]))
-            return
-        self._park(group[0], reply.reason)
+    def _split(self) -> None:
+        """Have the foremost group sent in halves."""
+        group = self._queue.popleft()
+        middle = len(group) // 2
+        self._queue.extendleft((group[middle:], group[:middle]))
 
     def _divide(self, refusal: Reply) -> None:
         """
@@ -240,12 +237,12 @@ class Delivery:
             return False
         if len(group) > 1:
             if got_through:
-                self._split_or_park(reply)
+                self._split()
             return got_through
         [note] = notes
         note.alone += 1
         if note.alone >= self._patience and self._deliveries > note.deliveries:
-            self._split_or_park(reply)
+            self._park(group[0], reply.reason)
             return True
         if got_through and note.alone < self._patience and len(self._queue) > 1:
             self._queue.rotate(-1)  # again after the others, which may get through in between

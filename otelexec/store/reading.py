@@ -108,10 +108,12 @@ class SqlReader(ABC):
         """
         left = limit
         fields, since = wanted.pop("fields", None) or {}, wanted.pop("since_unix_ns", None)
-        asked = [(f"{column} = ?", value) for column, value in wanted.items() if value is not None]
-        asked += [(_HAS_FIELD, _field(*field)) for field in fields.items()]
-        condition = " AND ".join(["seq < ?", *(one for one, _ in asked), *([_SINCE] if since is not None else ())])
-        values = [*(value for _, value in asked), *([since] * _SINCE.count("?") if since is not None else ())]
+        asked: list[tuple[str, tuple[object, ...]]] = [(f"{column} = ?", (value,)) for column, value in wanted.items() if value is not None]
+        asked += [(_HAS_FIELD, (_field(*field),)) for field in fields.items()]
+        if since is not None:
+            asked.append((_SINCE, (since,) * 3))
+        condition = " AND ".join(["seq < ?", *(one for one, _ in asked)])
+        values = [value for _, values in asked for value in values]
         while left is None or left > 0:
             page = _PAGE if left is None else min(_PAGE, left)
             with self._reading() as tx:
